@@ -1,0 +1,188 @@
+#include "parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <statescan/dispatch.h>
+
+namespace statescan {
+namespace cpu {
+namespace {
+
+constexpr int kMaxThreads = 256;
+
+int default_threads() {
+  if (const char* text = std::getenv("STATESCAN_NUM_THREADS")) {
+    const int asked = std::atoi(text);
+    if (asked >= 1) return std::min(asked, kMaxThreads);
+  }
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::clamp(CPU_COUNT(&set), 1, kMaxThreads);
+#endif
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
+}
+
+std::atomic<int> thread_limit{0};  // 0: not asked for yet
+
+// One loop at a time; a second caller meanwhile runs its tasks on its own thread.
+class Pool {
+ public:
+  ~Pool() {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  bool try_run(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t, int), void* context) {
+    std::unique_lock only(busy_, std::try_to_lock);
+    if (!only.owns_lock()) return false;
+    while (static_cast<int>(workers_.size()) < threads - 1)
+      workers_.emplace_back([this, index = static_cast<int>(workers_.size()) + 1] { work(index); });
+    {
+      std::lock_guard lock(mutex_);
+      body_ = body, context_ = context, tasks_ = tasks, threads_ = threads;
+      next_.store(0, std::memory_order_relaxed);
+      error_ = nullptr;
+      pending_.store(threads - 1, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    take_tasks(0);
+    // The helpers finish soon after the last task is taken: spin briefly, then sleep.
+    for (int i = 0; i < kSpins && pending_.load(std::memory_order_acquire) > 0; ++i) pause();
+    if (pending_.load(std::memory_order_acquire) > 0) {
+      std::unique_lock lock(mutex_);
+      done_.wait(lock, [this] { return pending_.load(std::memory_order_acquire) == 0; });
+    }
+    if (error_) std::rethrow_exception(error_);
+    return true;
+  }
+
+ private:
+  static constexpr int kSpins = 2000;  // about 20 us
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void take_tasks(int thread) {
+    try {
+      for (;;) {
+        const std::int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+        if (task >= tasks_) return;
+        body_(context_, task, thread);
+      }
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+      next_.store(tasks_, std::memory_order_relaxed);
+    }
+  }
+
+  void work(int index) {
+    std::uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) pause();
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [&] { return stopping_ || generation_.load(std::memory_order_relaxed) != seen; });
+        if (stopping_) return;
+        seen = generation_.load(std::memory_order_relaxed);
+        if (index >= threads_) continue;
+      }
+      inside_task = true;
+      take_tasks(index);
+      inside_task = false;
+      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard lock(mutex_);
+        done_.notify_one();
+      }
+    }
+  }
+
+ public:
+  static thread_local bool inside_task;
+
+ private:
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  std::atomic<std::uint64_t> generation_{0};
+  std::atomic<std::int64_t> next_{0};
+  std::atomic<int> pending_{0};
+  bool stopping_ = false;
+  void (*body_)(void*, std::int64_t, int) = nullptr;
+  void* context_ = nullptr;
+  std::int64_t tasks_ = 0;
+  int threads_ = 0;
+  std::exception_ptr error_;
+};
+
+thread_local bool Pool::inside_task = false;
+
+// A forked child has none of the parent's threads: it drops the pool it inherited and makes its own. The pool is never
+// destroyed at exit, when its threads could not be joined safely.
+std::atomic<Pool*> the_pool{nullptr};
+std::mutex creation;
+
+Pool& pool() {
+  if (Pool* existing = the_pool.load(std::memory_order_acquire)) return *existing;
+  std::lock_guard lock(creation);
+  if (!the_pool.load(std::memory_order_relaxed)) {
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr, std::memory_order_relaxed); });
+    (void)registered;
+    the_pool.store(new Pool, std::memory_order_release);
+  }
+  return *the_pool.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+int max_threads() {
+  const int limit = thread_limit.load(std::memory_order_relaxed);
+  if (limit > 0) return limit;
+  const int found = default_threads();
+  int unset = 0;
+  thread_limit.compare_exchange_strong(unset, found, std::memory_order_relaxed);
+  return thread_limit.load(std::memory_order_relaxed);
+}
+
+void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context) {
+  const int threads = static_cast<int>(std::min<std::int64_t>(tasks, max_threads()));
+  if (threads > 1 && !Pool::inside_task) {
+    Pool::inside_task = true;
+    struct Leave {
+      ~Leave() { Pool::inside_task = false; }
+    } leave;
+    if (pool().try_run(tasks, threads, body, context)) return;
+  }
+  for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+}
+
+}  // namespace cpu
+
+int num_threads() { return cpu::max_threads(); }
+
+void set_num_threads(int count) {
+  if (count < 1 || count > cpu::kMaxThreads)
+    fail<ValueError>("set_num_threads: ", count, " must lie in 1..", cpu::kMaxThreads);
+  cpu::thread_limit.store(count, std::memory_order_relaxed);
+}
+
+}  // namespace statescan

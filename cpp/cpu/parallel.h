@@ -1,0 +1,25 @@
+// A small pool of threads for the CPU kernels. Work is split into tasks by shape alone; which thread takes a task changes
+// nothing in the result.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace statescan::cpu {
+
+// The most threads that a parallel_for may use now; the `thread` index that tasks see is below it.
+int max_threads();
+
+// The pool's entry point: calls body(context, task, thread) for every task in 0..tasks-1, in any order, and returns when all
+// are done. The first exception of a task is rethrown here. Nested calls run on the calling thread.
+void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context);
+
+template <class Body>
+void parallel_for(std::int64_t tasks, Body&& body) {
+  parallel_for_impl(
+      tasks,
+      [](void* context, std::int64_t task, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(task, thread); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+}  // namespace statescan::cpu

@@ -1,0 +1,348 @@
+// Vectors of the widest kind that this translation unit may use, on the compiler's vector extensions: the same source serves
+// AVX-512, AVX2, SSE2 and NEON. T is float or double.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <statescan/tensor.h>
+
+#if !defined(STATESCAN_ISA_NAMESPACE)
+#error "compile kernel files with -DSTATESCAN_ISA_NAMESPACE=..., see isa.h"
+#endif
+#define STATESCAN_INLINE [[gnu::always_inline]] inline
+
+namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef std::int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint32_t U __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct VecTypes<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef std::int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint64_t U __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+using Vec = typename VecTypes<T>::V;
+template <class T>
+using IntVec = typename VecTypes<T>::I;
+
+template <class T>
+STATESCAN_INLINE Vec<T> splat(T v) {
+  return v - Vec<T>{};  // v - 0 keeps every value, -0 and NaN included
+}
+
+template <class T>
+STATESCAN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+STATESCAN_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// The first n lanes (0 <= n < kLanes); the others are zero.
+template <class T>
+STATESCAN_INLINE Vec<T> load_first(const T* p, int n) {
+  alignas(kVectorBytes) T lanes[kLanes<T>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load<T>(lanes);
+}
+
+template <class T>
+STATESCAN_INLINE void store_first(T* p, Vec<T> v, int n) {
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+template <class T>
+STATESCAN_INLINE T sum_lanes(Vec<T> v) {
+  // Halves added pairwise: a fixed order, whatever the width.
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+template <class To, class From>
+STATESCAN_INLINE To bits_as(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &v, sizeof out);
+  return out;
+}
+
+// exp(v) to about 1 ulp: v = k ln2 + r with |r| <= ln2/2, exp(r) = 1 + r + r^2 q(r), q a minimax polynomial (float) or the
+// Taylor series (double). Underflows gradually, overflows to infinity, keeps NaN.
+STATESCAN_INLINE Vec<float> exp(Vec<float> v) {
+  using V = Vec<float>;
+  using I = IntVec<float>;
+  const V high = splat(89.0f), low = splat(-105.0f);
+  const V x = v > high ? high : (v < low ? low : v);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const V shifted = x * 1.44269504f + kRound;
+  const V k = shifted - kRound;
+  V r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  V q = r * 1.3814608100801706e-3f + 8.3687109872698784e-3f;
+  q = q * r + 4.166838899254799e-2f;
+  q = q * r + 1.6666521131992340e-1f;
+  q = q * r + 4.9999994039535522e-1f;
+  const V e = (q * r) * r + r + 1.0f;
+  const I n = bits_as<I>(shifted) - std::int32_t(0x4B400000);  // the integer k
+  const I half = n >> 1;                                       // two factors, so that neither under- nor overflows alone
+  const V first = bits_as<V>((half + 127) << 23), second = bits_as<V>((n - half + 127) << 23);
+  const V result = e * first * second;
+  return v == v ? result : v;
+}
+
+STATESCAN_INLINE Vec<double> exp(Vec<double> v) {
+  using V = Vec<double>;
+  using I = IntVec<double>;
+  const V high = splat(710.0), low = splat(-746.0);
+  const V x = v > high ? high : (v < low ? low : v);
+  constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  const V shifted = x * 1.4426950408889634 + kRound;
+  const V k = shifted - kRound;
+  V r = x - k * 6.93147180369123816490e-1;
+  r = r - k * 1.90821492927058770002e-10;
+  V q = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
+  q = q * r + 1.0 / 39916800.0;
+  q = q * r + 1.0 / 3628800.0;
+  q = q * r + 1.0 / 362880.0;
+  q = q * r + 1.0 / 40320.0;
+  q = q * r + 1.0 / 5040.0;
+  q = q * r + 1.0 / 720.0;
+  q = q * r + 1.0 / 120.0;
+  q = q * r + 1.0 / 24.0;
+  q = q * r + 1.0 / 6.0;
+  q = q * r + 0.5;
+  const V e = (q * r) * r + r + 1.0;
+  const I n = bits_as<I>(shifted) - std::int64_t(0x4338000000000000);
+  const I half = n >> 1;
+  const V first = bits_as<V>((half + 1023) << 52), second = bits_as<V>((n - half + 1023) << 52);
+  const V result = e * first * second;
+  return v == v ? result : v;
+}
+
+// log(1 + u) for 0 <= u <= 1 as 2 atanh(s), s = u / (2 + u): accurate however small u is.
+STATESCAN_INLINE Vec<float> log1p_unit(Vec<float> u) {
+  const Vec<float> s = u / (u + 2.0f), t = s * s;
+  Vec<float> g = t * 1.2150469422340393e-1f + 1.0713828355073929e-1f;
+  g = g * t + 1.4308442175388336e-1f;
+  g = g * t + 1.9999438524246216e-1f;
+  g = g * t + 3.3333337306976318e-1f;
+  return 2.0f * (s * (t * g) + s);
+}
+
+STATESCAN_INLINE Vec<double> log1p_unit(Vec<double> u) {
+  const Vec<double> s = u / (u + 2.0), t = s * s;
+  Vec<double> g = splat(1.0 / 35.0);
+  for (int k = 33; k >= 3; k -= 2) g = g * t + 1.0 / k;
+  return 2.0 * (s * (t * g) + s);
+}
+
+// The vector forms of statescan/math.h.
+template <class T>
+STATESCAN_INLINE Vec<T> softplus(Vec<T> v) {
+  const Vec<T> zero{}, magnitude = v < zero ? -v : v;
+  return (v > zero ? v : zero) + log1p_unit(exp(-magnitude));
+}
+
+template <class T>
+STATESCAN_INLINE Vec<T> sigmoid(Vec<T> v) {
+  return T(1) / (exp(-v) + T(1));
+}
+
+template <class T>
+STATESCAN_INLINE Vec<T> silu(Vec<T> v) {
+  return v / (exp(-v) + T(1));
+}
+
+template <class T>
+STATESCAN_INLINE Vec<T> discretise(Vec<T> dt, Vec<T> dt_bias, bool dt_softplus, T dt_min, T dt_max) {
+  dt = dt + dt_bias;
+  if (dt_softplus) dt = softplus<T>(dt);
+  const Vec<T> low = splat(dt_min), high = splat(dt_max);
+  return dt < low ? low : (dt > high ? high : dt);
+}
+
+// Bit conversions of the 16-bit types; half by bits because a compiler's _Float16 would need a newer C library.
+STATESCAN_INLINE float bfloat16_to_float(std::uint16_t h) { return bits_as<float>(std::uint32_t(h) << 16); }
+
+STATESCAN_INLINE std::uint16_t float_to_bfloat16(float f) {
+  const std::uint32_t u = bits_as<std::uint32_t>(f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((u >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+STATESCAN_INLINE float half_to_float(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_as<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  const float scaled = bits_as<float>(magnitude << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent bias
+  return bits_as<float>(sign | bits_as<std::uint32_t>(scaled));
+}
+
+STATESCAN_INLINE std::uint16_t float_to_half(float f) {
+  const std::uint32_t u = bits_as<std::uint32_t>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // rounds past the largest half
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded value in the low bits
+    const float shifted = bits_as<float>(magnitude) + 0.5f;
+    return static_cast<std::uint16_t>(sign | (bits_as<std::uint32_t>(shifted) - 0x3f000000u));
+  }
+  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+// One element of memory of any real dtype, as T and back.
+template <class T>
+STATESCAN_INLINE T load_element(const void* p, DType dtype, std::int64_t index) {
+  switch (dtype) {
+    case DType::float32: return static_cast<T>(static_cast<const float*>(p)[index]);
+    case DType::float64: return static_cast<T>(static_cast<const double*>(p)[index]);
+    case DType::float16: return static_cast<T>(half_to_float(static_cast<const std::uint16_t*>(p)[index]));
+    case DType::bfloat16: return static_cast<T>(bfloat16_to_float(static_cast<const std::uint16_t*>(p)[index]));
+    default: return T(0);
+  }
+}
+
+template <class T>
+STATESCAN_INLINE void store_element(void* p, DType dtype, std::int64_t index, T v) {
+  switch (dtype) {
+    case DType::float32: static_cast<float*>(p)[index] = static_cast<float>(v); break;
+    case DType::float64: static_cast<double*>(p)[index] = static_cast<double>(v); break;
+    case DType::float16: static_cast<std::uint16_t*>(p)[index] = float_to_half(static_cast<float>(v)); break;
+    case DType::bfloat16: static_cast<std::uint16_t*>(p)[index] = float_to_bfloat16(static_cast<float>(v)); break;
+    default: break;
+  }
+}
+
+// A run of elements, one stride apart, converted to T and back. `p` is the tensor's data, `first` the index of the run's first
+// element. These are where a kernel meets dtypes and strides: beyond them it sees contiguous T alone.
+template <class T>
+inline void load_row(T* to, const void* p, DType dtype, std::int64_t first, std::int64_t stride, std::int64_t count) {
+  if (stride == 1 && dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+    std::memcpy(to, static_cast<const T*>(p) + first, count * sizeof(T));
+    return;
+  }
+  std::int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (stride == 1 && (dtype == DType::bfloat16 || dtype == DType::float16)) {
+      const auto* from = static_cast<const std::uint16_t*>(p) + first;
+      using Half = VecTypes<float>::Half;
+      using U = VecTypes<float>::U;
+      for (; i + kLanes<T> <= count; i += kLanes<T>) {
+        Half h;
+        std::memcpy(&h, from + i, sizeof h);
+        const U u = __builtin_convertvector(h, U);
+        if (dtype == DType::bfloat16) {
+          store<T>(to + i, bits_as<Vec<T>>(u << 16));
+        } else {
+          const U sign = (u & 0x8000u) << 16, magnitude = u & 0x7fffu;
+          const Vec<T> scaled = bits_as<Vec<T>>(magnitude << 13) * 5.192296858534828e33f;
+          const U finite = bits_as<U>(scaled), special = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+          store<T>(to + i, bits_as<Vec<T>>(sign | (magnitude >= 0x7c00u ? special : finite)));
+        }
+      }
+    }
+  }
+  for (; i < count; ++i) to[i] = load_element<T>(p, dtype, first + i * stride);
+}
+
+template <class T>
+inline void store_row(void* p, DType dtype, std::int64_t first, std::int64_t stride, std::int64_t count, const T* from) {
+  if (stride == 1 && dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+    std::memcpy(static_cast<T*>(p) + first, from, count * sizeof(T));
+    return;
+  }
+  std::int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (stride == 1 && dtype == DType::bfloat16) {
+      auto* to = static_cast<std::uint16_t*>(p) + first;
+      using Half = VecTypes<float>::Half;
+      using U = VecTypes<float>::U;
+      for (; i + kLanes<T> <= count; i += kLanes<T>) {
+        const U u = bits_as<U>(load<T>(from + i));
+        const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+        const Half h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Half);
+        std::memcpy(to + i, &h, sizeof h);
+      }
+    }
+#if defined(__AVX512F__)
+    if (stride == 1 && dtype == DType::float16) {
+      auto* to = static_cast<std::uint16_t*>(p) + first;
+      for (; i + kLanes<T> <= count; i += kLanes<T>)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                            _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#elif defined(__F16C__)
+    if (stride == 1 && dtype == DType::float16) {
+      auto* to = static_cast<std::uint16_t*>(p) + first;
+      for (; i + kLanes<T> <= count; i += kLanes<T>)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+#endif
+  }
+  for (; i < count; ++i) store_element<T>(p, dtype, first + i * stride, from[i]);
+}
+
+// The element offset of t at its first axes; the rest of the axes are at 0. Sums in int64.
+template <class... Index>
+STATESCAN_INLINE std::int64_t offset_of(const Tensor& t, Index... index) {
+  const std::int64_t at[] = {static_cast<std::int64_t>(index)...};
+  std::int64_t offset = 0;
+  for (int i = 0; i < static_cast<int>(sizeof...(Index)); ++i) offset += at[i] * t.stride[i];
+  return offset;
+}
+
+// The scratch memory of one call, handed out in pieces aligned to 64 bytes. With null memory it only counts, so that the same
+// code that lays out the pieces tells workspace_bytes.
+class Arena {
+ public:
+  explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  STATESCAN_INLINE T* take(std::int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE

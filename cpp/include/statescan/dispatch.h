@@ -1,0 +1,44 @@
+// How a call finds its kernel: streams, workspace, and the plan that names the choice.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include <statescan/tensor.h>
+
+namespace statescan {
+
+// A cudaStream_t (null: the legacy default stream). Ignored on the CPU. Typed as void* so that no CUDA header is needed.
+using Stream = void*;
+
+// Scratch memory that the caller owns, on the device of the tensors, aligned to 256 bytes; at least plan(...).workspace_bytes.
+struct Workspace {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+// Which kernel a call takes: a row of the op's table, and the scratch memory it wants.
+struct Plan {
+  const char* backend = "";  // "cpu" or "cuda"
+  const char* kernel = "";   // the row's name, e.g. "avx512" or "tma_bf16"
+  std::size_t workspace_bytes = 0;
+};
+
+STATESCAN_API const char* version();
+
+// The instruction set that the CPU kernels use here: "avx512", "avx2", "neon" or "baseline". The environment variable
+// STATESCAN_ISA lowers the choice (for tests).
+STATESCAN_API const char* cpu_isa();
+
+// Threads that the CPU kernels use: by default the cores this process may run on, or STATESCAN_NUM_THREADS. Results never
+// depend on it.
+STATESCAN_API int num_threads();
+STATESCAN_API void set_num_threads(int count);
+
+// The CUDA side of the build. architectures: "sm_90a,..." or "" in a CPU-only build; unavailable_reason: "" when CUDA
+// tensors can be served now, else why not (no CUDA in the build, no driver, no device).
+STATESCAN_API const char* cuda_architectures();
+STATESCAN_API std::string cuda_unavailable_reason();
+STATESCAN_API int cuda_device_count();
+
+}  // namespace statescan

@@ -1,0 +1,62 @@
+// ssd_scan: the Mamba-2 scan (state space duality, Dao & Gu 2024, arXiv:2405.21060).
+//
+//   h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]        state h [headdim, dstate] of each head
+//   y[t] = C[t] . h[t] + D x[t],   then y *= silu(z)
+//
+// dt is the discretised step: dt_bias added, softplus if asked, then limited to [dt_min, dt_max].
+#pragma once
+
+#include <limits>
+
+#include <statescan/dispatch.h>
+#include <statescan/tensor.h>
+
+namespace statescan::ssd_scan {
+
+struct Inputs {
+  Tensor x;              // [b,l,h,p] float32, float16, bfloat16 (float64 on the CPU)
+  Tensor dt;             // [b,l,h]   any of these dtypes
+  Tensor A;              // [h]       float32
+  Tensor B;              // [b,l,g,n] dtype of x
+  Tensor C;              // [b,l,g,n] dtype of x
+  Tensor D;              // [h] or [h,p] float32, optional
+  Tensor z;              // [b,l,h,p] dtype of x, optional
+  Tensor dt_bias;        // [h]       float32, optional
+  Tensor initial_state;  // [b,h,p,n] float32 or narrower, optional; [s,h,p,n] with cu_seqlens
+  Tensor cu_seqlens;     // [s+1]     int32 or int64: sequence i is tokens [cu[i], cu[i+1]) of a batch of one; optional
+  bool dt_softplus = false;
+  double dt_min = -std::numeric_limits<double>::infinity();
+  double dt_max = std::numeric_limits<double>::infinity();
+  bool reverse = false;          // scan from the last token to the first
+  std::int64_t chunk_size = 0;   // 0: the library picks
+  bool batch_invariant = false;  // same bits for a row at any batch size and packing
+};
+
+struct Args : Inputs {
+  Tensor y;            // [b,l,h,p] dtype of x
+  Tensor final_state;  // [b,h,p,n] or [s,h,p,n] float32 or narrower, optional
+  Workspace workspace;
+};
+
+struct BackwardArgs : Inputs {
+  Tensor dy;            // [b,l,h,p] dtype of x
+  Tensor dfinal_state;  // as final_state, optional
+  Tensor dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state;  // shape of what each differentiates; any may be absent
+  Workspace workspace;
+};
+
+struct Dims {
+  std::int64_t batch, seqlen, nheads, headdim, ngroups, dstate;
+  std::int64_t num_sequences;  // s with cu_seqlens, else batch
+  bool D_per_channel;          // D is [h,p]
+};
+
+STATESCAN_API Dims validate(const Args& args);
+STATESCAN_API Plan plan(const Args& args, const Dims& dims);
+STATESCAN_API void run(const Args& args, Stream stream = nullptr);
+
+STATESCAN_API Dims validate(const BackwardArgs& args);
+STATESCAN_API Plan plan(const BackwardArgs& args, const Dims& dims);
+STATESCAN_API void run(const BackwardArgs& args, Stream stream = nullptr);
+
+}  // namespace statescan::ssd_scan
