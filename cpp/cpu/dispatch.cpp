@@ -77,7 +77,7 @@ const char* cpu_isa() {
 
 STATESCAN_CPU_OP(state_scan, Args)
 STATESCAN_CPU_OP(state_scan, BackwardArgs)
-STATESCAN_CPU_MISSING(ssd_scan, Args, "ssd_scan")
+STATESCAN_CPU_OP(ssd_scan, Args)
 STATESCAN_CPU_MISSING(selective_scan, Args, "selective_scan")
 STATESCAN_CPU_MISSING(causal_conv1d, Args, "causal_conv1d")
 STATESCAN_CPU_MISSING(gated_rms_norm, Args, "gated_rms_norm")
