@@ -1,0 +1,193 @@
+"""Random inputs of every op, and the ops as the shared tests see them."""
+
+from dataclasses import dataclass, field
+from typing import Callable
+
+import numpy as np
+import statescan
+from support import DTYPES, assert_accurate, dtype_name, exact
+
+import reference.causal_conv1d
+import reference.mamba2_scan
+import reference.selective_scan
+import reference.ssd_scan
+import reference.state_scan
+
+
+def normal(rng, dtype, *shape):
+    values = rng.standard_normal(shape)
+    if np.dtype(DTYPES[dtype]).kind == "c":
+        values = values + 1j * rng.standard_normal(shape)
+    return values.astype(DTYPES[dtype])
+
+
+def steps(rng, dtype, *shape):
+    """dt as the projection gives it, for a softplus of about 0.01 to 1."""
+    return (1.5 * rng.standard_normal(shape) - 2.5).astype(DTYPES[dtype])
+
+
+def rates(rng, dtype, *shape):
+    """A < 0, log-uniform in -16..-0.5."""
+    return -np.exp(rng.uniform(np.log(0.5), np.log(16), shape)).astype(DTYPES[dtype])
+
+
+def parameter_dtype(dtype):
+    return "float64" if dtype == "float64" else "float32"
+
+
+def without(inputs, omit):
+    return {name: value for name, value in inputs.items() if name not in omit}
+
+
+# Every size differs, so that a swapped axis shows. `omit` leaves optional tensors out; `sequences` is the number of states.
+def state_scan(rng, dtype="float32", batch=2, seqlen=11, nheads=3, headdim=5, dstate=7, sequences=None, state_dtype=None,
+               omit=()):
+    p = parameter_dtype(dtype)
+    return without(dict(
+        log_decay=-np.exp(rng.uniform(-6, 2, (batch, seqlen, nheads))).astype(DTYPES[p]),
+        update=normal(rng, dtype, batch, seqlen, nheads, headdim, dstate),
+        initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
+    ), omit)
+
+
+def ssd_scan(rng, dtype="float32", batch=2, seqlen=67, nheads=6, headdim=5, ngroups=3, dstate=7, sequences=None,
+             dt_dtype=None, state_dtype=None, omit=()):
+    p = parameter_dtype(dtype)
+    return without(dict(
+        x=normal(rng, dtype, batch, seqlen, nheads, headdim),
+        dt=steps(rng, dt_dtype or dtype, batch, seqlen, nheads),
+        A=rates(rng, p, nheads),
+        B=normal(rng, dtype, batch, seqlen, ngroups, dstate),
+        C=normal(rng, dtype, batch, seqlen, ngroups, dstate),
+        D=normal(rng, p, nheads),
+        z=normal(rng, dtype, batch, seqlen, nheads, headdim),
+        dt_bias=normal(rng, p, nheads),
+        initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
+    ), omit)
+
+
+def selective_scan(rng, dtype="float32", batch=2, seqlen=67, dim=12, ngroups=3, dstate=7, sequences=None, dt_dtype=None,
+                   state_dtype=None, complex_A=False, varying_B=True, varying_C=True, omit=()):
+    p = parameter_dtype(dtype)
+    a = ("complex128" if dtype == "float64" else "complex64") if complex_A else p
+    A = rates(rng, p, dim, dstate)
+    if complex_A:
+        A = (A + 1j * rng.uniform(-8, 8, A.shape)).astype(DTYPES[a])
+
+    def projection(varying):
+        return normal(rng, a if complex_A else dtype, batch, seqlen, ngroups, dstate) if varying else normal(rng, a, dim, dstate)
+
+    return without(dict(
+        x=normal(rng, dtype, batch, seqlen, dim),
+        dt=steps(rng, dt_dtype or dtype, batch, seqlen, dim),
+        A=A,
+        B=projection(varying_B),
+        C=projection(varying_C),
+        D=normal(rng, p, dim),
+        z=normal(rng, dtype, batch, seqlen, dim),
+        dt_bias=normal(rng, p, dim),
+        initial_state=normal(rng, a if complex_A else state_dtype or p, batch if sequences is None else sequences, dim, dstate),
+    ), omit)
+
+
+def causal_conv1d(rng, dtype="float32", batch=2, seqlen=67, dim=13, width=4, sequences=None, weight_dtype=None,
+                  state_dtype=None, omit=()):
+    w = weight_dtype or parameter_dtype(dtype)
+    return without(dict(
+        x=normal(rng, dtype, batch, seqlen, dim),
+        weight=normal(rng, w, dim, width),
+        bias=normal(rng, w, dim),
+        initial_state=normal(rng, state_dtype or dtype, batch if sequences is None else sequences, dim, width - 1),
+    ), omit)
+
+
+def mamba2_scan(rng, dtype="float32", batch=2, seqlen=67, nheads=6, headdim=10, ngroups=3, dstate=7, width=4,
+                sequences=None, weight_dtype=None, state_dtype=None, omit=()):
+    p = parameter_dtype(dtype)
+    w = weight_dtype or p
+    d_inner, states = nheads * headdim, batch if sequences is None else sequences
+    conv_dim = d_inner + 2 * ngroups * dstate
+    return without(dict(
+        zxbcdt=np.concatenate([normal(rng, dtype, batch, seqlen, d_inner + conv_dim), steps(rng, dtype, batch, seqlen, nheads)], 2),
+        conv_weight=normal(rng, w, conv_dim, width),
+        conv_bias=normal(rng, w, conv_dim),
+        dt_bias=normal(rng, p, nheads),
+        A=rates(rng, p, nheads),
+        D=normal(rng, p, nheads),
+        norm_weight=normal(rng, w, d_inner),
+        initial_conv_state=normal(rng, dtype, states, conv_dim, width - 1),
+        initial_state=normal(rng, state_dtype or p, states, nheads, headdim, dstate),
+    ), omit)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """An op that walks along the tokens of axis 1, from an initial state to a final state."""
+
+    name: str
+    inputs: Callable         # (rng, dtype, batch, seqlen, sequences, ..., omit) -> {name: array}
+    per_token: frozenset     # the inputs with tokens on axis 1
+    out: dict                # result -> its out= argument, in the order in which results come
+    carried: dict            # result -> the input that takes it up again
+    options: dict = field(default_factory=dict)      # of the base case
+    want_all: dict = field(default_factory=dict)     # asks for every result
+
+    def run(self, device, inputs, out=None, **options):
+        """Every result, by name. `out`: arrays to be filled, by the name of the result."""
+        given = {self.out[result]: device.put(array) for result, array in (out or {}).items()}
+        arguments = {name: device.put(value) for name, value in (inputs | options).items()}
+        results = device.call(getattr(statescan, self.name), **arguments, **given, **self.want_all)
+        results = dict(zip(self.out, results, strict=True))
+        for result in out or {}:
+            assert results[result] is given[self.out[result]], f"{result} is not the array given as {self.out[result]}"
+        return {result: device.get(array) for result, array in results.items()}
+
+    def expected(self, inputs, **options):
+        oracle = getattr(getattr(reference, self.name), self.name)
+        options.pop("chunk_size", None)
+        options.pop("batch_invariant", None)
+        return dict(zip(self.out, oracle(**{name: exact(value) for name, value in inputs.items()}, **options), strict=True))
+
+    def check(self, device, inputs, out=None, **options):
+        """Runs the op and holds every result against the oracle."""
+        got, expected = self.run(device, inputs, out, **options), self.expected(inputs, **options)
+        # Tensor cores round what they weigh and multiply to the input's type, also on the way to a float32 state.
+        coarser = dtype_name(inputs[self.main]) if device.name == "cuda" else None
+        for name in self.out:
+            assert_accurate(got[name], expected[name], name, coarser)
+        return got
+
+    @property
+    def main(self):
+        return {"state_scan": "update", "mamba2_scan": "zxbcdt"}.get(self.name, "x")
+
+    def has_tokens(self, name, value):
+        return name in self.per_token and value.ndim > 2  # a B or C of [d,n] is time-invariant
+
+    def has_rows(self, name, value):
+        return name in self.carried.values() or self.has_tokens(name, value)
+
+    def tokens(self, inputs, part):
+        """The inputs of some of the tokens: `part` is a slice of axis 1."""
+        return {name: value[:, part] if self.has_tokens(name, value) else value for name, value in inputs.items()}
+
+    def rows(self, inputs, part):
+        """The inputs of some of the batch rows."""
+        return {name: value[part] if self.has_rows(name, value) else value for name, value in inputs.items()}
+
+
+STATE_SCAN = Scan("state_scan", state_scan, frozenset({"log_decay", "update"}),
+                  {"states": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"})
+SSD_SCAN = Scan("ssd_scan", ssd_scan, frozenset({"x", "dt", "B", "C", "z"}),
+                {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
+                {"dt_softplus": True}, {"return_final_state": True})
+SELECTIVE_SCAN = Scan("selective_scan", selective_scan, frozenset({"x", "dt", "B", "C", "z"}),
+                      {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
+                      {"dt_softplus": True}, {"return_final_state": True})
+CAUSAL_CONV1D = Scan("causal_conv1d", causal_conv1d, frozenset({"x"}),
+                     {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
+                     {"activation": "silu"}, {"return_final_state": True})
+MAMBA2_SCAN = Scan("mamba2_scan", mamba2_scan, frozenset({"zxbcdt"}),
+                   {"y": "out", "final_conv_state": "final_conv_state_out", "final_state": "final_state_out"},
+                   {"final_conv_state": "initial_conv_state", "final_state": "initial_state"},
+                   {"ngroups": 3}, {"return_final_states": True})

@@ -1,0 +1,150 @@
+"""What the tests share: devices, memory layouts and the accuracy gates."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16", "complex64", "complex128")}
+DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+NARROW = ("float16", "bfloat16")
+EXACT = {"complex64": np.complex128, "complex128": np.complex128}
+
+
+def dtype_name(a):
+    return np.asarray(a).dtype.name
+
+
+# ---- devices -----------------------------------------------------------------------------------------------------------
+class Cpu:
+    """NumPy arrays as they are."""
+
+    name = "cpu"
+
+    def put(self, a):
+        return a
+
+    def get(self, a):
+        return a
+
+    def call(self, op, **arguments):
+        return op(**arguments)
+
+
+class Cuda:
+    """torch tensors on the current GPU, with the memory layout of the NumPy arrays that the tests write."""
+
+    name = "cuda"
+
+    def put(self, a):
+        import torch
+
+        if not isinstance(a, np.ndarray):
+            return a
+        if any(step < 0 for step in a.strides):
+            pytest.skip("torch has no negative strides")
+        whole = a
+        while isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        flat = np.ascontiguousarray(np.ravel(whole, order="K"))
+        stored = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if dtype_name(a) == "bfloat16" else torch.from_numpy(flat)
+        first = (a.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) // a.itemsize
+        return stored.cuda().as_strided(a.shape, [step // a.itemsize for step in a.strides], first)
+
+    def get(self, a):
+        import torch
+
+        if not isinstance(a, torch.Tensor):
+            return a
+        a = a.cpu()
+        return a.view(torch.int16).numpy().view(DTYPES["bfloat16"]) if a.dtype == torch.bfloat16 else a.numpy()
+
+    def call(self, op, **arguments):
+        try:
+            return op(**arguments)
+        except NotImplementedError as missing:
+            pytest.skip(str(missing))
+
+
+def has_cuda():
+    try:
+        import torch
+    except ImportError:
+        return False
+    import statescan
+
+    return torch.cuda.is_available() and "cuda" in statescan.info()["backends"]
+
+
+DEVICES = [Cpu()] + ([Cuda()] if has_cuda() else [])
+
+
+# ---- layouts -----------------------------------------------------------------------------------------------------------
+def poison(shape, dtype):
+    """Memory that nobody should read: NaN, or a far too large index."""
+    kind = np.dtype(dtype).kind
+    return np.full(shape, 2**30 if kind in "iu" else np.nan, dtype)
+
+
+def laid_out(a, layout):
+    """A copy of `a` in another memory layout; what lies between its elements is poison."""
+    if layout == "sliced":  # as a split of one wide projection
+        view = poison((*a.shape[:-1], a.shape[-1] * 2 + 3), a.dtype)[..., 3 : 3 + a.shape[-1]]
+    elif layout == "gapped":
+        view = poison([2 * size + 1 for size in a.shape], a.dtype)[tuple(slice(1, 2 * size + 1, 2) for size in a.shape)]
+    elif layout == "channels_first":
+        view = np.empty_like(np.swapaxes(a, 1, -1), order="C").swapaxes(1, -1) if a.ndim > 2 else np.empty_like(a)
+    elif layout == "transposed":
+        view = np.empty_like(a.T, order="C").T
+    elif layout == "flipped":
+        view = np.empty_like(a, order="C")[(slice(None, None, -1),) * a.ndim]
+    else:
+        raise ValueError(layout)
+    view[...] = a
+    return view
+
+
+LAYOUTS = ("sliced", "gapped", "channels_first", "transposed", "flipped")
+
+
+# ---- accuracy ----------------------------------------------------------------------------------------------------------
+def exact(value):
+    """The value of an array in float64 or complex128; anything else as it is."""
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "iu":
+        return value.astype(EXACT.get(dtype_name(value), np.float64))
+    return value
+
+
+def relative_error(got, expected):
+    """Root mean square of the error, in units of the root mean square of the exact result."""
+    got = exact(np.asarray(got))
+    scale = np.linalg.norm(expected.ravel())
+    error = np.linalg.norm((got - expected).ravel())
+    return error / scale if scale > 0 else error
+
+
+def gate(expected, dtype):
+    """The largest relative error that a result of this dtype may have."""
+    if dtype in ("float64", "complex128"):
+        return 1e-12
+    if dtype in ("float32", "complex64"):
+        return 1e-5
+    return max(1e-5, 1.5 * relative_error(expected.astype(DTYPES[dtype]), expected))
+
+
+def assert_accurate(got, expected, name, dtype=None):
+    """`got` against the exact result, by the gate of its own dtype, or of a coarser one."""
+    assert got.shape == expected.shape, f"{name} has shape {got.shape}; expected {expected.shape}"
+    assert np.all(np.isfinite(exact(got))), f"{name} is not finite"
+    limit = gate(expected, dtype_name(got))
+    if dtype is not None:
+        limit = max(limit, gate(expected, dtype))
+    error = relative_error(got, expected)
+    assert error <= limit, f"{name} ({dtype_name(got)}): relative error {error:.3g} above {limit:.3g}"
+
+
+def assert_same_bits(got, expected, name):
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    bits = f"u{got.itemsize if got.dtype.kind != 'c' else got.itemsize // 2}"
+    as_bits = lambda a: np.ascontiguousarray(a).view(bits)
+    differ = np.count_nonzero(as_bits(got) != as_bits(expected))
+    assert differ == 0, f"{name}: {differ} of {got.size} elements differ"
