@@ -1,0 +1,1 @@
+"""Benchmarks of every op, installed as statescan.bench."""

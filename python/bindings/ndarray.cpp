@@ -1,0 +1,298 @@
+#include "ndarray.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include <nanobind/stl/string.h>
+
+namespace statescan::python {
+
+namespace {
+
+// What is known of a Python type: asked once, then remembered with a reference held, so that a cached pointer never dangles.
+struct TypeTraits {
+  PyTypeObject* type;
+  const dlpack_abi::ExchangeApi* api;  // null: no exchange API
+  bool is_torch, is_numpy, is_jax;
+};
+
+std::string module_of(PyTypeObject* type) {
+  nb::object name = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__module__", nb::str(""));
+  const std::string full = nb::isinstance<nb::str>(name) ? nb::cast<std::string>(name) : "";
+  return full.substr(0, full.find('.'));
+}
+
+bool inherits_from(PyTypeObject* type, const char* module, const char* name) {
+  nb::object bases = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__mro__");
+  for (nb::handle base : bases) {
+    auto* candidate = reinterpret_cast<PyTypeObject*>(base.ptr());
+    if (module_of(candidate) == module && nb::cast<std::string>(nb::getattr(base, "__name__")) == name) return true;
+  }
+  return false;
+}
+
+const dlpack_abi::ExchangeApi* exchange_api(PyTypeObject* type) {
+  nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", nb::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* header = static_cast<dlpack_abi::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header && header->version.major > dlpack_abi::kMajorVersion) header = header->previous;
+  if (!header || header->version.major != dlpack_abi::kMajorVersion) return nullptr;
+  auto* api = reinterpret_cast<const dlpack_abi::ExchangeApi*>(header);
+  return api->descriptor_from_object ? api : nullptr;
+}
+
+TypeTraits traits_of(PyTypeObject* type) {
+  constexpr int kSlots = 16;
+  static TypeTraits known[kSlots];  // the GIL guards it
+  static int used = 0;
+  for (int i = 0; i < used; ++i)
+    if (known[i].type == type) return known[i];
+  const std::string module = module_of(type);
+  const TypeTraits found{type, exchange_api(type), inherits_from(type, "torch", "Tensor"),
+                         inherits_from(type, "numpy", "ndarray"), module == "jax" || module == "jaxlib"};
+  if (used < kSlots) {
+    Py_INCREF(reinterpret_cast<PyObject*>(type));
+    known[used++] = found;
+  }
+  return found;
+}
+
+// An attribute name as a Python string, made once.
+#define STATESCAN_INTERNED(text)                                          \
+  ([]() -> PyObject* {                                                    \
+    static PyObject* const name = PyUnicode_InternFromString(text);       \
+    return name;                                                          \
+  }())
+
+bool is_true(PyObject* object) {
+  const bool yes = object == Py_True;
+  Py_XDECREF(object);
+  if (!object) throw nb::python_error();
+  return yes;
+}
+
+// Helpers that are easier said in Python: statescan/_arrays.py.
+nb::handle arrays_module() {
+  static PyObject* const module = nb::module_::import_("statescan._arrays").release().ptr();
+  return module;
+}
+
+// Memory for the CPU kernels, kept from call to call by each thread; it only grows.
+void* thread_workspace(std::size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local std::size_t held = 0;
+  if (bytes > held) {
+    constexpr std::size_t kAlign = 256;
+    const std::size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
+    memory.reset();
+    held = 0;
+    memory.reset(std::aligned_alloc(kAlign, rounded));
+    if (!memory) throw std::bad_alloc();
+    held = rounded;
+  }
+  return memory.get();
+}
+
+dlpack_abi::DataType dlpack_dtype(DType dtype) {
+  const int code = is_complex(dtype)                                     ? dlpack::kComplex
+                   : dtype == DType::int32 || dtype == DType::int64      ? dlpack::kInt
+                   : dtype == DType::bfloat16                            ? dlpack::kBfloat
+                                                                         : dlpack::kFloat;
+  return {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
+}
+
+}  // namespace
+
+Call::Call(const char* op, const char* main_name, nb::handle main, nb::handle stream)
+    : op_(op), main_object_(main), stream_(stream) {
+  api_ = view(main_name, main, false, main_);
+}
+
+// Fills `tensor` and returns the exchange API of the array's type, or null.
+const dlpack_abi::ExchangeApi* Call::view(const char* name, nb::handle object, bool writable, Tensor& tensor) {
+  if (object.is_none()) return nullptr;
+  const TypeTraits traits = traits_of(reinterpret_cast<PyTypeObject*>(object.type().ptr()));
+  if (traits.is_torch) {
+    if (is_true(PyObject_GetAttr(object.ptr(), STATESCAN_INTERNED("requires_grad"))) &&
+        is_true(arrays_module().attr("torch_grad_enabled")().release().ptr()))
+      fail<TypeError>(op_, ": ", name, " requires grad, and this function would drop its gradient; pass ", name,
+                      ".detach(), or call it under torch.no_grad()");
+    if (is_true(PyObject_CallMethodObjArgs(object.ptr(), STATESCAN_INTERNED("is_neg"), nullptr)) ||
+        is_true(PyObject_CallMethodObjArgs(object.ptr(), STATESCAN_INTERNED("is_conj"), nullptr)))
+      fail<TypeError>(op_, ": ", name, " is a lazy negative or conjugate view, whose memory holds other values; pass ", name,
+                      ".resolve_neg() or .resolve_conj()");
+  }
+  if (writable && traits.is_jax)
+    fail<TypeError>(op_, ": ", name, " is a JAX array, which is immutable and cannot be written; use statescan.jax");
+  if (!traits.api) {
+    import(name, object, writable, tensor);
+    return nullptr;
+  }
+  dlpack_abi::TensorDescriptor descriptor;
+  if (traits.api->descriptor_from_object(object.ptr(), &descriptor)) {
+    nb::python_error cause;
+    fail<TypeError>(op_, ": ", name, ": ", cause.what());
+  }
+  tensor = tensor_from(name, descriptor);
+  return traits.api;
+}
+
+// The way without an exchange API: the buffer protocol or __dlpack__, through nanobind.
+void Call::import(const char* name, nb::handle object, bool writable, Tensor& tensor) {
+  const TypeTraits traits = traits_of(reinterpret_cast<PyTypeObject*>(object.type().ptr()));
+  nb::object source = nb::borrow(object);
+  bool is_bfloat16 = false;
+  if (traits.is_numpy) {
+    nb::object dtype = nb::getattr(object, "dtype");
+    if (nb::cast<std::string>(nb::getattr(dtype, "name")) == "bfloat16") {  // ml_dtypes': neither buffer nor DLPack knows it
+      is_bfloat16 = true;
+      source = nb::getattr(object, "view")("uint16");
+    }
+    if (writable && !nb::cast<bool>(nb::getattr(nb::getattr(object, "flags"), "writeable")))
+      fail<ValueError>(op_, ": ", name, " is written, but the array is read-only");
+  } else if (nb::hasattr(object, "__dlpack_device__")) {
+    nb::tuple device = nb::cast<nb::tuple>(nb::getattr(object, "__dlpack_device__")());
+    // On a GPU -1 asks for no synchronisation: order comes from the stream of the call, and graph capture goes on.
+    if (nb::cast<int>(device[0]) != dlpack::kCPU) source = nb::getattr(object, "__dlpack__")(nb::arg("stream") = -1);
+  }
+  if (import_count_ == kMaxImports) fail<ValueError>(op_, ": more than ", kMaxImports, " arrays");
+  nb::ndarray<nb::ro>& array = imports_[import_count_++];
+  bool taken = nb::try_cast(source, array, false);
+  if (taken && writable && !traits.is_numpy) {  // NumPy's flag is read above; others refuse to be imported as writable
+    nb::ndarray<> as_writable;
+    taken = nb::try_cast(source, as_writable, false);
+  }
+  if (!taken)
+    fail<TypeError>(op_, ": ", name, " is ", nb::type_name(object.type()).c_str(), "; expected ",
+                    writable ? "a writable array" : "an array", " (NumPy, torch, or anything with __dlpack__)");
+  const auto dtype = array.dtype();
+  const dlpack_abi::TensorDescriptor descriptor{
+      const_cast<void*>(array.data()),
+      {array.device_type(), array.device_id()},
+      static_cast<std::int32_t>(array.ndim()),
+      is_bfloat16 ? dlpack_dtype(DType::bfloat16) : dlpack_abi::DataType{dtype.code, dtype.bits, dtype.lanes},
+      const_cast<std::int64_t*>(array.shape_ptr()),
+      const_cast<std::int64_t*>(array.stride_ptr()),
+      0};
+  tensor = tensor_from(name, descriptor);
+}
+
+// from_dlpack, its complaints preceded by the names of the op and the argument.
+Tensor Call::tensor_from(const char* name, const dlpack_abi::TensorDescriptor& descriptor) const {
+  try {
+    return from_dlpack(descriptor);
+  } catch (const TypeError& error) {
+    fail<TypeError>(op_, ": ", name, ": ", error.what());
+  } catch (const ValueError& error) {
+    fail<ValueError>(op_, ": ", name, ": ", error.what());
+  }
+}
+
+Tensor Call::in(const char* name, nb::handle object) {
+  if (object.is(main_object_)) return main_;
+  Tensor tensor;
+  view(name, object, false, tensor);
+  return tensor;
+}
+
+Tensor Call::in_out(const char* name, nb::handle object) {
+  Tensor tensor;
+  view(name, object, true, tensor);
+  return tensor;
+}
+
+Tensor Call::allocate(const std::int64_t* shape, int ndim, DType dtype, nb::object& array) {
+  Tensor tensor;
+  if (api_) {
+    std::int64_t sizes[kMaxDims];
+    std::copy(shape, shape + ndim, sizes);
+    dlpack_abi::TensorDescriptor prototype{};
+    prototype.device = {main_.device.type == DeviceType::cpu ? dlpack::kCPU : dlpack::kCUDA, main_.device.index};
+    prototype.ndim = ndim;
+    prototype.dtype = dlpack_dtype(dtype);
+    prototype.shape = sizes;
+    std::string error;
+    dlpack_abi::ManagedTensor* made = nullptr;
+    if (api_->allocate(&prototype, &made, &error,
+                       [](void* text, const char*, const char* message) { *static_cast<std::string*>(text) = message; }))
+      throw std::runtime_error(std::string(op_) + ": allocating an output failed: " + error);
+    tensor = from_dlpack(made->tensor);
+    void* object = nullptr;
+    if (api_->object_from_managed(made, &object)) throw nb::python_error();
+    array = nb::steal(static_cast<PyObject*>(object));
+    return tensor;
+  }
+  nb::list sizes;
+  for (int i = 0; i < ndim; ++i) sizes.append(shape[i]);
+  array = arrays_module().attr("empty")(main_object_, nb::tuple(sizes), name_of(dtype), main_.device.type == DeviceType::cuda);
+  view("output", array, true, tensor);
+  return tensor;
+}
+
+Tensor Call::output(const char* name, nb::handle object, const std::int64_t* shape, int ndim, DType dtype) {
+  const int index = result_count_++;
+  if (object.is_none()) {
+    to_finish_[index] = !api_;
+    return allocate(shape, ndim, dtype, results_[index]);
+  }
+  results_[index] = nb::borrow(object);
+  return in_out(name, object);
+}
+
+Tensor Call::out(const char* name, nb::handle object, std::initializer_list<std::int64_t> shape, DType dtype) {
+  return output(name, object, shape.begin(), static_cast<int>(shape.size()), dtype);
+}
+
+Tensor Call::out_like(const char* name, nb::handle object, const Tensor& like, DType dtype) {
+  return output(name, object, like.shape, like.ndim, dtype);
+}
+
+void Call::lend_workspace(std::size_t bytes, Workspace& workspace) {
+  if (bytes == 0) return;
+  if (main_.device.type == DeviceType::cpu) {
+    workspace = {thread_workspace(bytes), bytes};
+    return;
+  }
+  const std::int64_t words = static_cast<std::int64_t>((bytes + 7) / 8);
+  workspace = {allocate(&words, 1, DType::int64, workspace_).data, bytes};
+}
+
+Stream Call::find_stream() const {
+  if (main_.device.type == DeviceType::cpu) return nullptr;
+  if (!stream_.is_none()) {
+    nb::object handle = arrays_module().attr("stream_handle")(stream_);
+    return reinterpret_cast<Stream>(nb::cast<std::uintptr_t>(handle));
+  }
+  if (api_) {
+    void* current = nullptr;
+    if (api_->current_stream(dlpack::kCUDA, main_.device.index, &current)) throw nb::python_error();
+    return current;
+  }
+  nb::object handle = arrays_module().attr("current_stream")(main_object_);
+  return reinterpret_cast<Stream>(nb::cast<std::uintptr_t>(handle));
+}
+
+nb::object Call::results() {
+  for (int i = 0; i < result_count_; ++i)
+    if (to_finish_[i]) results_[i] = arrays_module().attr("finish")(main_object_, results_[i]);
+  if (result_count_ == 0) return nb::none();
+  if (result_count_ == 1) return results_[0];
+  nb::object tuple = nb::steal(PyTuple_New(result_count_));
+  for (int i = 0; i < result_count_; ++i) PyTuple_SetItem(tuple.ptr(), i, results_[i].inc_ref().ptr());
+  return tuple;
+}
+
+void read_limit(const char* op, nb::handle dt_limit, double& dt_min, double& dt_max) {
+  if (dt_limit.is_none()) return;
+  if (!PySequence_Check(dt_limit.ptr()) || nb::len(dt_limit) != 2)
+    fail<ValueError>(op, ": dt_limit must be a pair (low, high) or None");
+  dt_min = nb::cast<double>(dt_limit[0]);
+  dt_max = nb::cast<double>(dt_limit[1]);
+}
+
+}  // namespace statescan::python

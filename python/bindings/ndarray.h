@@ -1,0 +1,101 @@
+// Arrays of any framework as Tensors, and the life of one call: inputs viewed, outputs allocated in the framework of the
+// inputs, the stream found, the workspace lent, the GIL released while the op runs.
+#pragma once
+
+#include <initializer_list>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <statescan/dispatch.h>
+#include <statescan/tensor.h>
+
+#include "dlpack_abi.h"
+
+namespace nb = nanobind;
+
+namespace statescan::python {
+
+// The op's own run() by argument-dependent lookup, which Call's member of that name would hide.
+template <class Args>
+void run_op(const Args& args, Stream stream) {
+  run(args, stream);
+}
+
+// One call of an op. The main array decides the framework of the outputs, the device and the stream. Arguments are handles
+// borrowed from the caller, who keeps them alive; whatever a conversion makes is owned here until the call ends.
+class __attribute__((visibility("hidden"))) Call {
+ public:
+  Call(const char* op, const char* main_name, nb::handle main, nb::handle stream);
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  const Tensor& main() const { return main_; }
+
+  // An input; None gives an absent Tensor.
+  Tensor in(const char* name, nb::handle object);
+  // A tensor that is updated in place (the state of a cache) or was given to be written.
+  Tensor in_out(const char* name, nb::handle object);
+  // An output: the caller's array, or a new one of the main array's framework when `object` is None. It becomes the next
+  // result().
+  Tensor out(const char* name, nb::handle object, std::initializer_list<std::int64_t> shape, DType dtype);
+  // The same, with the shape of another tensor.
+  Tensor out_like(const char* name, nb::handle object, const Tensor& like, DType dtype);
+
+  // A new output of the shape and dtype of what it differentiates; the next result() is None when that was not given.
+  Tensor gradient(const char* name, const Tensor& of) {
+    if (of) return out_like(name, nb::none(), of, of.dtype);
+    results_[result_count_++] = nb::none();
+    return {};
+  }
+
+  // Runs the op and returns its outputs: none as None, one alone, several as a tuple.
+  template <class Args, class Dims>
+  nb::object run(Args& args, const Dims& dims) {
+    lend_workspace(plan(args, dims).workspace_bytes, args.workspace);
+    const Stream stream = find_stream();
+    {
+      nb::gil_scoped_release unlocked;
+      run_op(args, stream);
+    }
+    return results();
+  }
+
+  // What statescan.plan() shows of the call.
+  template <class Args, class Dims>
+  static nb::object describe(const Args& args, const Dims& dims) {
+    const Plan chosen = plan(args, dims);
+    return nb::make_tuple(chosen.backend, chosen.kernel, chosen.workspace_bytes);
+  }
+
+ private:
+  const char* op_;
+  nb::handle main_object_;
+  nb::handle stream_;
+  const dlpack_abi::ExchangeApi* api_ = nullptr;  // of the main array's type, or null
+  Tensor main_;
+  static constexpr int kMaxImports = 24, kMaxResults = 10;
+  nb::ndarray<nb::ro> imports_[kMaxImports];  // what the way without an exchange API made, held until the call ends
+  int import_count_ = 0;
+  nb::object workspace_;
+  nb::object results_[kMaxResults];
+  bool to_finish_[kMaxResults] = {};  // made as a NumPy array, to be handed back in the main array's own type
+  int result_count_ = 0;
+
+  const dlpack_abi::ExchangeApi* view(const char* name, nb::handle object, bool writable, Tensor& tensor);
+  void import(const char* name, nb::handle object, bool writable, Tensor& tensor);
+  Tensor tensor_from(const char* name, const dlpack_abi::TensorDescriptor& descriptor) const;
+  Tensor allocate(const std::int64_t* shape, int ndim, DType dtype, nb::object& array);
+  Tensor output(const char* name, nb::handle object, const std::int64_t* shape, int ndim, DType dtype);
+  void lend_workspace(std::size_t bytes, Workspace& workspace);
+  Stream find_stream() const;
+  nb::object results();
+};
+
+// The dtype of states that go with the main tensor: float32, or what float64 arithmetic needs.
+inline DType parameter_dtype(const Tensor& main) { return main.dtype == DType::float64 ? DType::float64 : DType::float32; }
+
+// dt_limit=(low, high) into dt_min and dt_max; None leaves them.
+void read_limit(const char* op, nb::handle dt_limit, double& dt_min, double& dt_max);
+
+}  // namespace statescan::python

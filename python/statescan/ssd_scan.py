@@ -1,0 +1,116 @@
+"""ssd_scan: the Mamba-2 scan (state space duality)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _C
+from ._options import batch_invariant as _batch_invariant
+
+
+def ssd_scan(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    *,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] | None = None,
+    initial_state: Any = None,
+    return_final_state: bool = False,
+    cu_seqlens: Any = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    batch_invariant: bool | None = None,
+    out: Any = None,
+    final_state_out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Mamba-2 scan: ``h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]``, ``y[t] = C[t]·h[t] + D x[t]``, then the gate.
+
+    Args:
+        x: [batch, seqlen, nheads, headdim] float32, float16 or bfloat16 (float64 on the CPU).
+        dt: [batch, seqlen, nheads] any of these dtypes, the step of each head.
+        A: [nheads] float32, negative for a decaying state.
+        B, C: [batch, seqlen, ngroups, dstate] dtype of x; ngroups divides nheads, a group serves consecutive heads.
+        D: [nheads] or [nheads, headdim] float32, the skip connection.
+        z: as x, the gate: y is multiplied by ``silu(z)``.
+        dt_bias: [nheads] float32, added to dt first.
+        dt_softplus: take softplus of dt + dt_bias, exact for very negative values.
+        dt_limit: (low, high) that dt is limited to after bias and softplus; None for no limit.
+        initial_state: [batch, nheads, headdim, dstate] float32 or narrower, the state before the first token; zero when None. With
+            cu_seqlens its first axis counts sequences.
+        return_final_state: also return the state after the last token.
+        cu_seqlens: [num_sequences + 1] int32 or int64: sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1] of a batch of
+            one, scanned from its own initial state. An empty sequence returns its initial state; rows past the last entry
+            are zero.
+        reverse: scan from the last token to the first, without a copy.
+        chunk_size: tokens that are worked on at a time; None lets the library pick. The result does not depend on it.
+        batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
+        out, final_state_out: arrays to write the results to; final_state_out may have a narrower dtype.
+        stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
+
+    Returns:
+        y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state).
+
+    Raises:
+        ValueError: a shape, stride, size, index or device does not fit; the message names the argument.
+        TypeError: a dtype is not supported.
+        NotImplementedError: no kernel of this build serves the call.
+
+    Strides are honoured: transposed views and slices cost no copy. float32 inputs keep float32 accuracy.
+
+    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), equation 16 and section 6.
+    """
+    return _C.ssd_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
+        chunk_size or 0, _batch_invariant(batch_invariant), out, final_state_out, stream,
+    )  # fmt: skip
+
+
+def ssd_scan_backward(
+    x: Any,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    dy: Any,
+    *,
+    D: Any = None,
+    z: Any = None,
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] | None = None,
+    initial_state: Any = None,
+    cu_seqlens: Any = None,
+    reverse: bool = False,
+    chunk_size: int | None = None,
+    batch_invariant: bool | None = None,
+    dfinal_state: Any = None,
+    stream: Any = None,
+) -> tuple[Any, ...]:
+    """Gradients of :func:`ssd_scan`, given dy (shaped as y) and, if the final state was used, dfinal_state.
+
+    Args:
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, cu_seqlens, reverse, chunk_size,
+        batch_invariant, stream: as in the forward.
+        dy: gradient of y, shaped and typed as x.
+        dfinal_state: gradient of final_state, or None for zero.
+
+    Returns:
+        (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state), each shaped and typed as what it differentiates, None for
+        what was not given. The gradient of dt goes through bias, softplus and limit.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`ssd_scan`.
+
+    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), equation 16 and section 6.
+    """
+    return _C.ssd_scan_backward(
+        x, dt, A, B, C, dy, D, z, dt_bias, dt_softplus, dt_limit, initial_state, cu_seqlens, reverse,
+        chunk_size or 0, _batch_invariant(batch_invariant), dfinal_state, stream,
+    )  # fmt: skip
