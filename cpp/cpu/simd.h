@@ -246,72 +246,121 @@ STATESCAN_INLINE void store_element(void* p, DType dtype, std::int64_t index, T 
   }
 }
 
+// How a dtype lies in memory.
+template <DType kDType>
+struct MemoryOf {
+  using Type = std::uint16_t;  // the 16-bit floats
+};
+template <>
+struct MemoryOf<DType::float32> {
+  using Type = float;
+};
+template <>
+struct MemoryOf<DType::float64> {
+  using Type = double;
+};
+template <DType kDType>
+using Memory = typename MemoryOf<kDType>::Type;
+
+template <class T>
+inline constexpr DType kDTypeOf = sizeof(T) == 4 ? DType::float32 : DType::float64;
+
+// One vector of consecutive elements of a known dtype, as T and back: T's own dtype, or a 16-bit float with T = float.
+template <class T, DType kDType>
+STATESCAN_INLINE Vec<T> load_as(const Memory<kDType>* p) {
+  if constexpr (kDType == kDTypeOf<T>) {
+    return load<T>(p);
+  } else {
+    static_assert(sizeof(T) == 4 && (kDType == DType::bfloat16 || kDType == DType::float16));
+    using U = VecTypes<float>::U;
+#if defined(__AVX512F__)
+    if constexpr (kDType == DType::float16)
+      return bits_as<Vec<T>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    if constexpr (kDType == DType::float16)
+      return bits_as<Vec<T>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+    VecTypes<float>::Half h;
+    std::memcpy(&h, p, sizeof h);
+    const U u = __builtin_convertvector(h, U);
+    if constexpr (kDType == DType::bfloat16) return bits_as<Vec<T>>(u << 16);
+    const U sign = (u & 0x8000u) << 16, magnitude = u & 0x7fffu;
+    const Vec<T> scaled = bits_as<Vec<T>>(magnitude << 13) * 5.192296858534828e33f;
+    const U finite = bits_as<U>(scaled), special = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    return bits_as<Vec<T>>(sign | (magnitude >= 0x7c00u ? special : finite));
+  }
+}
+
+template <class T, DType kDType>
+STATESCAN_INLINE void store_as(Memory<kDType>* p, Vec<T> v) {
+  if constexpr (kDType == kDTypeOf<T>) {
+    store<T>(p, v);
+  } else if constexpr (kDType == DType::bfloat16) {
+    using Half = VecTypes<float>::Half;
+    using U = VecTypes<float>::U;
+    const U u = bits_as<U>(v);
+    const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+    const Half h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Half);
+    std::memcpy(p, &h, sizeof h);
+  } else {
+    static_assert(sizeof(T) == 4 && kDType == DType::float16);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    alignas(kVectorBytes) float lanes[kLanes<T>];
+    store<T>(lanes, v);
+    for (int i = 0; i < kLanes<T>; ++i) p[i] = float_to_half(lanes[i]);
+#endif
+  }
+}
+
+// The whole vectors of a contiguous run; both return how many elements they moved.
+template <class T, DType kDType>
+STATESCAN_INLINE std::int64_t load_vectors(T* to, const void* from, std::int64_t first, std::int64_t count) {
+  const auto* p = static_cast<const Memory<kDType>*>(from) + first;
+  std::int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store<T>(to + i, load_as<T, kDType>(p + i));
+  return i;
+}
+
+template <class T, DType kDType>
+STATESCAN_INLINE std::int64_t store_vectors(void* to, std::int64_t first, std::int64_t count, const T* from) {
+  auto* p = static_cast<Memory<kDType>*>(to) + first;
+  std::int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store_as<T, kDType>(p + i, load<T>(from + i));
+  return i;
+}
+
 // A run of elements, one stride apart, converted to T and back. `p` is the tensor's data, `first` the index of the run's first
 // element. These are where a kernel meets dtypes and strides: beyond them it sees contiguous T alone.
 template <class T>
 inline void load_row(T* to, const void* p, DType dtype, std::int64_t first, std::int64_t stride, std::int64_t count) {
-  if (stride == 1 && dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+  if (stride == 1 && dtype == kDTypeOf<T>) {
     std::memcpy(to, static_cast<const T*>(p) + first, count * sizeof(T));
     return;
   }
   std::int64_t i = 0;
   if constexpr (sizeof(T) == 4) {
-    if (stride == 1 && (dtype == DType::bfloat16 || dtype == DType::float16)) {
-      const auto* from = static_cast<const std::uint16_t*>(p) + first;
-      using Half = VecTypes<float>::Half;
-      using U = VecTypes<float>::U;
-      for (; i + kLanes<T> <= count; i += kLanes<T>) {
-        Half h;
-        std::memcpy(&h, from + i, sizeof h);
-        const U u = __builtin_convertvector(h, U);
-        if (dtype == DType::bfloat16) {
-          store<T>(to + i, bits_as<Vec<T>>(u << 16));
-        } else {
-          const U sign = (u & 0x8000u) << 16, magnitude = u & 0x7fffu;
-          const Vec<T> scaled = bits_as<Vec<T>>(magnitude << 13) * 5.192296858534828e33f;
-          const U finite = bits_as<U>(scaled), special = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
-          store<T>(to + i, bits_as<Vec<T>>(sign | (magnitude >= 0x7c00u ? special : finite)));
-        }
-      }
-    }
+    if (stride == 1 && dtype == DType::bfloat16) i = load_vectors<T, DType::bfloat16>(to, p, first, count);
+    if (stride == 1 && dtype == DType::float16) i = load_vectors<T, DType::float16>(to, p, first, count);
   }
   for (; i < count; ++i) to[i] = load_element<T>(p, dtype, first + i * stride);
 }
 
 template <class T>
 inline void store_row(void* p, DType dtype, std::int64_t first, std::int64_t stride, std::int64_t count, const T* from) {
-  if (stride == 1 && dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64)) {
+  if (stride == 1 && dtype == kDTypeOf<T>) {
     std::memcpy(static_cast<T*>(p) + first, from, count * sizeof(T));
     return;
   }
   std::int64_t i = 0;
   if constexpr (sizeof(T) == 4) {
-    if (stride == 1 && dtype == DType::bfloat16) {
-      auto* to = static_cast<std::uint16_t*>(p) + first;
-      using Half = VecTypes<float>::Half;
-      using U = VecTypes<float>::U;
-      for (; i + kLanes<T> <= count; i += kLanes<T>) {
-        const U u = bits_as<U>(load<T>(from + i));
-        const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-        const Half h = __builtin_convertvector((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, Half);
-        std::memcpy(to + i, &h, sizeof h);
-      }
-    }
-#if defined(__AVX512F__)
-    if (stride == 1 && dtype == DType::float16) {
-      auto* to = static_cast<std::uint16_t*>(p) + first;
-      for (; i + kLanes<T> <= count; i += kLanes<T>)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                            _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-#elif defined(__F16C__)
-    if (stride == 1 && dtype == DType::float16) {
-      auto* to = static_cast<std::uint16_t*>(p) + first;
-      for (; i + kLanes<T> <= count; i += kLanes<T>)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-#endif
+    if (stride == 1 && dtype == DType::bfloat16) i = store_vectors<T, DType::bfloat16>(p, first, count, from);
+    if (stride == 1 && dtype == DType::float16) i = store_vectors<T, DType::float16>(p, first, count, from);
   }
   for (; i < count; ++i) store_element<T>(p, dtype, first + i * stride, from[i]);
 }
