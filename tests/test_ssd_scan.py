@@ -1,0 +1,225 @@
+import cases
+import numpy as np
+import pytest
+import statescan
+from scan_contract import ScanContract, cumulative
+from support import NARROW, Cpu, assert_accurate, assert_same_bits, laid_out, poison
+
+OP = cases.SSD_SCAN
+
+
+class TestSsdScan(ScanContract):
+    op = OP
+    optional = ("D", "z", "dt_bias", "initial_state")
+
+
+@pytest.mark.parametrize("row", (
+    dict(nheads=1, ngroups=1), dict(nheads=3, ngroups=1), dict(nheads=3, ngroups=3), dict(nheads=8, ngroups=2),
+    dict(nheads=12, ngroups=4, headdim=3), dict(headdim=1), dict(headdim=32), dict(headdim=40), dict(headdim=64),
+    dict(headdim=80), dict(headdim=96), dict(headdim=128, nheads=2, ngroups=1), dict(dstate=1), dict(dstate=8), dict(dstate=12),
+    dict(dstate=16), dict(dstate=64), dict(dstate=96), dict(dstate=128), dict(dstate=256), dict(dstate=512, headdim=3),
+    dict(headdim=64, dstate=128, seqlen=263, nheads=4, ngroups=2), dict(headdim=17, dstate=33, seqlen=101),
+    dict(nheads=0, ngroups=0), dict(headdim=0), dict(dstate=0), dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
+), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_sizes(device, rng, row, dtype):
+    OP.check(device, cases.ssd_scan(rng, dtype, **row), dt_softplus=True)
+
+
+@pytest.mark.parametrize("dt_dtype", ("float32", *NARROW))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_dtypes_of_dt(device, rng, dtype, dt_dtype):
+    OP.check(device, cases.ssd_scan(rng, dtype, dt_dtype=dt_dtype), dt_softplus=True)
+
+
+@pytest.mark.parametrize("state_dtype", ("float32", *NARROW))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_dtypes_of_states(device, rng, dtype, state_dtype):
+    inputs = cases.ssd_scan(rng, dtype, state_dtype=state_dtype)
+    final_state = poison(inputs["initial_state"].shape, inputs["initial_state"].dtype)
+    OP.check(device, inputs, {"final_state": final_state}, dt_softplus=True)
+
+
+def unflatten(view, shape):
+    """The last axis of a view split into the last axes of `shape`, without a copy."""
+    *outer, step = view.strides
+    inner = (step,) if len(shape) == 3 else (shape[3] * step, step)
+    return np.lib.stride_tricks.as_strided(view, shape, (*outer, *inner))
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_slices_of_one_projection(device, rng, dtype):
+    """x, z, B, C and dt as strided slices of one wide in_proj output, as models pass them."""
+    inputs = cases.ssd_scan(rng, dtype)
+    names = ("z", "x", "B", "C", "dt")
+    flat = {name: inputs[name].reshape(2, 67, -1) for name in names}
+    projection = np.concatenate(list(flat.values()), axis=2)
+    first, views = 0, {}
+    for name in names:
+        width = flat[name].shape[2]
+        views[name] = unflatten(projection[:, :, first : first + width], inputs[name].shape)
+        first += width
+    got = OP.check(device, {**inputs, **views}, dt_softplus=True)
+    plain = OP.run(device, inputs, dt_softplus=True)
+    for name in got:
+        assert_same_bits(got[name], plain[name], name)
+
+
+@pytest.mark.parametrize("options", (
+    dict(), dict(dt_softplus=True), dict(dt_limit=(0.0, 0.1)), dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+    dict(dt_softplus=True, dt_limit=(0.0, float("inf"))), dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_steps(device, rng, options, dtype):
+    inputs = cases.ssd_scan(rng, dtype)
+    if "dt_softplus" not in options:
+        inputs["dt"], inputs["dt_bias"] = np.abs(inputs["dt"]) / 8, np.abs(inputs["dt_bias"]) / 8
+    OP.check(device, inputs, **options)
+
+
+def test_D_of_every_shape(device, rng):
+    for D in (rng.standard_normal(6), rng.standard_normal((6, 5))):
+        inputs = {**cases.ssd_scan(rng), "D": D.astype(np.float32)}
+        OP.check(device, inputs, dt_softplus=True)
+        OP.check(device, {**inputs, "D": laid_out(inputs["D"], "gapped")}, dt_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("chunk_size", (1, 2, 16, 40, 50, 64, 96, 128, 200, 256, 300, 1024))
+def test_result_does_not_depend_on_chunk_size(device, rng, chunk_size, dtype):
+    inputs = cases.ssd_scan(rng, dtype, seqlen=200)
+    OP.check(device, inputs, dt_softplus=True, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", (40, 64, 96))
+@pytest.mark.parametrize("around", (-1, 0, 1))
+def test_lengths_around_chunks(device, rng, chunk_size, around):
+    for chunks in (1, 2, 3):
+        OP.check(device, cases.ssd_scan(rng, seqlen=chunks * chunk_size + around), dt_softplus=True, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("lengths,chunk_size", (([500, 700, 900], 128), ([256, 300, 400], 128), ([130, 200, 300], 64)))
+def test_packed_starts_off_the_chunks(device, rng, lengths, chunk_size):
+    """known_bugs 17."""
+    inputs = cases.ssd_scan(rng, batch=1, seqlen=sum(lengths), sequences=3, nheads=2, ngroups=1)
+    OP.check(device, inputs, cu_seqlens=cumulative(lengths), chunk_size=chunk_size, dt_softplus=True)
+
+
+@pytest.mark.parametrize("k", (1, 63, 64, 65, 100, 127, 128, 129, 199))
+def test_split_around_chunks(device, rng, k):
+    inputs = cases.ssd_scan(rng, seqlen=200, batch=1)
+    whole = OP.expected(inputs, dt_softplus=True)
+    head = OP.run(device, OP.tokens(inputs, slice(0, k)), dt_softplus=True)
+    tail = OP.run(device, {**OP.tokens(inputs, slice(k, None)), "initial_state": head["final_state"]}, dt_softplus=True)
+    assert_accurate(np.concatenate([head["y"], tail["y"]], axis=1), whole["y"], "y")
+    assert_accurate(tail["final_state"], whole["final_state"], "final_state")
+
+
+def test_final_state_only_when_asked_for(device, rng):
+    inputs = {name: device.put(value) for name, value in cases.ssd_scan(rng).items()}
+    y = device.call(statescan.ssd_scan, **inputs)
+    both = device.call(statescan.ssd_scan, **inputs, return_final_state=True)
+    assert not isinstance(y, tuple) and isinstance(both, tuple) and len(both) == 2
+    assert_same_bits(device.get(y), device.get(both[0]), "y")
+    given = device.put(poison((2, 6, 5, 7), np.float32))
+    y, final_state = device.call(statescan.ssd_scan, **inputs, final_state_out=given)
+    assert final_state is given
+    assert_same_bits(device.get(final_state), device.get(both[1]), "final_state")
+
+
+# ---- numerics ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dt", (0.0, 1e-8, 1e-4, 1.0, 19.9, 20.1, 50.0, 1e4))
+def test_extreme_steps(device, rng, dt, dtype):
+    inputs = cases.ssd_scan(rng, dtype, dt_dtype="float32", seqlen=130)
+    inputs["dt"] = (dt * rng.uniform(0.9, 1.1, inputs["dt"].shape)).astype(np.float32)
+    inputs["dt_bias"][:] = 0
+    OP.check(device, inputs)
+    OP.check(device, inputs, dt_softplus=True)
+
+
+def test_steps_of_every_size_in_one_sequence(device, rng):
+    """Steps from 1e-8 to 1e4: a small decay beside a huge one must not drown in a prefix sum."""
+    inputs = cases.ssd_scan(rng, seqlen=130, omit=("dt_bias",))
+    inputs["dt"] = np.exp(rng.uniform(np.log(1e-8), np.log(1e4), inputs["dt"].shape)).astype(np.float32)
+    OP.check(device, inputs)
+
+
+@pytest.mark.parametrize("v", (-80.0, -40.0, -20.0, -17.0, -16.0, -10.0))
+def test_softplus_of_very_negative_steps(device, rng, v):
+    """softplus(v) is exp(v) there, never 0 too early; without D or a state nothing else is in y."""
+    inputs = cases.ssd_scan(rng, omit=("D", "dt_bias", "initial_state"))
+    inputs["dt"] = (v * rng.uniform(0.99, 1.01, inputs["dt"].shape)).astype(np.float32)
+    got = OP.check(device, inputs, dt_softplus=True)
+    assert np.any(got["y"])
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("A", (-1e-6, -1.0, -1e2, -1e3, -1e5))
+def test_large_rates(device, rng, A, dtype):
+    """known_bugs 27 and 28: no Inf or NaN, and no digits lost in the prefix sums."""
+    inputs = cases.ssd_scan(rng, dtype, seqlen=257)
+    inputs["A"] = (A * rng.uniform(0.5, 1, 6)).astype(np.float32)
+    OP.check(device, inputs, dt_softplus=True)
+
+
+def test_large_rates_with_small_steps_between(device, rng):
+    """Prefix sums reach 1e9 while single decays matter: their difference must keep its digits."""
+    inputs = cases.ssd_scan(rng, seqlen=200, omit=("dt_bias",))
+    inputs["A"][:] = -1e5
+    inputs["dt"] = np.where(rng.random(inputs["dt"].shape) < 0.1, 1e2, 1e-5).astype(np.float32)
+    inputs["dt"] *= rng.uniform(0.5, 1.5, inputs["dt"].shape).astype(np.float32)
+    OP.check(device, inputs)
+
+
+@pytest.mark.parametrize("A", (0.0, 0.02, 0.5))
+def test_rates_that_do_not_decay(device, rng, A):
+    inputs = cases.ssd_scan(rng, seqlen=130)
+    inputs["A"][:] = A
+    inputs["A"][1] = -1
+    OP.check(device, inputs, dt_softplus=True, dt_limit=(0.0, 1.0))
+
+
+def test_bad_head_stays_alone(device, rng):
+    clean = cases.ssd_scan(rng)
+    expected = OP.run(device, clean, dt_softplus=True)
+    for name in ("x", "dt", "z"):
+        spoiled = {**clean, name: clean[name].copy()}
+        spoiled[name][0, 20, 4] = np.nan
+        got = OP.run(device, spoiled, dt_softplus=True)
+        others = [0, 1, 2, 3, 5]
+        assert_same_bits(got["y"][:, :, others], expected["y"][:, :, others], f"y beside a bad {name}")
+        assert_same_bits(got["final_state"][:, others], expected["final_state"][:, others], f"final_state beside a bad {name}")
+        assert_same_bits(got["y"][0, :20], expected["y"][0, :20], f"y before a bad {name}")
+
+
+def test_float64_of_every_option(rng):
+    for options in (dict(), dict(dt_softplus=True, dt_limit=(0.01, 0.3)), dict(dt_softplus=True, reverse=True),
+                    dict(dt_softplus=True, chunk_size=40)):
+        inputs = cases.ssd_scan(rng, "float64", seqlen=131, headdim=16, dstate=24)
+        inputs["dt"] = np.abs(inputs["dt"]) / 10
+        OP.check(Cpu(), inputs, **options)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change,error,text", (
+    (dict(B=np.zeros((2, 67, 4, 7), np.float32)), ValueError, "ssd_scan: ngroups=4 (from B, shape (2, 67, 4, 7)) must divide nheads=6"),
+    (dict(B=np.zeros((2, 67, 0, 7), np.float32)), ValueError, "ssd_scan: ngroups=0 (from B, shape (2, 67, 0, 7)) must divide nheads=6"),
+    (dict(C=np.zeros((2, 67, 2, 7), np.float32)), ValueError,
+     "ssd_scan: C has shape (2, 67, 2, 7); expected (batch=2, seqlen=67, ngroups=3, dstate=7)"),
+    (dict(dt=np.zeros((2, 66, 6), np.float32)), ValueError, "ssd_scan: dt has shape (2, 66, 6); expected (batch=2, seqlen=67, nheads=6)"),
+    (dict(A=np.zeros(5, np.float32)), ValueError, "ssd_scan: A has shape (5,); expected (nheads=6)"),
+    (dict(D=np.zeros((6, 4), np.float32)), ValueError, "ssd_scan: D has shape (6, 4); expected (nheads=6, headdim=5)"),
+    (dict(x=np.zeros((2, 67, 30), np.float32)), ValueError, "ssd_scan: x has shape (2, 67, 30); expected (batch, seqlen, nheads, headdim)"),
+    (dict(initial_state=np.zeros((3, 6, 5, 7), np.float32)), ValueError, "expected (batch=2, nheads=6, headdim=5, dstate=7)"),
+    (dict(B=np.zeros((2, 67, 3, 7), np.float16)), TypeError, "ssd_scan: B is float16; expected float32"),
+    (dict(A=np.zeros(6, np.float64)), TypeError, "ssd_scan: A is float64; expected float32"),
+    (dict(x=np.zeros((2, 67, 6, 5), np.int32)), TypeError, "ssd_scan: x is int32; expected float32, float64, float16 or bfloat16"),
+    (dict(dt_limit=(0.5, 0.1)), ValueError, "ssd_scan: dt_limit=(0.5, 0.1) must be ordered (low, high)"),
+    (dict(dt_limit=(0.5,)), ValueError, "ssd_scan: dt_limit must be a pair (low, high) or None"),
+    (dict(chunk_size=-1), ValueError, "ssd_scan: chunk_size=-1 must be positive"),
+), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+def test_errors(device, rng, change, error, text):
+    with pytest.raises(error) as raised:
+        OP.run(device, {**cases.ssd_scan(rng), **change})
+    assert text in str(raised.value)
