@@ -69,7 +69,10 @@ class __attribute__((visibility("hidden"))) Call {
   }
 
  private:
+  enum class GradMode : char { unknown, off, on };
+
   const char* op_;
+  GradMode grad_mode_ = GradMode::unknown;  // torch's, asked once a call
   nb::handle main_object_;
   nb::handle stream_;
   const dlpack_abi::ExchangeApi* api_ = nullptr;  // of the main array's type, or null
@@ -83,6 +86,8 @@ class __attribute__((visibility("hidden"))) Call {
   int result_count_ = 0;
 
   const dlpack_abi::ExchangeApi* view(const char* name, nb::handle object, bool writable, Tensor& tensor);
+  void refuse_dropped_gradient(const char* name, nb::handle object);
+  void refuse_lazy_view(const char* name, nb::handle object) const;
   void import(const char* name, nb::handle object, bool writable, Tensor& tensor);
   Tensor tensor_from(const char* name, const dlpack_abi::TensorDescriptor& descriptor) const;
   Tensor allocate(const std::int64_t* shape, int ndim, DType dtype, nb::object& array);

@@ -43,10 +43,6 @@ def finish(like: Any, array: Any) -> Any:
     return array if namespace is None else namespace().from_dlpack(array)
 
 
-def torch_grad_enabled() -> bool:
-    return sys.modules["torch"].is_grad_enabled()
-
-
 def stream_handle(stream: Any) -> int:
     """A CUDA stream as an integer: one itself, or an object with __cuda_stream__, cuda_stream (torch) or ptr (CuPy)."""
     if isinstance(stream, int):
