@@ -78,7 +78,7 @@ const char* cpu_isa() {
 STATESCAN_CPU_OP(state_scan, Args)
 STATESCAN_CPU_OP(state_scan, BackwardArgs)
 STATESCAN_CPU_OP(ssd_scan, Args)
-STATESCAN_CPU_MISSING(selective_scan, Args, "selective_scan")
+STATESCAN_CPU_OP(selective_scan, Args)
 STATESCAN_CPU_OP(causal_conv1d, Args)
 STATESCAN_CPU_OP(gated_rms_norm, Args)
 STATESCAN_CPU_MISSING(mamba2_scan, Args, "mamba2_scan")

@@ -1,0 +1,267 @@
+// selective_scan on the CPU
+// Math     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t];  y[t] = C[t] . h[t] + D x[t], times silu(z[t])
+// Shapes   x, dt, z, y [b,l,d]; A, state [d,n]; B, C [b,l,g,n] or [d,n]
+// Traffic  read x, dt, z, write y once: 4 b l d elements; B and C once a block of channels, from the nearest caches
+// Tasks    one a (sequence, block of channels of one group); lanes are channels, and the block walks the sequence in tiles of
+//          tokens, converted to contiguous T, with some states of 16 channels in registers over a whole tile
+// Numerics a channel sees the same operations wherever it lies in a vector, a batch or a packing
+#include "decay.h"
+#include "isa.h"
+#include "norm_row.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tile.h"
+#include "../ops/contract.h"
+
+namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
+namespace {
+
+using selective_scan::Args;
+using selective_scan::Dims;
+
+constexpr std::int64_t kTileTokens = 64;
+constexpr int kMostVectors = 4;  // of channels in a block: a token's row is then 256 bytes of float32, whole cache lines
+
+// How the channels are cut into blocks. No block crosses a group; the cut changes no bits.
+struct Cut {
+  std::int64_t channels_per_group, width, blocks_per_group, blocks;
+};
+
+template <class T>
+Cut cut_channels(const Dims& d) {
+  Cut cut{};
+  cut.channels_per_group = d.ngroups > 0 ? d.dim / d.ngroups : 0;
+  const std::int64_t vectors = (cut.channels_per_group + kLanes<T> - 1) / kLanes<T>;
+  // Wide blocks share the loads of B and C; narrow ones give every thread a few tasks.
+  const std::int64_t wanted = 4 * max_threads();
+  std::int64_t each = kMostVectors;
+  while (each > 1 && d.num_sequences * d.ngroups * ((vectors + each - 1) / each) < wanted) each /= 2;
+  cut.width = each * kLanes<T>;
+  cut.blocks_per_group = (vectors + each - 1) / each;
+  cut.blocks = cut.blocks_per_group * d.ngroups;
+  return cut;
+}
+
+// What a task holds of its channels, [..][width] each.
+template <class T, int kParts>
+struct Block {
+  std::int64_t width, dstate;
+  T* state[kParts];             // [n]
+  T* rate[kParts];              // [n]: A, its real part scaled by kRateScale
+  T *B[kParts], *C[kParts];     // [n] when time-invariant; else [tile tokens][n] without the channel axis
+  T *D, *dt_bias;
+  T *dt, *u, *y;                // [tile tokens]; u = dt x
+};
+
+template <class T, int kParts>
+Block<T, kParts> lay_out(Arena& arena, const Dims& d, std::int64_t width) {
+  Block<T, kParts> block;
+  block.width = width, block.dstate = d.dstate;
+  for (int part = 0; part < kParts; ++part) {
+    block.state[part] = arena.take<T>(d.dstate * width);
+    block.rate[part] = arena.take<T>(d.dstate * width);
+    block.B[part] = arena.take<T>(d.dstate * (d.varying_B ? kTileTokens : width));
+    block.C[part] = arena.take<T>(d.dstate * (d.varying_C ? kTileTokens : width));
+  }
+  for (T** row : {&block.D, &block.dt_bias}) *row = arena.take<T>(width);
+  for (T** tile : {&block.dt, &block.u, &block.y}) *tile = arena.take<T>(kTileTokens * width);
+  return block;
+}
+
+template <class T, int kParts>
+std::size_t bytes_per_thread(const Dims& d, std::int64_t width) {
+  Arena count(nullptr);
+  lay_out<T, kParts>(count, d, width);
+  return count.used();
+}
+
+// Tokens first..first+count-1 of batch row `batch`.
+struct Tokens {
+  std::int64_t batch, first, count;
+};
+
+// A [d,n] tensor (or one sequence's states) as [n][width].
+template <class T, int kParts>
+void load_per_state(T* const (&to)[kParts], std::int64_t width, const Tensor& t, std::int64_t first, std::int64_t channels,
+                    std::int64_t dstate) {
+  for (int part = 0; part < kParts; ++part)
+    load_tile<T>(to[part], width, tile_view(t, part, first, t.stride[t.ndim - 1], t.stride[t.ndim - 2]), dstate, channels);
+}
+
+// An optional [d] tensor; zeros when it is absent.
+template <class T>
+void load_per_channel(T* to, std::int64_t width, const Tensor& t, std::int64_t channel, std::int64_t channels) {
+  for (std::int64_t i = 0; i < width; ++i) to[i] = T(0);
+  if (t) load_row<T>(to, t.data, t.dtype, channel * t.stride[0], t.stride[0], channels);
+}
+
+// B or C of a tile as [tokens][n].
+template <class T, int kParts>
+void load_projection(T* const (&to)[kParts], const Tensor& t, const Tokens& tokens, std::int64_t group) {
+  const std::int64_t first = offset_of(t, tokens.batch, tokens.first, group), dstate = t.shape[3];
+  for (int part = 0; part < kParts; ++part)
+    load_tile<T>(to[part], dstate, tile_view(t, part, first, t.stride[1], t.stride[3]), tokens.count, dstate);
+}
+
+TileView token_tile(const Tensor& t, const Tokens& tokens, std::int64_t channel) {
+  return {t.data, t.dtype, offset_of(t, tokens.batch, tokens.first, channel), t.stride[1], t.stride[2]};
+}
+
+// One vector of channels and kStates states through a tile: y += C . h.
+template <class T, int kParts, int kStates, bool kVaryingB, bool kVaryingC>
+STATESCAN_INLINE void scan_states(const Block<T, kParts>& block, std::int64_t lane, std::int64_t n, std::int64_t count,
+                                  bool reverse) {
+  using P = Parts<T, kParts>;
+  const std::int64_t width = block.width;
+  P h[kStates];
+#pragma GCC unroll 16
+  for (int k = 0; k < kStates; ++k)
+    for (int part = 0; part < kParts; ++part) h[k].part[part] = load<T>(block.state[part] + (n + k) * width + lane);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t t = reverse ? count - 1 - i : i;
+    const Vec<T> dt = load<T>(block.dt + t * width + lane), u = load<T>(block.u + t * width + lane);
+    Vec<T> sum{};
+#pragma GCC unroll 16
+    for (int k = 0; k < kStates; ++k) {
+      P rate, B, C;
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) {
+        rate.part[part] = load<T>(block.rate[part] + (n + k) * width + lane);
+        B.part[part] = kVaryingB ? splat(block.B[part][t * block.dstate + n + k]) : load<T>(block.B[part] + (n + k) * width + lane);
+        C.part[part] = kVaryingC ? splat(block.C[part][t * block.dstate + n + k]) : load<T>(block.C[part] + (n + k) * width + lane);
+      }
+      h[k] = advance<T, kParts>(decay<T, kParts>(dt, rate), h[k], u, B);
+      sum = read_out<T, kParts>(C, h[k], sum);
+    }
+    const Vec<T> y = load<T>(block.y + t * width + lane);
+    store<T>(block.y + t * width + lane, kParts == 1 ? y + sum : fma(splat(T(2)), sum, y));
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kStates; ++k)
+    for (int part = 0; part < kParts; ++part) store<T>(block.state[part] + (n + k) * width + lane, h[k].part[part]);
+}
+
+template <class T, int kParts, bool kVaryingB, bool kVaryingC>
+void scan_tile(const Block<T, kParts>& block, std::int64_t count, bool reverse) {
+  // As many states as the registers hold beside the polynomial of exp; sin and cos take more.
+  constexpr int kStates = (kVectorBytes == 64 ? 16 : 8) / (kParts == 1 ? 1 : 4);
+  for (std::int64_t lane = 0; lane < block.width; lane += kLanes<T>) {
+    std::int64_t n = 0;
+    for (; n + kStates <= block.dstate; n += kStates)
+      scan_states<T, kParts, kStates, kVaryingB, kVaryingC>(block, lane, n, count, reverse);
+    if constexpr (kParts == 1)
+      for (; n + 4 <= block.dstate; n += 4) scan_states<T, kParts, 4, kVaryingB, kVaryingC>(block, lane, n, count, reverse);
+    for (; n < block.dstate; ++n) scan_states<T, kParts, 1, kVaryingB, kVaryingC>(block, lane, n, count, reverse);
+  }
+}
+
+// dt, u and y = D x of a tile.
+template <class T, int kParts>
+void enter_tile(const Block<T, kParts>& block, const Args& args, std::int64_t count) {
+  const T dt_min = static_cast<T>(args.dt_min), dt_max = static_cast<T>(args.dt_max);
+  for (std::int64_t lane = 0; lane < block.width; lane += kLanes<T>) {
+    const Vec<T> bias = load<T>(block.dt_bias + lane), D = load<T>(block.D + lane);
+    for (std::int64_t i = lane; i < count * block.width; i += block.width) {
+      const Vec<T> dt = discretise<T>(load<T>(block.dt + i), bias, args.dt_softplus, dt_min, dt_max);
+      const Vec<T> x = load<T>(block.u + i);
+      store<T>(block.dt + i, dt);
+      store<T>(block.u + i, dt * x);
+      store<T>(block.y + i, D * x);
+    }
+  }
+}
+
+template <class T, int kParts>
+void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& d, const Tokens& sequence, std::int64_t state_row,
+                   std::int64_t group, std::int64_t channel, std::int64_t channels) {
+  const std::int64_t width = block.width;
+  load_per_state<T, kParts>(block.rate, width, args.A, channel * args.A.stride[0], channels, d.dstate);
+  for (std::int64_t i = 0; i < d.dstate * width; ++i) block.rate[0][i] *= kRateScale<T>;
+  if (!d.varying_B) load_per_state<T, kParts>(block.B, width, args.B, channel * args.B.stride[0], channels, d.dstate);
+  if (!d.varying_C) load_per_state<T, kParts>(block.C, width, args.C, channel * args.C.stride[0], channels, d.dstate);
+  load_per_channel<T>(block.D, width, args.D, channel, channels);
+  load_per_channel<T>(block.dt_bias, width, args.dt_bias, channel, channels);
+  if (args.initial_state)
+    load_per_state<T, kParts>(block.state, width, args.initial_state, offset_of(args.initial_state, state_row, channel), channels,
+                              d.dstate);
+  else
+    for (T* part : block.state)
+      for (std::int64_t i = 0; i < d.dstate * width; ++i) part[i] = T(0);
+
+  const auto scan = d.varying_B ? (d.varying_C ? scan_tile<T, kParts, true, true> : scan_tile<T, kParts, true, false>)
+                                : (d.varying_C ? scan_tile<T, kParts, false, true> : scan_tile<T, kParts, false, false>);
+  for (std::int64_t done = 0; done < sequence.count; done += kTileTokens) {
+    const std::int64_t left = sequence.count - done, count = left < kTileTokens ? left : kTileTokens;
+    const Tokens tokens{sequence.batch, sequence.first + (args.reverse ? left - count : done), count};
+    load_tile<T>(block.dt, width, token_tile(args.dt, tokens, channel), count, channels);
+    load_tile<T>(block.u, width, token_tile(args.x, tokens, channel), count, channels);
+    if (d.varying_B) load_projection<T, kParts>(block.B, args.B, tokens, group);
+    if (d.varying_C) load_projection<T, kParts>(block.C, args.C, tokens, group);
+    enter_tile<T, kParts>(block, args, count);
+    scan(block, count, args.reverse);
+    if (args.z) {
+      load_tile<T>(block.u, width, token_tile(args.z, tokens, channel), count, channels);
+      gate_row<T>(block.y, block.y, block.u, count * width);
+    }
+    store_tile<T>(token_tile(args.y, tokens, channel), count, channels, block.y, width);
+  }
+  if (args.final_state) {
+    const std::int64_t first = offset_of(args.final_state, state_row, channel);
+    for (int part = 0; part < kParts; ++part)
+      store_tile<T>(tile_view(args.final_state, part, first, args.final_state.stride[2], args.final_state.stride[1]), d.dstate,
+                    channels, block.state[part], width);
+  }
+}
+
+// Tokens past the last packed sequence.
+template <class T>
+void clear_tail(T* zeros, std::int64_t width, const Args& args, const Tokens& tail, std::int64_t channel, std::int64_t channels) {
+  for (std::int64_t i = 0; i < kTileTokens * width; ++i) zeros[i] = T(0);
+  for (std::int64_t done = 0; done < tail.count; done += kTileTokens) {
+    const std::int64_t left = tail.count - done, count = left < kTileTokens ? left : kTileTokens;
+    store_tile<T>(token_tile(args.y, {tail.batch, tail.first + done, count}, channel), count, channels, zeros, width);
+  }
+}
+
+template <class T, int kParts>
+void run_as(const Args& args, const Dims& d) {
+  const Cut cut = cut_channels<T>(d);
+  const std::size_t bytes = bytes_per_thread<T, kParts>(d, cut.width);
+  const std::int64_t tails = args.cu_seqlens ? 1 : 0;
+  parallel_for((d.num_sequences + tails) * cut.blocks, [&](std::int64_t task, int thread) {
+    const std::int64_t s = task / cut.blocks, group = task % cut.blocks / cut.blocks_per_group;
+    const std::int64_t within = task % cut.blocks_per_group * cut.width;
+    const std::int64_t channel = group * cut.channels_per_group + within, left = cut.channels_per_group - within;
+    const std::int64_t channels = left < cut.width ? left : cut.width;
+    Arena arena(static_cast<char*>(args.workspace.data) + thread * bytes);
+    const Block<T, kParts> block = lay_out<T, kParts>(arena, d, cut.width);
+    if (!args.cu_seqlens) {
+      scan_sequence<T, kParts>(block, args, d, {s, 0, d.seqlen}, s, group, channel, channels);
+      return;
+    }
+    const std::int64_t first = index_at(args.cu_seqlens, s);
+    if (s == d.num_sequences) {
+      clear_tail<T>(block.y, cut.width, args, {0, first, d.seqlen - first}, channel, channels);
+      return;
+    }
+    const Tokens sequence{0, first, index_at(args.cu_seqlens, s + 1) - first};
+    scan_sequence<T, kParts>(block, args, d, sequence, s, group, channel, channels);
+  });
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(const Args& args, const Dims& d) {
+  const bool wide = args.x.dtype == DType::float64;
+  const std::int64_t width = wide ? cut_channels<double>(d).width : cut_channels<float>(d).width;
+  const std::size_t each = wide ? (d.complex_A ? bytes_per_thread<double, 2>(d, width) : bytes_per_thread<double, 1>(d, width))
+                                : (d.complex_A ? bytes_per_thread<float, 2>(d, width) : bytes_per_thread<float, 1>(d, width));
+  return each * max_threads();
+}
+
+void run(const Args& args, const Dims& d) {
+  if (args.x.dtype == DType::float64) d.complex_A ? run_as<double, 2>(args, d) : run_as<double, 1>(args, d);
+  else d.complex_A ? run_as<float, 2>(args, d) : run_as<float, 1>(args, d);
+}
+
+}  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE
