@@ -101,13 +101,47 @@ STATESCAN_INLINE To bits_as(From v) {
   return out;
 }
 
+// v limited to [low, high]; NaN stays NaN, since the x86 instructions return their second operand when one is NaN. In this form
+// it is two instructions where compares and selects are four.
+template <class T>
+STATESCAN_INLINE Vec<T> clamp(Vec<T> v, T low_limit, T high_limit) {
+  const Vec<T> low = splat(low_limit), high = splat(high_limit);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return bits_as<Vec<T>>(_mm512_min_ps(bits_as<__m512>(high), _mm512_max_ps(bits_as<__m512>(low), bits_as<__m512>(v))));
+  else
+    return bits_as<Vec<T>>(_mm512_min_pd(bits_as<__m512d>(high), _mm512_max_pd(bits_as<__m512d>(low), bits_as<__m512d>(v))));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return bits_as<Vec<T>>(_mm256_min_ps(bits_as<__m256>(high), _mm256_max_ps(bits_as<__m256>(low), bits_as<__m256>(v))));
+  else
+    return bits_as<Vec<T>>(_mm256_min_pd(bits_as<__m256d>(high), _mm256_max_pd(bits_as<__m256d>(low), bits_as<__m256d>(v))));
+#else
+  return v < low ? low : (v > high ? high : v);
+#endif
+}
+
+// v * 2^n, n integers in a range that one normal factor may not cover. `shifted` is n + 1.5 * 2^(mantissa bits), which holds n
+// in its low bits: AVX-512 scales by it in one instruction, others in two factors, so that neither under- nor overflows alone.
+template <class T>
+STATESCAN_INLINE Vec<T> scale_by_power(Vec<T> v, [[maybe_unused]] Vec<T> n, [[maybe_unused]] Vec<T> shifted) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return bits_as<Vec<T>>(_mm512_scalef_ps(bits_as<__m512>(v), bits_as<__m512>(n)));
+  else return bits_as<Vec<T>>(_mm512_scalef_pd(bits_as<__m512d>(v), bits_as<__m512d>(n)));
+#else
+  using I = IntVec<T>;
+  constexpr int kMantissa = sizeof(T) == 4 ? 23 : 52, kBias = sizeof(T) == 4 ? 127 : 1023;
+  const I integer = bits_as<I>(shifted) - bits_as<I>(splat(sizeof(T) == 4 ? T(12582912) : T(6755399441055744)));
+  const I half = integer >> 1;
+  return v * bits_as<Vec<T>>((half + kBias) << kMantissa) * bits_as<Vec<T>>((integer - half + kBias) << kMantissa);
+#endif
+}
+
 // exp(v) to about 1 ulp: v = k ln2 + r with |r| <= ln2/2, exp(r) = 1 + r + r^2 q(r), q a minimax polynomial (float) or the
 // Taylor series (double). Underflows gradually, overflows to infinity, keeps NaN.
 STATESCAN_INLINE Vec<float> exp(Vec<float> v) {
   using V = Vec<float>;
-  using I = IntVec<float>;
-  const V high = splat(89.0f), low = splat(-105.0f);
-  const V x = v > high ? high : (v < low ? low : v);
+  const V x = clamp<float>(v, -105.0f, 89.0f);
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const V shifted = x * 1.44269504f + kRound;
   const V k = shifted - kRound;
@@ -117,19 +151,12 @@ STATESCAN_INLINE Vec<float> exp(Vec<float> v) {
   q = q * r + 4.166838899254799e-2f;
   q = q * r + 1.6666521131992340e-1f;
   q = q * r + 4.9999994039535522e-1f;
-  const V e = (q * r) * r + r + 1.0f;
-  const I n = bits_as<I>(shifted) - std::int32_t(0x4B400000);  // the integer k
-  const I half = n >> 1;                                       // two factors, so that neither under- nor overflows alone
-  const V first = bits_as<V>((half + 127) << 23), second = bits_as<V>((n - half + 127) << 23);
-  const V result = e * first * second;
-  return v == v ? result : v;
+  return scale_by_power<float>((q * r) * r + r + 1.0f, k, shifted);
 }
 
 STATESCAN_INLINE Vec<double> exp(Vec<double> v) {
   using V = Vec<double>;
-  using I = IntVec<double>;
-  const V high = splat(710.0), low = splat(-746.0);
-  const V x = v > high ? high : (v < low ? low : v);
+  const V x = clamp<double>(v, -746.0, 710.0);
   constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   const V shifted = x * 1.4426950408889634 + kRound;
   const V k = shifted - kRound;
@@ -146,12 +173,7 @@ STATESCAN_INLINE Vec<double> exp(Vec<double> v) {
   q = q * r + 1.0 / 24.0;
   q = q * r + 1.0 / 6.0;
   q = q * r + 0.5;
-  const V e = (q * r) * r + r + 1.0;
-  const I n = bits_as<I>(shifted) - std::int64_t(0x4338000000000000);
-  const I half = n >> 1;
-  const V first = bits_as<V>((half + 1023) << 52), second = bits_as<V>((n - half + 1023) << 52);
-  const V result = e * first * second;
-  return v == v ? result : v;
+  return scale_by_power<double>((q * r) * r + r + 1.0, k, shifted);
 }
 
 // log(1 + u) for 0 <= u <= 1 as 2 atanh(s), s = u / (2 + u): accurate however small u is.
@@ -192,8 +214,7 @@ template <class T>
 STATESCAN_INLINE Vec<T> discretise(Vec<T> dt, Vec<T> dt_bias, bool dt_softplus, T dt_min, T dt_max) {
   dt = dt + dt_bias;
   if (dt_softplus) dt = softplus<T>(dt);
-  const Vec<T> low = splat(dt_min), high = splat(dt_max);
-  return dt < low ? low : (dt > high ? high : dt);
+  return clamp<T>(dt, dt_min, dt_max);
 }
 
 // Bit conversions of the 16-bit types; half by bits because a compiler's _Float16 would need a newer C library.
