@@ -5,11 +5,14 @@ from typing import Callable
 
 import numpy as np
 import statescan
-from support import DTYPES, assert_accurate, dtype_name, exact
+from support import DTYPES, assert_accurate, copied, dtype_name, exact
 
 import reference.causal_conv1d
+import reference.causal_conv1d_update
 import reference.mamba2_scan
+import reference.mamba2_update
 import reference.selective_scan
+import reference.selective_state_update
 import reference.ssd_scan
 import reference.state_scan
 
@@ -191,3 +194,130 @@ MAMBA2_SCAN = Scan("mamba2_scan", mamba2_scan, frozenset({"zxbcdt"}),
                    {"y": "out", "final_conv_state": "final_conv_state_out", "final_state": "final_state_out"},
                    {"final_conv_state": "initial_conv_state", "final_state": "initial_state"},
                    {"ngroups": 3}, {"return_final_states": True})
+
+
+# ---- one or a few new tokens ---------------------------------------------------------------------------------------------
+def token_axes(batch, ntokens):
+    return (batch,) if ntokens is None else (batch, ntokens)
+
+
+def causal_conv1d_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, dim=13, width=4, weight_dtype=None,
+                         state_dtype=None, omit=()):
+    w = weight_dtype or parameter_dtype(dtype)
+    return without(dict(
+        x=normal(rng, dtype, *token_axes(batch, ntokens), dim),
+        state=normal(rng, state_dtype or dtype, batch if slots is None else slots, dim, width - 1),
+        weight=normal(rng, w, dim, width),
+        bias=normal(rng, w, dim),
+    ), omit)
+
+
+def mamba2_state_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, nheads=6, headdim=5, ngroups=2, dstate=7,
+                        dt_dtype=None, state_dtype=None, omit=()):
+    p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
+    return without(dict(
+        state=normal(rng, state_dtype or p, batch if slots is None else slots, nheads, headdim, dstate),
+        x=normal(rng, dtype, *tokens, nheads, headdim),
+        dt=steps(rng, dt_dtype or dtype, *tokens, nheads),
+        A=rates(rng, p, nheads),
+        B=normal(rng, dtype, *tokens, ngroups, dstate),
+        C=normal(rng, dtype, *tokens, ngroups, dstate),
+        D=normal(rng, p, nheads),
+        z=normal(rng, dtype, *tokens, nheads, headdim),
+        dt_bias=normal(rng, p, nheads),
+    ), omit)
+
+
+def mamba1_state_update(rng, dtype="float32", batch=4, ntokens=None, slots=None, dim=12, ngroups=2, dstate=7, dt_dtype=None,
+                        state_dtype=None, complex_A=False, varying_B=True, varying_C=True, omit=()):
+    p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
+    a = ("complex128" if dtype == "float64" else "complex64") if complex_A else p
+    A = rates(rng, p, dim, dstate)
+    if complex_A:
+        A = (A + 1j * rng.uniform(-8, 8, A.shape)).astype(DTYPES[a])
+
+    def projection(varying):
+        return normal(rng, a if complex_A else dtype, *tokens, ngroups, dstate) if varying else normal(rng, a, dim, dstate)
+
+    return without(dict(
+        state=normal(rng, a if complex_A else state_dtype or p, batch if slots is None else slots, dim, dstate),
+        x=normal(rng, dtype, *tokens, dim),
+        dt=steps(rng, dt_dtype or dtype, *tokens, dim),
+        A=A,
+        B=projection(varying_B),
+        C=projection(varying_C),
+        D=normal(rng, p, dim),
+        z=normal(rng, dtype, *tokens, dim),
+        dt_bias=normal(rng, p, dim),
+    ), omit)
+
+
+def mamba2_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, nheads=6, headdim=10, ngroups=2, dstate=7, width=4,
+                  weight_dtype=None, state_dtype=None, conv_state_dtype=None, omit=()):
+    p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
+    w, slots, d_inner = weight_dtype or p, batch if slots is None else slots, nheads * headdim
+    conv_dim = d_inner + 2 * ngroups * dstate
+    return without(dict(
+        zxbcdt=np.concatenate([normal(rng, dtype, *tokens, d_inner + conv_dim), steps(rng, dtype, *tokens, nheads)], -1),
+        conv_state=normal(rng, conv_state_dtype or dtype, slots, conv_dim, width - 1),
+        state=normal(rng, state_dtype or p, slots, nheads, headdim, dstate),
+        conv_weight=normal(rng, w, conv_dim, width),
+        conv_bias=normal(rng, w, conv_dim),
+        dt_bias=normal(rng, p, nheads),
+        A=rates(rng, p, nheads),
+        D=normal(rng, p, nheads),
+        norm_weight=normal(rng, w, d_inner),
+    ), omit)
+
+
+@dataclass(frozen=True)
+class Update:
+    """An op on one or a few new tokens of each row; its states, a cache of slots, are updated in place."""
+
+    name: str
+    inputs: Callable     # (rng, dtype, batch, ntokens, slots, ..., omit) -> {name: array}
+    per_row: frozenset   # the inputs with rows on axis 0 and, with several tokens, tokens on axis 1
+    states: dict         # the states -> the final state of the scan that they continue
+    scan: Scan
+    main: str
+    options: dict = field(default_factory=dict)
+
+    def run(self, device, inputs, out=None, **options):
+        """y and the states afterwards. The caller's arrays stay as they are: every call works on copies of its states."""
+        inputs = {name: copied(value) if name in self.states else value for name, value in inputs.items()}
+        given = {name: device.put(value) for name, value in (inputs | options).items()}
+        if out is not None:
+            given["out"] = device.put(out)
+        y = device.call(getattr(statescan, self.name), **given)
+        assert out is None or y is given["out"]
+        return {"y": device.get(y), **{name: device.get(given[name]) for name in self.states}}
+
+    def expected(self, inputs, **options):
+        oracle = getattr(getattr(reference, self.name), self.name)
+        results = oracle(**{name: exact(value) for name, value in inputs.items()}, **options)
+        return dict(zip(("y", *self.states), results, strict=True))
+
+    def check(self, device, inputs, out=None, **options):
+        got, expected = self.run(device, inputs, out, **options), self.expected(inputs, **options)
+        for name in got:
+            assert_accurate(got[name], expected[name], name)
+        return got
+
+    def has_rows(self, name, value):
+        return name in self.per_row and (value.ndim > 2 or name not in ("B", "C"))  # a B or C of [d,n] is time-invariant
+
+    def rows(self, inputs, part):
+        return {name: value[part] if self.has_rows(name, value) else value for name, value in inputs.items()}
+
+    def tokens(self, inputs, part):
+        return {name: value[:, part] if self.has_rows(name, value) else value for name, value in inputs.items()}
+
+
+CAUSAL_CONV1D_UPDATE = Update("causal_conv1d_update", causal_conv1d_update, frozenset({"x"}), {"state": "final_state"},
+                              CAUSAL_CONV1D, "x", {"activation": "silu"})
+MAMBA1_STATE_UPDATE = Update("selective_state_update", mamba1_state_update, frozenset({"x", "dt", "B", "C", "z"}),
+                             {"state": "final_state"}, SELECTIVE_SCAN, "x", {"dt_softplus": True})
+MAMBA2_STATE_UPDATE = Update("selective_state_update", mamba2_state_update, frozenset({"x", "dt", "B", "C", "z"}),
+                             {"state": "final_state"}, SSD_SCAN, "x", {"dt_softplus": True})
+MAMBA2_UPDATE = Update("mamba2_update", mamba2_update, frozenset({"zxbcdt"}),
+                       {"conv_state": "final_conv_state", "state": "final_state"}, MAMBA2_SCAN, "zxbcdt", {"ngroups": 2})

@@ -42,12 +42,8 @@ class Cuda:
             return a
         if any(step < 0 for step in a.strides):
             pytest.skip("torch has no negative strides")
-        whole = a
-        while isinstance(whole.base, np.ndarray):
-            whole = whole.base
-        flat = np.ascontiguousarray(np.ravel(whole, order="K"))
+        flat, first = memory_of(a)
         stored = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if dtype_name(a) == "bfloat16" else torch.from_numpy(flat)
-        first = (a.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) // a.itemsize
         return stored.cuda().as_strided(a.shape, [step // a.itemsize for step in a.strides], first)
 
     def get(self, a):
@@ -72,7 +68,7 @@ def has_cuda():
         return False
     import statescan
 
-    return torch.cuda.is_available() and "cuda" in statescan.info()["backends"]
+    return torch.cuda.is_available() and statescan.info()["cuda_devices"] > 0
 
 
 DEVICES = [Cpu()] + ([Cuda()] if has_cuda() else [])
@@ -101,6 +97,21 @@ def laid_out(a, layout):
         raise ValueError(layout)
     view[...] = a
     return view
+
+
+def memory_of(a):
+    """A copy of all the memory behind a view, flat, and the index of the view's first element in it."""
+    whole = a
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    first = (a.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) // a.itemsize
+    return whole.flatten(order="K"), first
+
+
+def copied(a):
+    """A copy in the same memory layout, with whatever lies between the elements."""
+    flat, first = memory_of(a)
+    return np.ndarray(a.shape, a.dtype, flat, first * a.itemsize, a.strides)
 
 
 LAYOUTS = ("sliced", "gapped", "channels_first", "transposed", "flipped")
