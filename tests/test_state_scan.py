@@ -96,7 +96,7 @@ def test_backward_packed(device, rng, packing, reverse):
 
 
 def test_backward_past_the_last_packed_chunk(device, rng):
-    inputs = backward_inputs(rng, batch=1, seqlen=20, sequences=2)
+    inputs = backward_inputs(rng, batch=1, seqlen=20, sequences=2, cu_seqlens=cumulative([7, 8]))
     for name in ("log_decay", "states", "dstates"):
         inputs[name][:, 15:] = np.nan
     got = check_backward(device, inputs, cu_seqlens=cumulative([7, 8]))
