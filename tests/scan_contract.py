@@ -167,8 +167,9 @@ class ScanContract:
         """known_bugs 19: they are zero in the outputs, whatever lies there in the inputs."""
         lengths, used, allocated = [11, 0, 18], 29, 40
         inputs = self.make(rng, batch=1, seqlen=allocated, sequences=len(lengths))
-        for name in self.op.per_token & inputs.keys():
-            inputs[name][:, used:] = np.nan
+        for name, value in self.op.tokens(inputs, slice(used, None)).items():
+            if self.op.has_tokens(name, inputs[name]):
+                value[:] = np.nan
         options = dict(cu_seqlens=cumulative(lengths), reverse=reverse, **self.op.options)
         plain = self.op.run(device, inputs, **options)
         out = {name: poison(value.shape, value.dtype) for name, value in plain.items()}
@@ -246,8 +247,9 @@ class ScanContract:
         lengths = [9, 21, 14]
         clean = self.make(rng, batch=1, seqlen=sum(lengths), sequences=3)
         spoiled = {name: value.copy() for name, value in clean.items()}
-        for name in self.op.per_token & clean.keys():
-            spoiled[name][:, 9:30] = np.nan
+        for name, value in self.op.tokens(spoiled, slice(9, 30)).items():
+            if self.op.has_tokens(name, spoiled[name]):
+                value[:] = np.nan
         for name in self.op.carried.values():
             spoiled[name][1] = np.nan
         options = dict(cu_seqlens=cumulative(lengths), **self.op.options)
@@ -263,8 +265,9 @@ class ScanContract:
         expected = self.op.run(device, inputs, **self.op.options)
         for k in (1, 33, 66):
             spoiled = {name: value.copy() for name, value in inputs.items()}
-            for name in self.op.per_token & inputs.keys():
-                spoiled[name][:, k] = np.nan
+            for name, value in self.op.tokens(spoiled, k).items():
+                if self.op.has_tokens(name, spoiled[name]):
+                    value[:] = np.nan
             got = self.op.run(device, spoiled, **self.op.options)
             for name in self.op.out.keys() - self.op.carried.keys():
                 assert_same_bits(got[name][:, :k], expected[name][:, :k], f"{name} before token {k}")
@@ -313,7 +316,7 @@ class ScanContract:
     def test_wrong_dtypes_name_the_argument(self, device, rng):
         inputs = self.make(rng)
         for name, value in inputs.items():
-            with pytest.raises(TypeError, match=rf"{self.op.name}: {name} is int32; expected .*float32"):
+            with pytest.raises(TypeError, match=rf"{self.op.name}: {name} is int32; expected "):
                 self.op.run(device, {**inputs, name: np.zeros(value.shape, np.int32)}, **self.op.options)
 
     def test_wrong_outputs_are_refused(self, device, rng):
@@ -321,7 +324,7 @@ class ScanContract:
         plain = self.op.run(device, inputs, **self.op.options)
         for name, value in plain.items():
             self.refuses(device, ValueError, "has shape", inputs, {name: poison(value.shape[:-1], value.dtype)})
-            self.refuses(device, TypeError, "is complex64; expected", inputs, {name: poison(value.shape, np.complex64)})
+            self.refuses(device, TypeError, "is int32; expected", inputs, {name: poison(value.shape, np.int32)})
             overlapping = np.lib.stride_tricks.as_strided(
                 poison(value.shape, value.dtype), value.shape, (0, *value.strides[1:]))
             self.refuses(device, ValueError, "share memory", inputs, {name: overlapping})

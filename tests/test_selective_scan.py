@@ -25,7 +25,7 @@ class TestTimeInvariant(TestSelectiveScan):
     dict(dim=1, ngroups=1), dict(dim=3, ngroups=1), dict(dim=3, ngroups=3), dict(dim=100, ngroups=1), dict(dim=100, ngroups=4),
     dict(dim=64, ngroups=8), dict(dim=257, ngroups=1, dstate=16), dict(dstate=1), dict(dstate=8), dict(dstate=12),
     dict(dstate=16), dict(dstate=64), dict(dstate=96), dict(dstate=128), dict(dstate=256), dict(dstate=512),
-    dict(dim=0, ngroups=0), dict(dstate=0),
+    dict(dim=0, ngroups=1), dict(dstate=0),
 ), ids=str)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):

@@ -43,7 +43,7 @@ def test_mamba2_sizes(device, rng, row, dtype):
 
 @pytest.mark.parametrize("row", (
     dict(dim=1, ngroups=1), dict(dim=3, ngroups=1), dict(dim=100, ngroups=4), dict(dim=257, ngroups=1, dstate=16), dict(dstate=1),
-    dict(dstate=12), dict(dstate=96), dict(dstate=256), dict(dstate=0), dict(dim=0, ngroups=0),
+    dict(dstate=12), dict(dstate=96), dict(dstate=256), dict(dstate=0), dict(dim=0, ngroups=1),
 ), ids=str)
 @pytest.mark.parametrize("complex_A", (False, True))
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))

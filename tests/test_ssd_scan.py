@@ -19,7 +19,7 @@ class TestSsdScan(ScanContract):
     dict(headdim=80), dict(headdim=96), dict(headdim=128, nheads=2, ngroups=1), dict(dstate=1), dict(dstate=8), dict(dstate=12),
     dict(dstate=16), dict(dstate=64), dict(dstate=96), dict(dstate=128), dict(dstate=256), dict(dstate=512, headdim=3),
     dict(headdim=64, dstate=128, seqlen=263, nheads=4, ngroups=2), dict(headdim=17, dstate=33, seqlen=101),
-    dict(nheads=0, ngroups=0), dict(headdim=0), dict(dstate=0), dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
+    dict(nheads=0, ngroups=1), dict(headdim=0), dict(dstate=0), dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
 ), ids=str)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):
