@@ -1,0 +1,16 @@
+// CUDA kernels of ssd_scan: none yet.
+#include "../../cpp/ops/backend.h"
+#include "../common/table.h"
+
+namespace statescan::ssd_scan {
+
+static constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x};
+static constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x};
+
+Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan(args, dims); }
+void run_cuda(const Args& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
+
+Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan(args, dims); }
+void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { kBackward.run(args, dims, stream); }
+
+}  // namespace statescan::ssd_scan

@@ -1,0 +1,126 @@
+// state_scan backward
+// Math     G[last] = dfinal_state, G[c-1] = dstates[c] + exp(log_decay[c]) G[c]; dupdate[c] = G[c],
+//          dlog_decay[c] = exp(log_decay[c]) <G[c], states[c]>, dinitial_state = G[-1]
+// Shapes   states, dstates, dupdate [b,c,h,p,n]; log_decay, dlog_decay [b,c,h]
+// Traffic  read states and dstates, write dupdate: 3*b*c*h*p*n*sizeof(Element); floor: that over 3.0 TB/s. The partial sums
+//          add 8*b*c*h*p*n / (32 * kVector) bytes, under 2%
+// Launch   one axis of tiles x heads x sequences blocks of 64 threads; then a warp for each dlog_decay
+// Numerics float32 adjoint in registers; dlog_decay: a thread's products in order, the lanes of a warp as a tree, the warps of
+//          a slice in order. No atomics: the bits depend on the slice alone
+#pragma once
+
+#include "slice.cuh"
+
+namespace statescan::state_scan {
+
+struct BackwardParams {
+  Tasks tasks;
+  Slice slice;
+  Sequences sequences;
+  bool reverse;
+  DecayView log_decay;
+  ChunkView states, dstates, dupdate;   // dupdate.data null: not wanted
+  StateView dfinal_state, dinitial_state;
+  float* partial;                       // [b,c,h,warps], null: dlog_decay is not wanted
+  std::int64_t heads, warps;
+};
+
+struct DecayGradientParams {
+  Sequences sequences;
+  DecayView log_decay, dlog_decay;
+  const float* partial;
+  std::int64_t heads, warps, slices;    // slices = b*c*h
+};
+
+// The sum over a warp, in every lane.
+inline __device__ float sum_over_warp(float v) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffffu, v, distance);
+  return v;
+}
+
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kThreads) state_scan_backward_kernel(const __grid_constant__ BackwardParams params) {
+  using Element = typename cuda::ElementOf<Policy::kDType>::type;
+  constexpr int kVector = Policy::kVector, kStages = Policy::kBackwardStages;
+  const Task task = task_of(params.tasks);
+  const std::int64_t thread = task.tile * Policy::kThreads + threadIdx.x, warp = thread / kWarp;
+  if (warp >= params.warps) return;  // a whole warp: those that stay meet in the sums
+  const Lane<Policy> lane(params.slice, thread * kVector);
+  const Span span = span_of(params.sequences, task.sequence);
+  if (params.sequences.cu_seqlens && task.sequence == params.sequences.count) {
+    if (params.dupdate.data) clear<Element>(lane, params.dupdate, span, task.head);
+    return;
+  }
+
+  const std::int64_t length = span.last - span.first;
+  const std::int64_t start = params.reverse ? span.first : span.last - 1, direction = params.reverse ? 1 : -1;
+  const Element* states = slice_at<Element>(params.states, span.batch, start, task.head);
+  const Element* dstates = slice_at<Element>(params.dstates, span.batch, start, task.head);
+  const float* decay = decay_at(params.log_decay, span.batch, start, task.head);
+  Element* dupdate = slice_at<Element>(params.dupdate, span.batch, start, task.head);
+  float* partial = params.partial + ((span.batch * params.sequences.nchunks + start) * params.heads + task.head) * params.warps + warp;
+
+  // A ring of kStages chunks on their way, as in the forward.
+  cuda::Vector<Element, kVector> next_states[kStages] = {}, next_dstates[kStages] = {};
+  float next_decay[kStages];
+  auto fetch = [&](int slot) {
+    if (lane.inside()) {
+      if (params.partial) next_states[slot] = lane.load_streaming(states, params.states.row, params.states.column);
+      next_dstates[slot] = lane.load_streaming(dstates, params.dstates.row, params.dstates.column);
+    }
+    next_decay[slot] = *decay;
+    states += direction * params.states.chunk;
+    dstates += direction * params.dstates.chunk;
+    decay += direction * params.log_decay.chunk;
+  };
+#pragma unroll
+  for (int slot = 0; slot < kStages; ++slot)
+    if (slot < length) fetch(slot);
+
+  float adjoint[kVector];
+  load_state(lane, params.dfinal_state, task, adjoint);
+  for (std::int64_t k = 0; k < length; k += kStages) {
+#pragma unroll
+    for (int slot = 0; slot < kStages; ++slot) {
+      if (k + slot >= length) break;
+      if (params.dupdate.data) {
+        if (lane.inside()) lane.store(dupdate, params.dupdate.row, params.dupdate.column, cuda::narrow<Element>(adjoint));
+        dupdate += direction * params.dupdate.chunk;
+      }
+      if (params.partial) {
+        float product = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) product = fmaf(adjoint[i], cuda::widen(next_states[slot].at[i]), product);
+        product = sum_over_warp(product);
+        if (threadIdx.x % kWarp == 0) *partial = product;
+        partial += direction * params.heads * params.warps;
+      }
+      const float scale = expf(next_decay[slot]);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) adjoint[i] = fmaf(scale, adjoint[i], cuda::widen(next_dstates[slot].at[i]));
+      if (k + slot + kStages < length) fetch(slot);
+    }
+  }
+  store_state(lane, params.dinitial_state, task, adjoint);
+}
+
+inline constexpr int kDecayGradientThreads = 128;
+
+// dlog_decay[b,c,h] = exp(log_decay) times the sum of its partial sums; zero past the last packed sequence. A warp a result.
+inline __global__ void __launch_bounds__(kDecayGradientThreads)
+    state_scan_decay_gradient_kernel(const __grid_constant__ DecayGradientParams params) {
+  const std::int64_t slice = (std::int64_t{blockIdx.x} * kDecayGradientThreads + threadIdx.x) / kWarp;
+  if (slice >= params.slices) return;
+  const std::int64_t head = slice % params.heads, row = slice / params.heads;
+  const std::int64_t batch = row / params.sequences.nchunks, chunk = row % params.sequences.nchunks;
+  const bool used = !params.sequences.cu_seqlens || chunk < boundary(params.sequences, params.sequences.count);
+  float sum = 0.0f;
+  if (used)
+    for (std::int64_t w = threadIdx.x % kWarp; w < params.warps; w += kWarp) sum += params.partial[slice * params.warps + w];
+  sum = sum_over_warp(sum);
+  if (threadIdx.x % kWarp != 0) return;
+  *decay_at(params.dlog_decay, batch, chunk, head) = used ? expf(*decay_at(params.log_decay, batch, chunk, head)) * sum : 0.0f;
+}
+
+}  // namespace statescan::state_scan

@@ -1,0 +1,43 @@
+// What the state_scan kernels are compiled for, as plain C++: the table, the launchers and the kernels read the same numbers.
+#pragma once
+
+#include <statescan/state_scan.h>
+
+namespace statescan::state_scan {
+
+enum class Access {
+  vector,   // 16-byte loads and stores along dstate
+  strided,  // element by element, any strides and sizes
+};
+
+template <DType dtype, Access access>
+struct Policy {
+  static constexpr DType kDType = dtype;
+  static constexpr Access kAccess = access;
+  // Consecutive elements of a [p,n] slice that a thread carries: one 16-byte access. The same for both ways of access, so that
+  // both sum in the same order and give the same bits.
+  static constexpr int kVector = 16 / size_of(dtype);
+  // Small blocks spread the few thousand warps of a batch of one evenly over the multiprocessors.
+  static constexpr int kThreads = 64;
+  // Chunks in flight. An H100 needs about 2.3 MB on the way to reach its bandwidth; b1 h24 p64 n128 in bfloat16 has 24,576
+  // threads of 16 bytes, so 8 chunks of one stream, or 4 of two.
+  static constexpr int kForwardStages = access == Access::vector ? 8 : 2;
+  static constexpr int kBackwardStages = access == Access::vector ? 4 : 2;
+};
+
+inline constexpr int kWarp = 32;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Warps that share a slice; each leaves one partial sum of dlog_decay a chunk.
+inline std::int64_t warps_per_slice(const Dims& dims, DType dtype) {
+  return divide_up(dims.headdim * dims.dstate, kWarp * (16 / size_of(dtype)));
+}
+
+template <class Policy>
+void launch_forward(const Args& args, const Dims& dims, Stream stream);
+
+template <class Policy>
+void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream);
+
+}  // namespace statescan::state_scan
