@@ -54,14 +54,15 @@ nb::object backward(nb::handle x, nb::handle weight, nb::handle dy, nb::handle b
 }  // namespace
 
 void bind_causal_conv1d(nb::module_& m) {
-  m.def("causal_conv1d", &forward, nb::arg("x"), nb::arg("weight"), nb::arg("bias") = nb::none(), nb::arg("activation") = nb::none(),
-        nb::arg("initial_state") = nb::none(), nb::arg("return_final_state") = false,
-        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("out") = nb::none(),
-        nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("causal_conv1d_backward", &backward, nb::arg("x"), nb::arg("weight"), nb::arg("dy"), nb::arg("bias") = nb::none(),
-        nb::arg("activation") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
-        nb::arg("reverse") = false, nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(),
+  m.def("causal_conv1d", &forward, nb::arg("x").none(), nb::arg("weight").none(), nb::arg("bias") = nb::none(),
+        nb::arg("activation") = nb::none(), nb::arg("initial_state") = nb::none(),
+        nb::arg("return_final_state") = false, nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
+        nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(),
         nb::arg("plan_only") = false);
+  m.def("causal_conv1d_backward", &backward, nb::arg("x").none(), nb::arg("weight").none(), nb::arg("dy").none(),
+        nb::arg("bias") = nb::none(), nb::arg("activation") = nb::none(), nb::arg("initial_state") = nb::none(),
+        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("dfinal_state") = nb::none(),
+        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python

@@ -27,9 +27,9 @@ nb::object update(nb::handle x, nb::handle state, nb::handle weight, nb::handle 
 }  // namespace
 
 void bind_causal_conv1d_update(nb::module_& m) {
-  m.def("causal_conv1d_update", &update, nb::arg("x"), nb::arg("state"), nb::arg("weight"), nb::arg("bias") = nb::none(),
-        nb::arg("activation") = nb::none(), nb::arg("state_indices") = nb::none(), nb::arg("out") = nb::none(),
-        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+  m.def("causal_conv1d_update", &update, nb::arg("x").none(), nb::arg("state").none(), nb::arg("weight").none(),
+        nb::arg("bias") = nb::none(), nb::arg("activation") = nb::none(), nb::arg("state_indices") = nb::none(),
+        nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python

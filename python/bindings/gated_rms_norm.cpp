@@ -45,12 +45,12 @@ nb::object backward(nb::handle x, nb::handle dy, nb::handle z, nb::handle weight
 }  // namespace
 
 void bind_gated_rms_norm(nb::module_& m) {
-  m.def("gated_rms_norm", &forward, nb::arg("x"), nb::arg("z") = nb::none(), nb::arg("weight") = nb::none(), nb::arg("group_size") = 0,
-        nb::arg("eps") = 1e-5, nb::arg("norm_before_gate") = false, nb::arg("out") = nb::none(),
-        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("gated_rms_norm_backward", &backward, nb::arg("x"), nb::arg("dy"), nb::arg("z") = nb::none(), nb::arg("weight") = nb::none(),
+  m.def("gated_rms_norm", &forward, nb::arg("x").none(), nb::arg("z") = nb::none(), nb::arg("weight") = nb::none(),
         nb::arg("group_size") = 0, nb::arg("eps") = 1e-5, nb::arg("norm_before_gate") = false,
-        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+  m.def("gated_rms_norm_backward", &backward, nb::arg("x").none(), nb::arg("dy").none(), nb::arg("z") = nb::none(),
+        nb::arg("weight") = nb::none(), nb::arg("group_size") = 0, nb::arg("eps") = 1e-5,
+        nb::arg("norm_before_gate") = false, nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python

@@ -93,16 +93,18 @@ nb::object backward(nb::handle zxbcdt, nb::handle conv_weight, nb::handle conv_b
 }  // namespace
 
 void bind_mamba2_scan(nb::module_& m) {
-  m.def("mamba2_scan", &forward, nb::arg("zxbcdt"), nb::arg("conv_weight"), nb::arg("conv_bias").none(), nb::arg("dt_bias").none(), nb::arg("A"),
+  m.def("mamba2_scan", &forward, nb::arg("zxbcdt").none(), nb::arg("conv_weight").none(), nb::arg("conv_bias").none(),
+        nb::arg("dt_bias").none(), nb::arg("A").none(), nb::arg("D") = nb::none(), nb::arg("norm_weight") = nb::none(),
+        nb::arg("ngroups") = 1, nb::arg("norm_group_size") = 0, nb::arg("eps") = 1e-5,
+        nb::arg("norm_before_gate") = false, nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(),
+        nb::arg("initial_conv_state") = nb::none(), nb::arg("initial_state") = nb::none(),
+        nb::arg("return_final_states") = false, nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
+        nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("out") = nb::none(),
+        nb::arg("final_conv_state_out") = nb::none(), nb::arg("final_state_out") = nb::none(),
+        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+  m.def("mamba2_scan_backward", &backward, nb::arg("zxbcdt").none(), nb::arg("conv_weight").none(),
+        nb::arg("conv_bias").none(), nb::arg("dt_bias").none(), nb::arg("A").none(), nb::arg("dy").none(),
         nb::arg("D") = nb::none(), nb::arg("norm_weight") = nb::none(), nb::arg("ngroups") = 1,
-        nb::arg("norm_group_size") = 0, nb::arg("eps") = 1e-5, nb::arg("norm_before_gate") = false,
-        nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(), nb::arg("initial_conv_state") = nb::none(),
-        nb::arg("initial_state") = nb::none(), nb::arg("return_final_states") = false,
-        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("chunk_size") = 0,
-        nb::arg("batch_invariant") = false, nb::arg("out") = nb::none(), nb::arg("final_conv_state_out") = nb::none(),
-        nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("mamba2_scan_backward", &backward, nb::arg("zxbcdt"), nb::arg("conv_weight"), nb::arg("conv_bias").none(), nb::arg("dt_bias").none(), nb::arg("A"),
-        nb::arg("dy"), nb::arg("D") = nb::none(), nb::arg("norm_weight") = nb::none(), nb::arg("ngroups") = 1,
         nb::arg("norm_group_size") = 0, nb::arg("eps") = 1e-5, nb::arg("norm_before_gate") = false,
         nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(), nb::arg("initial_conv_state") = nb::none(),
         nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,

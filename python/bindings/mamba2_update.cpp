@@ -40,12 +40,12 @@ nb::object update(nb::handle zxbcdt, nb::handle conv_state, nb::handle state, nb
 }  // namespace
 
 void bind_mamba2_update(nb::module_& m) {
-  m.def("mamba2_update", &update, nb::arg("zxbcdt"), nb::arg("conv_state"), nb::arg("state"), nb::arg("conv_weight"), nb::arg("conv_bias").none(),
-        nb::arg("dt_bias").none(), nb::arg("A"), nb::arg("D") = nb::none(), nb::arg("norm_weight") = nb::none(),
-        nb::arg("ngroups") = 1, nb::arg("norm_group_size") = 0, nb::arg("eps") = 1e-5,
-        nb::arg("norm_before_gate") = false, nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(),
-        nb::arg("state_indices") = nb::none(), nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(),
-        nb::arg("plan_only") = false);
+  m.def("mamba2_update", &update, nb::arg("zxbcdt").none(), nb::arg("conv_state").none(), nb::arg("state").none(),
+        nb::arg("conv_weight").none(), nb::arg("conv_bias").none(), nb::arg("dt_bias").none(), nb::arg("A").none(),
+        nb::arg("D") = nb::none(), nb::arg("norm_weight") = nb::none(), nb::arg("ngroups") = 1,
+        nb::arg("norm_group_size") = 0, nb::arg("eps") = 1e-5, nb::arg("norm_before_gate") = false,
+        nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(), nb::arg("state_indices") = nb::none(),
+        nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python

@@ -35,9 +35,10 @@ nb::object update(nb::handle state, nb::handle x, nb::handle dt, nb::handle A, n
 }  // namespace
 
 void bind_selective_state_update(nb::module_& m) {
-  m.def("selective_state_update", &update, nb::arg("state"), nb::arg("x"), nb::arg("dt"), nb::arg("A"), nb::arg("B"), nb::arg("C"),
-        nb::arg("D") = nb::none(), nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(),
-        nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(), nb::arg("state_indices") = nb::none(),
+  m.def("selective_state_update", &update, nb::arg("state").none(), nb::arg("x").none(), nb::arg("dt").none(),
+        nb::arg("A").none(), nb::arg("B").none(), nb::arg("C").none(), nb::arg("D") = nb::none(),
+        nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
+        nb::arg("dt_limit") = nb::none(), nb::arg("state_indices") = nb::none(),
         nb::arg("out_state_indices") = nb::none(), nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(),
         nb::arg("plan_only") = false);
 }

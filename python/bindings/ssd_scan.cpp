@@ -74,18 +74,18 @@ nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb:
 }  // namespace
 
 void bind_ssd_scan(nb::module_& m) {
-  m.def("ssd_scan", &forward, nb::arg("x"), nb::arg("dt"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("D") = nb::none(),
-        nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
-        nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(),
+  m.def("ssd_scan", &forward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(), nb::arg("B").none(),
+        nb::arg("C").none(), nb::arg("D") = nb::none(), nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(),
+        nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(),
         nb::arg("return_final_state") = false, nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
         nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("out") = nb::none(),
         nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("ssd_scan_backward", &backward, nb::arg("x"), nb::arg("dt"), nb::arg("A"), nb::arg("B"), nb::arg("C"), nb::arg("dy"),
-        nb::arg("D") = nb::none(), nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(),
-        nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(),
-        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("chunk_size") = 0,
-        nb::arg("batch_invariant") = false, nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(),
-        nb::arg("plan_only") = false);
+  m.def("ssd_scan_backward", &backward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(),
+        nb::arg("B").none(), nb::arg("C").none(), nb::arg("dy").none(), nb::arg("D") = nb::none(),
+        nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
+        nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
+        nb::arg("reverse") = false, nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false,
+        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python

@@ -47,12 +47,14 @@ nb::object backward(nb::handle log_decay, nb::handle states, nb::handle dstates,
 }  // namespace
 
 void bind_state_scan(nb::module_& m) {
-  m.def("state_scan", &forward, nb::arg("log_decay"), nb::arg("update"), nb::arg("initial_state") = nb::none(),
-        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("out") = nb::none(),
-        nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("state_scan_backward", &backward, nb::arg("log_decay"), nb::arg("states"), nb::arg("dstates"),
-        nb::arg("dfinal_state") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
-        nb::arg("reverse") = false, nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+  m.def("state_scan", &forward, nb::arg("log_decay").none(), nb::arg("update").none(),
+        nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
+        nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(),
+        nb::arg("plan_only") = false);
+  m.def("state_scan_backward", &backward, nb::arg("log_decay").none(), nb::arg("states").none(),
+        nb::arg("dstates").none(), nb::arg("dfinal_state") = nb::none(), nb::arg("initial_state") = nb::none(),
+        nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("stream") = nb::none(),
+        nb::arg("plan_only") = false);
 }
 
 }  // namespace statescan::python
