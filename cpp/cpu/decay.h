@@ -6,28 +6,6 @@
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
 
-// a b + c in one rounding where the machine can; written out, so that bits do not depend on which product of a sum the
-// compiler chooses to fuse.
-STATESCAN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
-  return _mm256_fmadd_ps(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-STATESCAN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_pd(a, b, c);
-#elif defined(__FMA__)
-  return _mm256_fmadd_pd(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // What A is multiplied by before dt: decay_of(dt * (A * kRateScale)) = exp(dt A).
 template <class T>
 inline constexpr T kRateScale = T(1);

@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <statescan/tensor.h>
@@ -71,16 +73,52 @@ STATESCAN_INLINE void store(T* p, Vec<T> v) {
 // The first n lanes (0 <= n < kLanes); the others are zero.
 template <class T>
 STATESCAN_INLINE Vec<T> load_first(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  else return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#else
   alignas(kVectorBytes) T lanes[kLanes<T>] = {};
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
   return load<T>(lanes);
+#endif
 }
 
 template <class T>
 STATESCAN_INLINE void store_first(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  else _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+#else
   alignas(kVectorBytes) T lanes[kLanes<T>];
   store<T>(lanes, v);
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+// a b + c in one rounding where the machine can; written out where bits must not depend on which product of a sum the
+// compiler fuses.
+STATESCAN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+STATESCAN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
 }
 
 template <class T>
