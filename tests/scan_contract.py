@@ -93,13 +93,12 @@ class ScanContract:
     def test_each_optional_input_left_out(self, device, rng):
         every = self.make(rng)
         for name in self.optional:
-            self.op.check(device, {k: v for k, v in every.items() if k != name}, **self.op.options)
+            self.op.check(device, {**every, name: None}, **self.op.options)
 
     def test_each_optional_input_alone(self, device, rng):
         every = self.make(rng)
         for name in (None, *self.optional):
-            omit = set(self.optional) - {name}
-            self.op.check(device, {k: v for k, v in every.items() if k not in omit}, **self.op.options)
+            self.op.check(device, {**every, **dict.fromkeys(set(self.optional) - {name})}, **self.op.options)
 
     def test_out_is_filled_and_returned(self, device, rng):
         inputs = self.make(rng)
@@ -308,7 +307,7 @@ class ScanContract:
             if name == self.op.main:
                 continue
             longer = np.concatenate([value, value[:1]])
-            with pytest.raises(ValueError, match=rf"{self.op.name}: .*{name}"):
+            with pytest.raises(ValueError, match=rf"{self.op.name}: .*({name}|{self.op.main})"):
                 self.op.run(device, {**inputs, name: longer}, **self.op.options)
             with pytest.raises(ValueError, match=rf"{self.op.name}: {name} has shape .*; expected \("):
                 self.op.run(device, {**inputs, name: value[None]}, **self.op.options)

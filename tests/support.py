@@ -26,8 +26,8 @@ class Cpu:
     def get(self, a):
         return a
 
-    def call(self, op, **arguments):
-        return op(**arguments)
+    def call(self, op, *inputs, **arguments):
+        return op(*inputs, **arguments)
 
 
 class Cuda:
@@ -54,9 +54,9 @@ class Cuda:
         a = a.cpu()
         return a.view(torch.int16).numpy().view(DTYPES["bfloat16"]) if a.dtype == torch.bfloat16 else a.numpy()
 
-    def call(self, op, **arguments):
+    def call(self, op, *inputs, **arguments):
         try:
-            return op(**arguments)
+            return op(*inputs, **arguments)
         except NotImplementedError as missing:
             pytest.skip(str(missing))
 

@@ -12,12 +12,6 @@ class TestMamba2Update(UpdateContract):
     op = OP
     optional = ("conv_bias", "dt_bias", "D", "norm_weight")
 
-    def test_each_optional_input_left_out(self, device, rng):
-        every = self.make(rng, ntokens=2)
-        for name in self.optional:
-            self.op.check(device, {**every, name: None}, **self.op.options)
-        self.op.check(device, {**every, **dict.fromkeys(self.optional)}, **self.op.options)
-
 
 @pytest.mark.parametrize("row", (
     dict(nheads=1, ngroups=1), dict(nheads=3, ngroups=1), dict(nheads=3, ngroups=3), dict(headdim=1), dict(headdim=40),

@@ -36,8 +36,8 @@ class UpdateContract:
     def test_each_optional_input_left_out(self, device, rng):
         every = self.make(rng, ntokens=2)
         for name in self.optional:
-            self.op.check(device, {k: v for k, v in every.items() if k != name}, **self.op.options)
-        self.op.check(device, {k: v for k, v in every.items() if k not in self.optional}, **self.op.options)
+            self.op.check(device, {**every, name: None}, **self.op.options)
+        self.op.check(device, {**every, **dict.fromkeys(self.optional)}, **self.op.options)
 
     def test_several_tokens_are_one_at_a_time(self, device, rng):
         inputs = self.make(rng, ntokens=17)
@@ -213,7 +213,8 @@ class UpdateContract:
     def test_wrong_dtypes_name_the_argument(self, device, rng):
         inputs = self.make(rng)
         for name, value in inputs.items():
-            with pytest.raises(TypeError, match=rf"{self.op.name}: {name} is int32; expected "):
+            blamed = "state" if name == "A" and self.sizes.get("complex_A") else name  # a real A makes a complex state wrong
+            with pytest.raises(TypeError, match=rf"{self.op.name}: {blamed} is \w+; expected "):
                 self.op.run(device, {**inputs, name: np.zeros(value.shape, np.int32)}, **self.op.options)
 
     def test_states_must_be_writable_and_whole(self, rng):
