@@ -6,6 +6,7 @@ import argparse
 import sys
 
 import statescan
+from statescan import bench
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--include-dir", action="store_true", help="print the folder of the C++ headers")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     commands.add_parser("info", help="what this installation can do").set_defaults(run=_info)
+    timing = commands.add_parser("bench", help="check and time the ops on this machine")
+    bench.add_arguments(timing)
+    timing.set_defaults(run=bench.main)
     args = parser.parse_args(argv)
     if args.cmake_dir:
         print(statescan.cmake_dir())

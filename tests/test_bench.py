@@ -1,0 +1,107 @@
+"""The benchmark command: it checks before it times, and says what it measured on what."""
+
+import argparse
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+import statescan
+from statescan import bench
+from statescan.bench import cli, harness
+from statescan.__main__ import main as statescan_main
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args(arguments))
+
+
+def benchmark_of(op):
+    return importlib.import_module(f"statescan.bench.bench_{op}").BENCHMARK
+
+
+def test_quick_run_writes_json(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    before = statescan.num_threads()
+    code = statescan_main(
+        ["bench", "--op", "causal_conv1d", "--device", "cpu", "--quick", "--threads", "1", "--json", str(path)]
+    )
+    assert code == 0
+    assert statescan.num_threads() == before
+    found = json.loads(path.read_text())
+    assert {"versions", "isa", "platform", "commit", "date", "variables"} <= found["environment"].keys()
+    (machine,) = found["machines"]
+    assert machine["device"] == "cpu" and machine["name"].endswith(", 1 thread")
+    assert machine["copy_gbps"] > 0 and machine["matmul_gflops"]["float32"] > 0
+    assert len(found["rows"]) == 2
+    for row in found["rows"]:
+        assert row["op"] == "causal_conv1d" and row["status"] == "ok" and row["implementation"] == "statescan"
+        assert row["kernel"] == statescan.cpu_isa()
+        assert 0 <= row["error"] <= 1e-5
+        assert 0 < row["best_us"] <= row["median_us"]
+        assert {"case", "sizes", "dtype", "device", "spread_us", "repeats", "bytes", "flops", "gbps", "gflops"} <= row.keys()
+        assert row["share_of_floor"] == pytest.approx(row["floor_us"] / row["median_us"])
+    assert "causal_conv1d" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", cli.OPS)
+def test_every_op_passes_its_check(op):
+    device = harness.Cpu()
+    benchmark = benchmark_of(op)
+    assert benchmark.op == op
+    for case in benchmark.cases:
+        if case.quick:
+            arrays = harness.prepare(benchmark, case, "float32", device)
+            assert harness.verify(benchmark, case, "float32", device, arrays) < 1e-5
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+    right = statescan.gated_rms_norm
+    monkeypatch.setattr(statescan, "gated_rms_norm", lambda *a, **k: right(*a, **k) * np.float32(1.001))
+    assert run("--op", "gated_rms_norm", "--device", "cpu", "--quick") == 1
+    assert "wrong: y is off by 0.001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("package", "option", "install"),
+    [("matplotlib", ("--plot", "times.png"), "pip install 'statescan[plot]'"), ("torch", ("--peers",), "pip install torch")],
+)
+def test_what_is_missing_is_named(monkeypatch, capsys, tmp_path, package, option, install):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    assert run("--op", "gated_rms_norm", "--device", "cpu", "--quick", *option) == 2
+    message = capsys.readouterr().err
+    assert f"{option[0]} needs {package}" in message and install in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_plot_draws_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "times.png"
+    assert run("--op", "gated_rms_norm", "--device", "cpu", "--quick", "--plot", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_cuda_is_said(capsys):
+    if statescan.info()["cuda_devices"]:
+        pytest.skip("this machine has CUDA")
+    assert run("--device", "cuda", "--quick") == 2
+    assert "--device cuda: off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ["ssd_scan", "selective_scan"])
+def test_plain_torch_peers_agree(op):
+    pytest.importorskip("torch")
+    from statescan.bench import peers
+
+    machine = harness.Machine(harness.Cpu())
+    benchmark = benchmark_of(op)
+    (case,) = [case for case in benchmark.cases if case.quick]
+    arrays = harness.prepare(benchmark, case, "float32", machine.device)
+    found = peers.peers_of(op, "cpu")
+    assert found
+    for peer in found:
+        assert peers.disagreement(peer, benchmark, case, "float32", machine, arrays) < 1e-5, peer.name
