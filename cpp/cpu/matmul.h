@@ -1,6 +1,5 @@
-// Small matrix products of tiles that lie in cache, and the tiles themselves: how strided memory of any dtype becomes padded
-// contiguous T and how it is transposed. Right-hand and result tiles have rows padded to whole vectors, so that no product has
-// a ragged edge; left-hand tiles are read element by element and need no padding.
+// Products of tiles that lie in cache (tile.h loads them). Right-hand and result tiles have rows padded to whole vectors, so
+// that no product has a ragged edge; left-hand tiles are read element by element and need no padding.
 #pragma once
 
 #include <cstdint>
@@ -113,45 +112,6 @@ void matmul(T* to, std::int64_t to_stride, const T* a, std::int64_t a_stride, co
       store_block<T>(to + r * to_stride + c, to_stride, sum);
     });
   });
-}
-
-// to [columns, rows] = transpose of from [rows, columns]; squares of 16-byte vectors, which every instruction set shuffles well.
-template <class T>
-void transpose(T* to, std::int64_t to_stride, const T* from, std::int64_t from_stride, std::int64_t rows, std::int64_t columns) {
-  constexpr int kSide = 16 / sizeof(T);
-  typedef T Quad __attribute__((vector_size(16)));
-  std::int64_t r = 0;
-  for (; r + kSide <= rows; r += kSide) {
-    std::int64_t c = 0;
-    for (; c + kSide <= columns; c += kSide) {
-      Quad in[kSide], out[kSide];
-      for (int i = 0; i < kSide; ++i) std::memcpy(&in[i], from + (r + i) * from_stride + c, sizeof(Quad));
-      if constexpr (kSide == 4) {
-        const Quad low02 = __builtin_shufflevector(in[0], in[2], 0, 4, 1, 5), low13 = __builtin_shufflevector(in[1], in[3], 0, 4, 1, 5);
-        const Quad high02 = __builtin_shufflevector(in[0], in[2], 2, 6, 3, 7), high13 = __builtin_shufflevector(in[1], in[3], 2, 6, 3, 7);
-        out[0] = __builtin_shufflevector(low02, low13, 0, 4, 1, 5), out[1] = __builtin_shufflevector(low02, low13, 2, 6, 3, 7);
-        out[2] = __builtin_shufflevector(high02, high13, 0, 4, 1, 5), out[3] = __builtin_shufflevector(high02, high13, 2, 6, 3, 7);
-      } else {
-        out[0] = __builtin_shufflevector(in[0], in[1], 0, 2), out[1] = __builtin_shufflevector(in[0], in[1], 1, 3);
-      }
-      for (int i = 0; i < kSide; ++i) std::memcpy(to + (c + i) * to_stride + r, &out[i], sizeof(Quad));
-    }
-    for (; c < columns; ++c)
-      for (int i = 0; i < kSide; ++i) to[c * to_stride + r + i] = from[(r + i) * from_stride + c];
-  }
-  for (; r < rows; ++r)
-    for (std::int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-}
-
-// Rows of a strided tensor as a tile: `first` is the offset of element [0][0], row_step and column_step are strides in
-// elements. What a row of the tile holds past `columns` becomes zero.
-template <class T>
-void load_tile(T* to, std::int64_t to_stride, const Tensor& t, std::int64_t first, std::int64_t row_step,
-               std::int64_t column_step, std::int64_t rows, std::int64_t columns) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    load_row<T>(to + r * to_stride, t.data, t.dtype, first + r * row_step, column_step, columns);
-    for (std::int64_t c = columns; c < to_stride; ++c) to[r * to_stride + c] = T(0);
-  }
 }
 
 }  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE

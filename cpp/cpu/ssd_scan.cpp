@@ -12,6 +12,7 @@
 #include "matmul.h"
 #include "parallel.h"
 #include "simd.h"
+#include "tile.h"
 #include "../ops/contract.h"
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
@@ -37,7 +38,7 @@ struct Tiling {
 constexpr std::int64_t kChunk = 64, kMaxChunk = 256;
 // Up to kHeads heads share C B^T, unless a sequence then has fewer tasks than kTasks, which feed the threads of a small batch;
 // with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
-constexpr std::int64_t kHeads = 4, kTasks = 8, kColumns = 32;
+constexpr std::int64_t kHeads = 8, kTasks = 8, kColumns = 32;
 
 Tiling tiling_of(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   Tiling t{};
@@ -57,10 +58,9 @@ Tiling tiling_of(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
 // The tiles of one thread. q tokens, n of dstate, p columns of headdim; rows marked * are padded to whole vectors.
 template <class T>
 struct Tiles {
-  Tiles(Arena& arena, const Tiling& t, const ssd_scan::Dims& d)
+  Tiles(Arena& arena, const Tiling& t, const ssd_scan::Args& args, const ssd_scan::Dims& d)
       : q_stride(whole_vectors<T>(least(t.chunk, most(d.seqlen, 1)))), p_stride(whole_vectors<T>(t.columns)) {
     state = arena.take<T>(t.heads * d.dstate * p_stride);
-    staging = arena.take<T>(most(q_stride, p_stride) * d.dstate);
     C = arena.take<T>(q_stride * d.dstate);
     B_transposed = arena.take<T>(d.dstate * q_stride);
     CB = arena.take<T>(q_stride * q_stride);
@@ -68,14 +68,13 @@ struct Tiles {
     x = arena.take<T>(q_stride * p_stride);
     x_weighted = arena.take<T>(q_stride * p_stride);
     y = arena.take<T>(q_stride * p_stride);
-    z = arena.take<T>(p_stride);
+    z = arena.take<T>(args.z ? q_stride * p_stride : 0);
     D = arena.take<T>(p_stride);
     for (T** row : {&dt, &sum_high, &sum_low, &from_start, &to_end}) *row = arena.take<T>(q_stride);
   }
 
   std::int64_t q_stride, p_stride;
   T* state;         // [heads,n,p*]
-  T* staging;       // [q,n] or [p,n] on its way to a transpose
   T* C;             // [q,n]
   T* B_transposed;  // [n,q*]
   T* CB;            // [q,q*] C.B of each pair of tokens, up to the diagonal
@@ -83,7 +82,7 @@ struct Tiles {
   T* x;             // [q,p*]
   T* x_weighted;    // [q,p*] exp(s[q-1] - s[j]) dt[j] x[j]
   T* y;             // [q,p*]
-  T* z;             // [p*]
+  T* z;             // [q,p*]
   T* D;             // [p*]
   T *dt, *sum_high, *sum_low;  // [q*] the step, and s as a sum of two
   T *from_start, *to_end;      // [q*] exp(s[i]), and exp(s[q-1] - s[j]) dt[j]
@@ -106,11 +105,12 @@ Walk walk_of(const ssd_scan::Args& args, const ssd_scan::Dims& d, std::int64_t s
 
 // dt, its prefix sums s and their exps for one head; returns exp(s[q-1]).
 template <class T>
-T load_steps(const Tiles<T>& tiles, const ssd_scan::Args& args, const Walk& walk, std::int64_t start, std::int64_t q, std::int64_t h) {
+T load_steps(const Tiles<T>& tiles, const ssd_scan::Args& args, const Walk& walk, std::int64_t start, std::int64_t q,
+             std::int64_t h) {
   const T A = load_element<T>(args.A.data, args.A.dtype, h * args.A.stride[0]);
   const T bias = args.dt_bias ? load_element<T>(args.dt_bias.data, args.dt_bias.dtype, h * args.dt_bias.stride[0]) : T(0);
-  load_tile<T>(tiles.dt, whole_vectors<T>(q), args.dt, offset_of(args.dt, walk.batch, walk.token(start), h), 0,
-               walk.step(args.dt.stride[1]), 1, q);
+  const std::int64_t first = offset_of(args.dt, walk.batch, walk.token(start), h);
+  load_tile<T>(tiles.dt, whole_vectors<T>(q), {args.dt.data, args.dt.dtype, first, 0, walk.step(args.dt.stride[1])}, 1, q);
   for (std::int64_t i = 0; i < q; i += kLanes<T>)
     store<T>(tiles.dt + i, discretise<T>(load<T>(tiles.dt + i), splat(bias), args.dt_softplus, T(args.dt_min), T(args.dt_max)));
   double sum = 0;
@@ -146,8 +146,8 @@ void decay_scores(const Tiles<T>& tiles, std::int64_t q) {
     const T* CB = tiles.CB + i * tiles.q_stride;
     T* scores = tiles.scores + i * tiles.q_stride;
     for (std::int64_t j = 0; j <= i; j += kLanes<T>) {
-      const Vec<T> decay = exp((tiles.sum_high[i] - load<T>(tiles.sum_high + j)) + (tiles.sum_low[i] - load<T>(tiles.sum_low + j)));
-      store<T>(scores + j, load<T>(CB + j) * (decay * load<T>(tiles.dt + j)));
+      const Vec<T> high = tiles.sum_high[i] - load<T>(tiles.sum_high + j), low = tiles.sum_low[i] - load<T>(tiles.sum_low + j);
+      store<T>(scores + j, load<T>(CB + j) * (exp(high + low) * load<T>(tiles.dt + j)));
     }
   }
 }
@@ -190,61 +190,51 @@ struct Block {
 
   T* state(std::int64_t k) const { return tiles.state + k * d.dstate * tiles.p_stride; }
 
-  // The offset of this block's first column in x, y or z at a token of the scan.
-  std::int64_t offset(const Tensor& t, std::int64_t i, std::int64_t h) const { return offset_of(t, walk.batch, walk.token(i), h, p0); }
+  // This block's columns of x, y or z from a token of the scan on.
+  TileView rows(const Tensor& t, std::int64_t i, std::int64_t h) const {
+    return {t.data, t.dtype, offset_of(t, walk.batch, walk.token(i), h, p0), walk.step(t.stride[1]), t.stride[3]};
+  }
+
+  // The state [n,p] of head k of the block, in a tensor.
+  TileView state_view(const Tensor& t, std::int64_t k) const {
+    return {t.data, t.dtype, offset_of(t, sequence, h0 + k, p0), t.stride[3], t.stride[2]};
+  }
 
   void load_x(std::int64_t start, std::int64_t q, std::int64_t h) const {
-    load_tile<T>(tiles.x, tiles.p_stride, args.x, offset(args.x, start, h), walk.step(args.x.stride[1]), args.x.stride[3], q, columns);
+    load_tile<T>(tiles.x, tiles.p_stride, rows(args.x, start, h), q, columns);
     for (std::int64_t j = 0; j < q; ++j)
       for (std::int64_t c = 0; c < tiles.p_stride; c += kLanes<T>)
         store<T>(tiles.x_weighted + j * tiles.p_stride + c, tiles.to_end[j] * load<T>(tiles.x + j * tiles.p_stride + c));
   }
 
   void load_BC(std::int64_t start, std::int64_t q) const {
-    auto load = [&](T* to, const Tensor& t) {
-      load_tile<T>(to, d.dstate, t, offset_of(t, walk.batch, walk.token(start), group), walk.step(t.stride[1]), t.stride[3], q, d.dstate);
-    };
-    load(tiles.C, args.C);
-    load(tiles.staging, args.B);
-    transpose<T>(tiles.B_transposed, tiles.q_stride, tiles.staging, d.dstate, q, d.dstate);
-    for (std::int64_t n = 0; n < d.dstate; ++n)
-      for (std::int64_t i = q; i < whole_vectors<T>(q); ++i) tiles.B_transposed[n * tiles.q_stride + i] = T(0);
+    const std::int64_t token = walk.token(start);
+    const std::int64_t B = offset_of(args.B, walk.batch, token, group), C = offset_of(args.C, walk.batch, token, group);
+    load_tile<T>(tiles.B_transposed, tiles.q_stride,
+                 {args.B.data, args.B.dtype, B, args.B.stride[3], walk.step(args.B.stride[1])}, d.dstate, q);
+    load_tile<T>(tiles.C, d.dstate, {args.C.data, args.C.dtype, C, walk.step(args.C.stride[1]), args.C.stride[3]}, q, d.dstate);
   }
 
   void load_D(std::int64_t h) const {
     for (std::int64_t c = 0; c < columns; ++c)
-      tiles.D[c] = load_element<T>(args.D.data, args.D.dtype, d.D_per_channel ? offset_of(args.D, h, p0 + c) : offset_of(args.D, h));
+      tiles.D[c] = load_element<T>(args.D.data, args.D.dtype,
+                                   d.D_per_channel ? offset_of(args.D, h, p0 + c) : offset_of(args.D, h));
   }
 
   // D x, the gate, and out to memory.
   void finish_y(std::int64_t start, std::int64_t q, std::int64_t h) const {
     if (args.D) load_D(h);
-    for (std::int64_t i = 0; i < q; ++i) {
-      T* y = tiles.y + i * tiles.p_stride;
-      const T* x = tiles.x + i * tiles.p_stride;
-      if (args.D)
-        for (std::int64_t c = 0; c < columns; c += kLanes<T>) store<T>(y + c, load<T>(y + c) + load<T>(tiles.D + c) * load<T>(x + c));
-      if (args.z) {
-        load_row<T>(tiles.z, args.z.data, args.z.dtype, offset(args.z, start + i, h), args.z.stride[3], columns);
-        for (std::int64_t c = 0; c < columns; c += kLanes<T>) store<T>(y + c, load<T>(y + c) * silu<T>(load<T>(tiles.z + c)));
-      }
-      store_row<T>(args.y.data, args.y.dtype, offset(args.y, start + i, h), args.y.stride[3], columns, y);
-    }
-  }
-
-  void load_state(std::int64_t k) const {
-    const Tensor& t = args.initial_state;
-    load_tile<T>(tiles.staging, d.dstate, t, offset_of(t, sequence, h0 + k, p0), t.stride[2], t.stride[3], columns, d.dstate);
-    transpose<T>(state(k), tiles.p_stride, tiles.staging, d.dstate, columns, d.dstate);
-    for (std::int64_t n = 0; n < d.dstate; ++n)
-      for (std::int64_t c = columns; c < tiles.p_stride; ++c) state(k)[n * tiles.p_stride + c] = T(0);
-  }
-
-  void store_state(std::int64_t k) const {
-    const Tensor& t = args.final_state;
-    transpose<T>(tiles.staging, d.dstate, state(k), tiles.p_stride, d.dstate, columns);
-    for (std::int64_t c = 0; c < columns; ++c)
-      store_row<T>(t.data, t.dtype, offset_of(t, sequence, h0 + k, p0 + c), t.stride[3], d.dstate, tiles.staging + c * d.dstate);
+    if (args.z) load_tile<T>(tiles.z, tiles.p_stride, rows(args.z, start, h), q, columns);
+    if (args.D || args.z)
+      for (std::int64_t i = 0; i < q; ++i)
+        for (std::int64_t c = 0; c < tiles.p_stride; c += kLanes<T>) {
+          const std::int64_t at = i * tiles.p_stride + c;
+          Vec<T> y = load<T>(tiles.y + at);
+          if (args.D) y += load<T>(tiles.D + c) * load<T>(tiles.x + at);
+          if (args.z) y *= silu<T>(load<T>(tiles.z + at));
+          store<T>(tiles.y + at, y);
+        }
+    store_tile<T>(rows(args.y, start, h), q, columns, tiles.y, tiles.p_stride);
   }
 
   void clear_state(std::int64_t k) const {
@@ -254,7 +244,7 @@ struct Block {
   void run(std::int64_t chunk) const {
     const bool empty = walk.length() == 0;
     for (std::int64_t k = 0; k < heads; ++k) {
-      if (args.initial_state) load_state(k);
+      if (args.initial_state) load_tile<T>(state(k), tiles.p_stride, state_view(args.initial_state, k), d.dstate, columns);
       else if (empty) clear_state(k);
     }
     for (std::int64_t start = 0; start < walk.length(); start += chunk) {
@@ -276,7 +266,8 @@ struct Block {
       }
     }
     if (args.final_state)
-      for (std::int64_t k = 0; k < heads; ++k) store_state(k);
+      for (std::int64_t k = 0; k < heads; ++k)
+        store_tile<T>(state_view(args.final_state, k), d.dstate, columns, state(k), tiles.p_stride);
   }
 };
 
@@ -285,23 +276,24 @@ void clear_tail(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   if (!args.cu_seqlens) return;
   for (std::int64_t l = index_at(args.cu_seqlens, d.num_sequences); l < d.seqlen; ++l)
     for (std::int64_t h = 0; h < d.nheads; ++h)
-      for (std::int64_t p = 0; p < d.headdim; ++p) store_element<float>(args.y.data, args.y.dtype, offset_of(args.y, 0, l, h, p), 0.0f);
+      for (std::int64_t p = 0; p < d.headdim; ++p)
+        store_element<float>(args.y.data, args.y.dtype, offset_of(args.y, 0, l, h, p), 0.0f);
 }
 
 template <class T>
-std::size_t bytes_per_thread(const Tiling& t, const ssd_scan::Dims& d) {
+std::size_t bytes_per_thread(const Tiling& t, const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   Arena count(nullptr);
-  Tiles<T>(count, t, d);
+  Tiles<T>(count, t, args, d);
   return count.used();
 }
 
 template <class T>
 void scan(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   const Tiling t = tiling_of(args, d);
-  const std::size_t bytes = bytes_per_thread<T>(t, d);
+  const std::size_t bytes = bytes_per_thread<T>(t, args, d);
   parallel_for(d.num_sequences * t.tasks, [&](std::int64_t task, int thread) {
     Arena arena(static_cast<char*>(args.workspace.data) + thread * bytes);
-    const Tiles<T> tiles(arena, t, d);
+    const Tiles<T> tiles(arena, t, args, d);
     const std::int64_t sequence = task / t.tasks, part = task % t.tasks, column_block = part % t.column_blocks;
     const std::int64_t head_block = part / t.column_blocks % t.head_blocks, group = part / t.column_blocks / t.head_blocks;
     const std::int64_t group_heads = d.nheads / d.ngroups, first = head_block * t.heads, p0 = column_block * t.columns;
@@ -316,7 +308,8 @@ void scan(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
 
 std::size_t workspace_bytes(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   const Tiling t = tiling_of(args, d);
-  const std::size_t bytes = args.x.dtype == DType::float64 ? bytes_per_thread<double>(t, d) : bytes_per_thread<float>(t, d);
+  const bool in_double = args.x.dtype == DType::float64;
+  const std::size_t bytes = in_double ? bytes_per_thread<double>(t, args, d) : bytes_per_thread<float>(t, args, d);
   return bytes * least(max_threads(), d.num_sequences * t.tasks);
 }
 

@@ -49,17 +49,23 @@ inline void load_tile(T* to, std::int64_t pitch, const TileView& from, std::int6
   constexpr int kL = kLanes<T>;
   if (from.row_stride == 1 && from.column_stride != 1 && rows >= kL / 2) {
     alignas(kVectorBytes) T block[kL * kL];
-    for (std::int64_t r = 0; r < rows; r += kL) {
-      const std::int64_t count = rows - r < kL ? rows - r : kL;
-      for (std::int64_t c = 0; c < pitch; c += kL) {
+    for (std::int64_t c = 0; c < pitch; c += kL) {
+      for (std::int64_t r = 0; r < rows; r += kL) {  // along memory
+        const std::int64_t count = rows - r < kL ? rows - r : kL;
         Vec<T> lanes[kL];
-        for (int i = 0; i < kL; ++i) {
-          if (count < kL || c + i >= columns) store<T>(block + i * kL, Vec<T>{});
-          if (c + i < columns)
-            load_row<T>(block + i * kL, from.data, from.dtype, from.first + r + (c + i) * from.column_stride, 1, count);
-        }
+        if (from.dtype == kDTypeOf<T> && count == kL && c + kL <= columns) {
+          const T* corner = static_cast<const T*>(from.data) + from.first + r + c * from.column_stride;
 #pragma GCC unroll 16
-        for (int i = 0; i < kL; ++i) lanes[i] = load<T>(block + i * kL);
+          for (int i = 0; i < kL; ++i) lanes[i] = load<T>(corner + i * from.column_stride);
+        } else {
+          for (int i = 0; i < kL; ++i) {
+            if (count < kL || c + i >= columns) store<T>(block + i * kL, Vec<T>{});
+            if (c + i < columns)
+              load_row<T>(block + i * kL, from.data, from.dtype, from.first + r + (c + i) * from.column_stride, 1, count);
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < kL; ++i) lanes[i] = load<T>(block + i * kL);
+        }
         transpose<T>(lanes);
         const std::int64_t room = pitch - c;
         for (int i = 0; i < kL; ++i) {
