@@ -7,6 +7,7 @@ import sys
 
 import statescan
 from statescan import bench
+from statescan.demo import cli as demo_cli
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     timing = commands.add_parser("bench", help="check and time the ops on this machine")
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.main)
+    demo = commands.add_parser("demo", help="a trained Mamba-2 reads a file, scores it and continues it")
+    demo_cli.add_arguments(demo)
+    demo.set_defaults(run=demo_cli.main)
     args = parser.parse_args(argv)
     if args.cmake_dir:
         print(statescan.cmake_dir())

@@ -74,7 +74,7 @@ def mamba2_scan(
         TypeError: a dtype is not supported.
         NotImplementedError: no kernel of this build serves the call.
 
-    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), section 7.
+    Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """
     return _C.mamba2_scan(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, norm_group_size or 0, eps, norm_before_gate,
@@ -125,7 +125,7 @@ def mamba2_scan_backward(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`mamba2_scan`.
 
-    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), section 7.
+    Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """
     return _C.mamba2_scan_backward(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, dy, D, norm_weight, ngroups, norm_group_size or 0, eps,

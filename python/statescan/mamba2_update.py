@@ -59,7 +59,7 @@ def mamba2_update(
         TypeError: a dtype is not supported.
         NotImplementedError: no kernel of this build serves the call.
 
-    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), section 7.
+    Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """
     return _C.mamba2_update(
         zxbcdt, conv_state, state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, norm_group_size or 0, eps,

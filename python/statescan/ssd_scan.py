@@ -64,7 +64,7 @@ def ssd_scan(
 
     Strides are honoured: transposed views and slices cost no copy. float32 inputs keep float32 accuracy.
 
-    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), equation 16 and section 6.
+    Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), equation 16 and section 6.
     """
     return _C.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
@@ -108,7 +108,7 @@ def ssd_scan_backward(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`ssd_scan`.
 
-    Source: Dao & Gu 2024, Transformers are SSDs (arXiv:2405.21060), equation 16 and section 6.
+    Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), equation 16 and section 6.
     """
     return _C.ssd_scan_backward(
         x, dt, A, B, C, dy, D, z, dt_bias, dt_softplus, dt_limit, initial_state, cu_seqlens, reverse,

@@ -40,7 +40,7 @@ def state_scan(
         TypeError: a dtype is not supported.
         NotImplementedError: no kernel of this build serves the call.
 
-    Source: Dao & Gu 2024, Transformers are SSDs, section 6 (arXiv:2405.21060).
+    Source: Dao & Gu 2024, Transformers are SSMs, section 6 (arXiv:2405.21060).
     """
     return _C.state_scan(log_decay, update, initial_state, cu_seqlens, reverse, out, final_state_out, stream)
 
@@ -73,6 +73,6 @@ def state_scan_backward(
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`state_scan`.
 
-    Source: Dao & Gu 2024, Transformers are SSDs, section 6 (arXiv:2405.21060).
+    Source: Dao & Gu 2024, Transformers are SSMs, section 6 (arXiv:2405.21060).
     """
     return _C.state_scan_backward(log_decay, states, dstates, dfinal_state, initial_state, cu_seqlens, reverse, stream)

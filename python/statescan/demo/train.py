@@ -1,0 +1,716 @@
+"""Trains the demo's byte-level Mamba-2 language model and writes it as an int8 safetensors file.
+
+    python -m statescan.demo.train --minutes 7 --output model.safetensors
+    python -m statescan.demo.train --evaluate model.safetensors
+
+The model reads bytes and predicts the next one. Its training set is the Python standard library (`corpus.py`); its
+score is bits per byte on whole held-out modules, each read as one sequence from an empty state. Everything is plain
+PyTorch and runs on CPU or CUDA.
+
+Architecture and state-space duality: T. Dao and A. Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060). Parameter
+names and initial values follow the published Mamba-2 models.
+
+Size letters: b batch, l seqlen, h nheads, p headdim, g ngroups, r = h / g heads per group, n dstate, w conv width,
+c chunk, q and k steps in a chunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import gzip
+import json
+import lzma
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from statescan.demo import corpus
+from statescan.demo.config import Config
+
+FORMAT = "statescan.mamba2_lm.v1"
+QUANTISATION = "name: int8 [rows, columns]; name_scale: float16 [rows]; weight = name * name_scale[:, None]"
+
+# A step costs nheads * CHUNK_SIZE values of decay matrices and nheads * headdim * dstate / CHUNK_SIZE values of states;
+# for headdim * dstate = 8192 the sum is least near 90.
+CHUNK_SIZE = 128
+# Chunks combined by one matrix; longer sequences go block by block, so that their cost stays linear in seqlen.
+CHUNKS_PER_BLOCK = 64
+
+State = tuple[Tensor, Tensor]
+"""What a layer carries on: the last w-1 convolution inputs [b, w-1, d] and the SSM state [b, h, p, n]."""
+
+LayerOutput = tuple[Tensor, Tensor, Tensor]
+"""Output [b, l, d_model] and the two parts of the next `State`."""
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def decay_matrix(end: Tensor, start: Tensor, diagonal: int) -> Tensor:
+    """exp(end[..., i] - start[..., j]) where j <= i + diagonal, else 0.
+
+    `end` and `start` are prefix sums of log decays. The mask comes before exp: above the diagonal the difference is
+    positive and may overflow, and inf * 0 would poison gradients.
+    """
+    difference = end[..., :, None] - start[..., None, :]
+    mask = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).tril(diagonal)
+    return difference.masked_fill(~mask, -math.inf).exp()
+
+
+def carry_states(log_decay: Tensor, update: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk and after the last: S[c] = exp(log_decay[c]) S[c-1] + update[c].
+
+    log_decay [b,c,h], update [b,c,h,p,n], initial [b,h,p,n] -> [b,c,h,p,n], [b,h,p,n].
+    """
+    blocks = []
+    state = initial
+    for start in range(0, log_decay.shape[1], CHUNKS_PER_BLOCK):
+        decay, block = (tensor[:, start : start + CHUNKS_PER_BLOCK] for tensor in (log_decay, update))
+        inclusive = decay.cumsum(1)
+        exclusive = F.pad(inclusive[:, :-1], (0, 0, 1, 0))
+        weights = decay_matrix(exclusive.transpose(1, 2), inclusive.transpose(1, 2), -1)  # [b,h,c,c]
+        before = torch.einsum("bhij,bjhpn->bihpn", weights, block)
+        before = before + exclusive.exp()[..., None, None] * state[:, None]
+        state = decay[:, -1].exp()[..., None, None] * before[:, -1] + block[:, -1]
+        blocks.append(before)
+    return (torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]), state
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2's scan by chunks: S[t] = exp(dt[t] A) S[t-1] + dt[t] x[t] B[t]^T, y[t] = S[t] C[t].
+
+    x [b,l,h,p]; dt [b,l,h], positive; A [h], negative; B, C [b,l,g,n]; initial [b,h,p,n] -> y [b,l,h,p] and the final
+    state [b,h,p,n]. Inside a chunk the recurrence is the masked product ((C B^T) * decay) x; between chunks only states
+    travel (section 6 of the paper). Decays are computed in the dtype of `dt`.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, dstate = B.shape[2:]
+    pad = -seqlen % chunk_size
+    if pad:  # dt = 0 neither decays the state nor adds to it
+        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, pad)) for tensor in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+    nchunks = (seqlen + pad) // chunk_size
+    chunks = (batch, nchunks, chunk_size)
+    x = x.reshape(*chunks, nheads, headdim)
+    B = B.reshape(*chunks, ngroups, dstate).transpose(2, 3)  # [b,c,g,q,n]
+    C = C.reshape(*chunks, ngroups, dstate).transpose(2, 3)
+    dt = dt.reshape(*chunks, nheads).transpose(2, 3)  # [b,c,h,q]
+    prefix = (dt * A[:, None]).cumsum(-1)
+
+    scores = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b,c,g,1,q,k]
+    weights = decay_matrix(prefix, prefix, 0) * dt[..., None, :]  # [b,c,h,q,k]
+    weights = weights.unflatten(2, (ngroups, -1)) * scores
+    y = weights.flatten(2, 3).to(x.dtype) @ x.transpose(2, 3)  # [b,c,h,q,p]
+
+    to_end = dt * (prefix[..., -1:] - prefix).exp()
+    scaled = (x * to_end.transpose(2, 3)[..., None]).to(x.dtype).reshape(*chunks, ngroups, -1)
+    update = scaled.permute(0, 1, 3, 4, 2) @ B  # [b,c,g,rp,n]
+    update = update.reshape(batch, nchunks, nheads, headdim, dstate)
+    before, final = carry_states(prefix[..., -1], update, initial)
+    before = before.reshape(batch, nchunks, ngroups, -1, dstate)
+    carried = (C @ before.transpose(-1, -2)).transpose(2, 3).reshape(x.shape)
+
+    y = y.transpose(2, 3) + carried * prefix.exp().transpose(2, 3)[..., None]
+    return y.reshape(batch, nchunks * chunk_size, nheads, headdim)[:, :seqlen], final
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 at least."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Mixer(nn.Module):
+    """One Mamba-2 mixer: in_proj, causal convolution, SSD, gated norm, out_proj."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        d_inner, nheads = config.d_inner, config.nheads
+        self.in_proj = nn.Linear(config.d_model, d_inner + config.conv_dim + nheads, bias=False)
+        self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.conv_width, groups=config.conv_dim)
+        dt = torch.exp(torch.rand(nheads) * math.log(0.1 / 1e-3) + math.log(1e-3))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.A_log = nn.Parameter(torch.empty(nheads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(nheads))
+        self.norm = RMSNorm(d_inner, config.eps)
+        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(config.n_layer)
+
+    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
+        """hidden [b,l,d_model] and the layer's state -> output [b,l,d_model] and the layer's next state."""
+        config, seqlen = self.config, hidden.shape[1]
+        bc_size = config.ngroups * config.dstate
+        z, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.nheads], -1)
+
+        xbc = torch.cat([conv_state.to(xbc.dtype), xbc], 1)
+        conv_state = xbc[:, seqlen:]
+        taps = self.conv1d.weight.squeeze(1)  # [d,w]
+        conv = self.conv1d.bias + sum(xbc[:, i : i + seqlen] * taps[:, i] for i in range(config.conv_width))
+        x, B, C = F.silu(conv).to(xbc.dtype).split([config.d_inner, bc_size, bc_size], -1)
+
+        x = x.unflatten(-1, (config.nheads, config.headdim))
+        B, C = (tensor.unflatten(-1, (config.ngroups, config.dstate)) for tensor in (B, C))
+        dt = F.softplus(dt + self.dt_bias)  # promotes to the parameters' dtype
+        y, ssm_state = ssd(x, dt, -self.A_log.exp(), B, C, ssm_state)
+        y = (y + self.D[:, None] * x).flatten(2)
+        return self.out_proj(self.norm(y * F.silu(z.to(y.dtype)))), conv_state, ssm_state
+
+
+class Block(nn.Module):
+    """hidden + mixer(norm(hidden)), the residual stream in the parameters' dtype."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.eps)
+        self.mixer = Mixer(config)
+
+    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
+        output, conv_state, ssm_state = self.mixer(self.norm(hidden), conv_state, ssm_state)
+        return hidden + output, conv_state, ssm_state
+
+
+def run_block(block: Block, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
+    """`block(...)` as a function: torch.compile then compiles one graph and reuses it for every layer."""
+    return block(hidden, conv_state, ssm_state)
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, and the embedding again as output projection."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
+        self.backbone.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.backbone.norm_f = RMSNorm(config.d_model, config.eps)
+
+    def initial_states(self, batch: int) -> list[State]:
+        """Zero states: nothing has been read."""
+        config, weight = self.config, self.backbone.embedding.weight
+        conv = (batch, config.conv_width - 1, config.conv_dim)
+        ssm = (batch, config.nheads, config.headdim, config.dstate)
+        return [(weight.new_zeros(conv), weight.new_zeros(ssm)) for _ in range(config.n_layer)]
+
+    def forward(
+        self, tokens: Tensor, states: Sequence[State], run_block: Callable[..., LayerOutput] = run_block
+    ) -> tuple[Tensor, list[State]]:
+        """tokens [b,l] int64 and the states before them -> hidden [b,l,d_model] and the states after them."""
+        hidden = self.backbone.embedding(tokens)
+        after = []
+        for block, state in zip(self.backbone.layers, states, strict=True):
+            hidden, conv_state, ssm_state = run_block(block, hidden, *state)
+            after.append((conv_state, ssm_state))
+        return hidden, after
+
+    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of targets [b,l] given hidden [b,l,d_model]."""
+        logits = F.linear(self.backbone.norm_f(hidden), self.backbone.embedding.weight)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten(), reduction=reduction)
+
+
+# --- weight files -----------------------------------------------------------------------------------------------------
+
+
+def quantised_names(tensors: dict[str, Tensor]) -> list[str]:
+    """The matrices that are stored as int8: every 2-D tensor."""
+    return [name for name, tensor in tensors.items() if tensor.ndim == 2]
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values and one float16 scale a row: scale = max|row| / 127, value = round(weight / scale).
+
+    The scale is rounded to float16 first, so that value * scale is the nearest that the stored scale allows.
+    """
+    scale = (weight.detach().abs().amax(1) / 127).to(torch.float16)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # an all-zero row
+    values = (weight.detach() / scale[:, None].to(weight.dtype)).round().clamp(-127, 127)
+    return values.to(torch.int8), scale
+
+
+def dequantise(values: Tensor, scale: Tensor) -> Tensor:
+    """float32 weights: values * scale, one scale a row."""
+    return values.to(torch.float32) * scale[:, None].to(torch.float32)
+
+
+def quantised_model(model: LanguageModel) -> LanguageModel:
+    """A copy of the model whose matrices have been through int8."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(dequantise(*quantise(parameter)))
+    return model
+
+
+def save(path: Path, model: LanguageModel, metadata: dict[str, Any], int8: bool = True) -> None:
+    """Writes the weights as safetensors; `metadata` values are stored as JSON beside the format and the config."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if int8:
+        for name in quantised_names(tensors):
+            tensors[name], tensors[f"{name}_scale"] = quantise(tensors[name])
+    header = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config))}
+    if int8:
+        header["quantisation"] = QUANTISATION
+    header.update({key: json.dumps(value) for key, value in metadata.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=header)
+    os.replace(partial, path)
+
+
+def load(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
+    """The float32 model of a weight file, and its metadata with JSON values decoded."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if header.get("format") != FORMAT:
+        raise ValueError(f"load: {path} must have format {FORMAT!r}; found {header.get('format')!r}")
+    model = LanguageModel(Config(**json.loads(header["config"])))
+    weights = {}
+    for name, tensor in tensors.items():
+        if f"{name}_scale" in tensors:
+            weights[name] = dequantise(tensor, tensors[f"{name}_scale"])
+        elif not name.endswith("_scale"):
+            weights[name] = tensor.to(torch.float32)
+    model.load_state_dict(weights)
+    plain = ("format", "config", "quantisation")
+    return model, {key: json.loads(value) for key, value in header.items() if key not in plain}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Endless batches: an epoch shuffles the documents, joins them and cuts the result into `rows` parallel readers.
+
+    A reader goes through its part window by window and takes its state along (truncated backpropagation through time),
+    so that states of long histories are trained on. Now and then a reader forgets: it goes on from the zero state, with
+    which every reader starts an epoch. A batch depends on the seed and the step alone.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[bytes],
+        rows: int,
+        window: int,
+        reset_probability: float,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._documents = [np.frombuffer(bytes([corpus.SEPARATOR]) + document, np.uint8) for document in documents]
+        self._rows, self._window = rows, window
+        self._reset_probability, self._seed, self._device = reset_probability, seed, device
+        self._row_length = sum(map(len, self._documents)) // rows
+        self.steps_per_epoch = (self._row_length - 1) // window
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"stream: rows={rows} readers of window={window} bytes need {rows * (window + 1)} bytes; the documents "
+                f"and their separators hold {sum(map(len, self._documents))}"
+            )
+        self._epoch = -1
+
+    def batch(self, step: int) -> LayerOutput:
+        """Inputs and targets [rows, window] int64, and keep [rows] float32: 0 where a row's state must be forgotten."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        window = self._bytes[:, index * self._window : (index + 1) * self._window + 1].long()
+        return window[:, :-1], window[:, 1:], self._keep[index]
+
+    def _shuffle(self, epoch: int) -> None:
+        generator = np.random.default_rng([self._seed, epoch])
+        order = generator.permutation(len(self._documents))
+        joined = np.concatenate([self._documents[i] for i in order])[: self._rows * self._row_length]
+        keep = generator.random((self.steps_per_epoch, self._rows)) >= self._reset_probability
+        keep[0] = False
+        self._bytes = torch.from_numpy(joined.reshape(self._rows, -1)).to(self._device)
+        self._keep = torch.from_numpy(keep.astype(np.float32)).to(self._device)
+        self._epoch = epoch
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def document_bits(model: LanguageModel, document: bytes, segment: int = 1 << 16) -> float:
+    """Bits that the model needs for the document read as one sequence after a separator, from the zero state.
+
+    The sequence goes through in segments that hand their states on: the same sum, in bounded memory.
+    """
+    device = model.backbone.embedding.weight.device
+    tokens = torch.frombuffer(bytearray([corpus.SEPARATOR]) + document, dtype=torch.uint8).to(device).long()
+    states = model.initial_states(1)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(document), segment):
+        targets = tokens[None, start + 1 : start + 1 + segment]
+        hidden, states = model(tokens[None, start : start + targets.shape[1]], states)
+        nats += model.loss(hidden, targets, "none").double().sum()
+    return nats.item() / math.log(2)
+
+
+def bits_per_byte(model: LanguageModel, documents: Sequence[bytes]) -> float:
+    """Total bits over total bytes."""
+    return sum(document_bits(model, document) for document in documents) / sum(map(len, documents))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Sizes of one held-out file: bytes, and bits per byte under each method."""
+
+    name: str
+    size: int
+    gzip: float
+    xz: float
+    model_float: float
+    model_int8: float
+
+
+def score_files(names: Sequence[str], documents: Sequence[bytes], model: LanguageModel) -> list[Row]:
+    """One row a document, and the total last. If `model` came from an int8 file, both model columns agree."""
+    int8_model = quantised_model(model)
+    rows = []
+    for name, document in zip(names, documents, strict=True):
+        bits = (
+            8 * len(gzip.compress(document, 9)),
+            8 * len(lzma.compress(document, preset=9 | lzma.PRESET_EXTREME)),
+            document_bits(model, document),
+            document_bits(int8_model, document),
+        )
+        rows.append(Row(name, len(document), *(value / len(document) for value in bits)))
+    size = sum(row.size for row in rows)
+    columns = ("gzip", "xz", "model_float", "model_int8")
+    totals = (sum(getattr(row, column) * row.size for row in rows) / size for column in columns)
+    return [*rows, Row("total", size, *totals)]
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The rows as text, bits per byte."""
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'file':{width}} {'bytes':>8} {'gzip -9':>8} {'xz -9e':>8} {'float':>8} {'int8':>8}"]
+    for row in rows:
+        scores = " ".join(f"{value:8.4f}" for value in (row.gzip, row.xz, row.model_float, row.model_int8))
+        lines.append(f"{row.name:{width}} {row.size:8d} {scores}")
+    return "\n".join(lines)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(progress: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of the run, then a cosine down to 0; `progress` in [0, 1]."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+
+
+@contextlib.contextmanager
+def fake_quantised(parameters: Sequence[nn.Parameter], enabled: bool) -> Iterator[None]:
+    """Inside, the matrices hold what int8 storage would leave of them; outside, their float values.
+
+    Forward and backward run inside and the optimiser step outside: the straight-through estimator, which treats the
+    rounding as the identity in the backward pass.
+    """
+    if not enabled:
+        yield
+        return
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    with torch.no_grad():
+        exact = [matrix.clone() for matrix in matrices]
+        for matrix in matrices:
+            matrix.copy_(dequantise(*quantise(matrix)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, value in zip(matrices, exact, strict=True):
+                matrix.copy_(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of a run, stored as JSON in the weight file. The schedule follows `steps` if set, else time."""
+
+    minutes: float = 7.0
+    steps: int | None = None
+    rows: int = 16
+    window: int = 4096
+    reset_probability: float = 0.125
+    learning_rate: float = 3e-3
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    fake_quantise_from: float = 0.9
+    evaluations: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0 or (self.steps is not None and self.steps < 1):
+            raise ValueError(f"settings: minutes={self.minutes} and steps={self.steps} must be positive")
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"settings: warmup={self.warmup} must lie between 0 and 1")
+
+
+class Trainer:
+    """A run that can stop and go on: model, optimiser, the readers' states, steps done and seconds spent.
+
+    With `Settings.steps` a run is a function of its settings and the corpus (on a GPU, up to the order of sums); with a
+    time budget the number of steps depends on the machine. A run resumed from a checkpoint repeats what an
+    uninterrupted one would have done.
+    """
+
+    def __init__(self, config: Config, settings: Settings, documents: Sequence[bytes], device: torch.device) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.device = settings, device
+        self.model = LanguageModel(config).to(device)
+        self.stream = Stream(
+            documents, settings.rows, settings.window, settings.reset_probability, settings.seed, device
+        )
+        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
+        others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=device.type == "cuda"
+        )
+        self.states = self.model.initial_states(settings.rows)
+        self.step = 0
+        self.seconds = 0.0
+        compiled = device.type == "cuda"
+        self._run_block = torch.compile(run_block) if compiled else run_block
+        self._loss = torch.compile(LanguageModel.loss) if compiled else LanguageModel.loss
+
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1."""
+        if self.settings.steps is not None:
+            return min(1.0, self.step / self.settings.steps)
+        return min(1.0, self.seconds / (60 * self.settings.minutes))
+
+    def train_step(self) -> Tensor:
+        """One update; the mean loss of the batch in nats, still on the device."""
+        progress = self.progress()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * learning_rate_factor(progress, self.settings.warmup)
+        inputs, targets, keep = self.stream.batch(self.step)
+        states = [(conv * keep[:, None, None], ssm * keep[:, None, None, None]) for conv, ssm in self.states]
+        parameters = list(self.model.parameters())
+        with fake_quantised(parameters, progress >= self.settings.fake_quantise_from):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                hidden, states = self.model(inputs, states, self._run_block)
+                loss = self._loss(self.model, hidden, targets)
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        # float32, so that a carried state always has one dtype and one compiled graph serves every step
+        self.states = [(conv.detach().float(), ssm.detach().float()) for conv, ssm in states]
+        self.step += 1
+        return loss.detach()
+
+    def save_checkpoint(self, path: Path) -> None:
+        """Writes all that `load_checkpoint` needs; the file at `path` is replaced in one step."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        content = {
+            "config": dataclasses.asdict(self.model.config),
+            "settings": dataclasses.asdict(self.settings),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "states": self.states,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        torch.save(content, partial)
+        os.replace(partial, path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Goes on where `path` stopped. The sizes and settings must be those of the checkpoint."""
+        content = torch.load(path, map_location=self.device, weights_only=True)
+        mine = {"config": dataclasses.asdict(self.model.config), "settings": dataclasses.asdict(self.settings)}
+        for part, values in mine.items():
+            for key, value in values.items():
+                if content[part][key] != value:
+                    raise ValueError(f"resume: {key}={value!r} must be {content[part][key]!r}, as in {path}")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.states = content["states"]
+        self.step, self.seconds = content["step"], content["seconds"]
+
+    def run(
+        self, heldout: Sequence[bytes], checkpoint: Path | None = None, report: Callable[[str], None] = tqdm.write
+    ) -> None:
+        """Trains to the end; scores the held-out documents and writes the checkpoint `evaluations` times on the way.
+
+        The clock skips scoring, and the first step, which compiles.
+        """
+        settings = self.settings
+        tokens_per_step = settings.rows * settings.window
+        next_report = math.floor(self.progress() * settings.evaluations) + 1
+        sum_loss, sum_steps, seconds_reported = torch.zeros((), device=self.device), 0, self.seconds
+        clock: float | None = None
+        bar_format = "{percentage:5.1f}% {elapsed} {postfix}"
+        bar = tqdm(total=1.0, initial=self.progress(), mininterval=10, bar_format=bar_format)
+        while self.progress() < 1:
+            loss = self.train_step()
+            sum_loss += loss
+            sum_steps += 1
+            if clock is None:
+                self._synchronise()
+            else:
+                self.seconds += time.perf_counter() - clock
+            clock = time.perf_counter()
+            if self.step % 50 == 0:
+                bar.set_postfix(step=self.step, bits_per_byte=f"{loss.item() / math.log(2):.4f}", refresh=False)
+            bar.update(self.progress() - bar.n)
+            if self.progress() * settings.evaluations < next_report:
+                continue
+            next_report += 1
+            self._synchronise()
+            self.seconds += time.perf_counter() - clock
+            train_bits = sum_loss.item() / sum_steps / math.log(2)
+            if not math.isfinite(train_bits):
+                raise FloatingPointError(f"training diverged before step {self.step}: the mean loss is {train_bits}")
+            rate = sum_steps * tokens_per_step / max(self.seconds - seconds_reported, 1e-9)
+            report(
+                f"step {self.step} ({self.progress():.0%}, {self.seconds:.0f} s, "
+                f"epoch {self.step / self.stream.steps_per_epoch:.2f}): train {train_bits:.4f}, "
+                f"held out {bits_per_byte(self.model, heldout):.4f} bits per byte, {rate:,.0f} bytes/s"
+            )
+            if checkpoint is not None:
+                self.save_checkpoint(checkpoint)
+            sum_loss.zero_()
+            sum_steps, seconds_reported = 0, self.seconds
+            clock = time.perf_counter()
+        bar.close()
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
+    """One option for each field of a dataclass of numbers."""
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(cls):
+        kind = float if "float" in str(field.type) else int
+        option = "--" + field.name.replace("_", "-")
+        group.add_argument(option, type=kind, default=field.default, help="default %(default)s")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stdlib", type=Path, default=None, help="folder of the library; default: this interpreter's")
+    parser.add_argument("--stdlib-version", default=None, help="its Python version, recorded with the weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("model.safetensors"), help="the int8 weight file to write")
+    parser.add_argument("--float-output", type=Path, default=None, help="write the float32 weights here as well")
+    parser.add_argument("--checkpoint", type=Path, default=None, help="where to save, and with --resume load, the run")
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--evaluate", type=Path, default=None, help="only score this weight file")
+    add_fields(parser, Settings, "training")
+    add_fields(parser, Config, "model")
+    options = parser.parse_args(arguments)
+    if options.resume and options.checkpoint is None:
+        parser.error("--resume needs --checkpoint")
+    if options.stdlib_version is None and options.stdlib is None:
+        options.stdlib_version = platform.python_version()
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    device = torch.device(options.device)
+    root = corpus.default_root() if options.stdlib is None else options.stdlib
+    train_files, heldout_files = corpus.split(root)
+    heldout = corpus.load_bytes(heldout_files)
+    names = [path.relative_to(root).as_posix() for path in heldout_files]
+    if options.evaluate is not None:
+        model, _ = load(options.evaluate)
+        print(format_table(score_files(names, heldout, model.to(device))))
+        return
+
+    config, settings = (
+        cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
+        for cls in (Config, Settings)
+    )
+    documents = corpus.load_bytes(train_files)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    print(
+        f"{len(documents)} files, {sum(map(len, documents)):,} bytes; held out {len(heldout)} files, "
+        f"{sum(map(len, heldout)):,} bytes; {hardware}, torch {torch.__version__}",
+        flush=True,
+    )
+    trainer = Trainer(config, settings, documents, device)
+    if options.resume:
+        trainer.load_checkpoint(options.checkpoint)
+    trainer.run(heldout, options.checkpoint)
+
+    rows = score_files(names, heldout, trainer.model)
+    print(format_table(rows))
+    bytes_read = trainer.step * settings.rows * settings.window
+    metadata = {
+        "settings": dataclasses.asdict(settings),
+        "corpus": {
+            "name": "CPython standard library",
+            "version": options.stdlib_version,
+            "train": {"files": len(documents), "bytes": sum(map(len, documents)), "sha256": corpus.digest(documents)},
+            "heldout": {"files": len(heldout), "bytes": sum(map(len, heldout)), "sha256": corpus.digest(heldout)},
+        },
+        "run": {
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "steps": trainer.step,
+            "bytes": bytes_read,
+            "seconds": round(trainer.seconds, 1),
+        },
+        "heldout_bits_per_byte": [dataclasses.asdict(row) for row in rows],
+    }
+    save(options.output, trainer.model, metadata)
+    if options.float_output is not None:
+        save(options.float_output, trainer.model, metadata, int8=False)
+    stored = bits_per_byte(load(options.output)[0].to(device), heldout)
+    print(
+        f"{options.output}: {options.output.stat().st_size:,} bytes, {stored:.4f} bits per byte read back; "
+        f"{trainer.step} steps, {bytes_read:,} bytes in {trainer.seconds:.1f} s, "
+        f"{bytes_read / max(trainer.seconds, 1e-9):,.0f} bytes/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
