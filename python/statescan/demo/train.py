@@ -361,7 +361,7 @@ class Stream:
 
 
 @torch.inference_mode()
-def document_bits(model: LanguageModel, document: bytes, segment: int = 1 << 16) -> float:
+def document_bits(model: LanguageModel, document: bytes, segment: int = 1 << 13) -> float:
     """Bits that the model needs for the document read as one sequence after a separator, from the zero state.
 
     The sequence goes through in segments that hand their states on: the same sum, in bounded memory.
@@ -395,15 +395,17 @@ class Row:
 
 
 def score_files(names: Sequence[str], documents: Sequence[bytes], model: LanguageModel) -> list[Row]:
-    """One row a document, and the total last. If `model` came from an int8 file, both model columns agree."""
+    """One row a document, and the total last. A model that came from an int8 file is scored once for both columns."""
     int8_model = quantised_model(model)
+    is_int8 = all(map(torch.equal, model.parameters(), int8_model.parameters()))
     rows = []
     for name, document in zip(names, documents, strict=True):
+        model_bits = document_bits(model, document)
         bits = (
             8 * len(gzip.compress(document, 9)),
             8 * len(lzma.compress(document, preset=9 | lzma.PRESET_EXTREME)),
-            document_bits(model, document),
-            document_bits(int8_model, document),
+            model_bits,
+            model_bits if is_int8 else document_bits(int8_model, document),
         )
         rows.append(Row(name, len(document), *(value / len(document) for value in bits)))
     size = sum(row.size for row in rows)
