@@ -39,32 +39,32 @@ struct Weights {
 };
 
 // Every output of one vector of channels in a tile of tokens. x points at the oldest input of the first output.
-template <class T, DType kDType, int kWidth>
-STATESCAN_INLINE void convolve_tile(Memory<kDType>* y, std::int64_t y_step, const Memory<kDType>* x, std::int64_t x_step,
+template <class T, DType kIn, DType kOut, int kWidth>
+STATESCAN_INLINE void convolve_tile(Memory<kOut>* y, std::int64_t y_step, const Memory<kIn>* x, std::int64_t x_step,
                                     const Weights<T>& weights, std::int64_t channel, bool with_silu) {
   Vec<T> w[kWidth], sum[kTile];
   for (int k = 0; k < kWidth; ++k) w[k] = load<T>(weights.weight + k * weights.stride + channel);
   for (int t = 0; t < kTile; ++t) sum[t] = load<T>(weights.bias + channel);
 #pragma GCC unroll 16
   for (int i = 0; i < kTile + kWidth - 1; ++i) {
-    const Vec<T> input = load_as<T, kDType>(x + i * x_step);
+    const Vec<T> input = load_as<T, kIn>(x + i * x_step);
 #pragma GCC unroll 8
     for (int k = 0; k < kWidth; ++k)
       if (i - k >= 0 && i - k < kTile) sum[i - k] = sum[i - k] + w[k] * input;
   }
-  for (int t = 0; t < kTile; ++t) store_as<T, kDType>(y + t * y_step, activate<T>(sum[t], with_silu));
+  for (int t = 0; t < kTile; ++t) store_as<T, kOut>(y + t * y_step, activate<T>(sum[t], with_silu));
 }
 
 // At least kTile tokens of at least kLanes<T> contiguous channels. The last tile and the last vector reach back over outputs
 // that are already there, and write the same values again.
-template <class T, DType kDType, int kWidth>
-void convolve_tokens(Memory<kDType>* y, std::int64_t y_step, const Memory<kDType>* x, std::int64_t x_step,
+template <class T, DType kIn, DType kOut, int kWidth>
+void convolve_tokens(Memory<kOut>* y, std::int64_t y_step, const Memory<kIn>* x, std::int64_t x_step,
                      const Weights<T>& weights, bool with_silu, std::int64_t tokens, std::int64_t channels) {
   for (std::int64_t i = 0; i < tokens; i += kTile) {
     const std::int64_t t = at_most(i, tokens - kTile);
     for (std::int64_t j = 0; j < channels; j += kLanes<T>) {
       const std::int64_t c = at_most(j, channels - kLanes<T>);
-      convolve_tile<T, kDType, kWidth>(y + t * y_step + c, y_step, x + t * x_step + c, x_step, weights, c, with_silu);
+      convolve_tile<T, kIn, kOut, kWidth>(y + t * y_step + c, y_step, x + t * x_step + c, x_step, weights, c, with_silu);
     }
   }
 }
@@ -82,7 +82,7 @@ void with_width(std::int64_t width, Body&& body) {
   }
 }
 
-template <class T, DType kDType>
+template <class T, DType kIn, DType kOut = kIn>
 class Convolution {
  public:
   Convolution(const Args& args, const Dims& d) : args_(args), d_(d), width_(static_cast<int>(d.width)) {
@@ -174,10 +174,10 @@ class Convolution {
       if (last - inner < kTile) return run_edge(q, first, last);
       run_edge(q, first, inner);
       const std::int64_t step = args_.reverse ? -1 : 1;
-      auto* y = static_cast<Memory<kDType>*>(args_.y.data) + at(args_.y, q, inner, 0);
-      const auto* x = static_cast<const Memory<kDType>*>(args_.x.data) + at(args_.x, q, inner - (d_.width - 1), 0);
+      auto* y = static_cast<Memory<kOut>*>(args_.y.data) + at(args_.y, q, inner, 0);
+      const auto* x = static_cast<const Memory<kIn>*>(args_.x.data) + at(args_.x, q, inner - (d_.width - 1), 0);
       with_width(d_.width, [&](auto width) {
-        convolve_tokens<T, kDType, width()>(y, step * args_.y.stride[1], x, step * args_.x.stride[1], weights_, with_silu(),
+        convolve_tokens<T, kIn, kOut, width()>(y, step * args_.y.stride[1], x, step * args_.x.stride[1], weights_, with_silu(),
                                             last - inner, d_.dim);
       });
     }
@@ -229,7 +229,7 @@ class Convolution {
   void clear(std::int64_t begin, std::int64_t end, std::int64_t channel, std::int64_t channel_end) const {
     for (std::int64_t t = begin; t < end; ++t)
       for (std::int64_t c = channel; c < channel_end; ++c)
-        static_cast<Memory<kDType>*>(args_.y.data)[offset_of(args_.y, 0, t, c)] = Memory<kDType>(0);
+        static_cast<Memory<kOut>*>(args_.y.data)[offset_of(args_.y, 0, t, c)] = Memory<kOut>(0);
   }
 
   // The last w-1 inputs of each sequence, its initial state included when it is shorter.
@@ -263,11 +263,17 @@ std::size_t workspace_bytes(const Args& args, const Dims& d) {
                                         : Convolution<float, DType::float32>::workspace_bytes(d);
 }
 
+// The contract gives y the dtype of x; mamba2_scan also calls with a wider y, its scratch.
 void run(const Args& args, const Dims& d) {
+  const bool widen = args.y.dtype != args.x.dtype;
   switch (args.x.dtype) {
     case DType::float64: return Convolution<double, DType::float64>(args, d).run();
-    case DType::float16: return Convolution<float, DType::float16>(args, d).run();
-    case DType::bfloat16: return Convolution<float, DType::bfloat16>(args, d).run();
+    case DType::float16:
+      if (widen) return Convolution<float, DType::float16, DType::float32>(args, d).run();
+      return Convolution<float, DType::float16>(args, d).run();
+    case DType::bfloat16:
+      if (widen) return Convolution<float, DType::bfloat16, DType::float32>(args, d).run();
+      return Convolution<float, DType::bfloat16>(args, d).run();
     default: return Convolution<float, DType::float32>(args, d).run();
   }
 }
