@@ -48,14 +48,9 @@ void update_block(const causal_conv1d_update::Args& args, const causal_conv1d_up
 template <class T>
 void update(const causal_conv1d_update::Args& args, const causal_conv1d_update::Dims& d) {
   const std::int64_t blocks = (d.dim + kConvBlock - 1) / kConvBlock, units = d.batch * blocks;
-  std::int64_t units_per_task = kTaskOutputs / (kConvBlock * (d.ntokens > 0 ? d.ntokens : 1));
-  if (units_per_task < 1) units_per_task = 1;
-  parallel_for((units + units_per_task - 1) / units_per_task, [&](std::int64_t task, int) {
-    const std::int64_t end = (task + 1) * units_per_task < units ? (task + 1) * units_per_task : units;
-    for (std::int64_t unit = task * units_per_task; unit < end; ++unit) {
-      const std::int64_t first = unit % blocks * kConvBlock;
-      update_block<T>(args, d, unit / blocks, first, d.dim - first < kConvBlock ? d.dim - first : kConvBlock);
-    }
+  parallel_for_groups(units, kTaskOutputs / (kConvBlock * (d.ntokens > 0 ? d.ntokens : 1)), [&](std::int64_t unit, int) {
+    const std::int64_t first = unit % blocks * kConvBlock;
+    update_block<T>(args, d, unit / blocks, first, d.dim - first < kConvBlock ? d.dim - first : kConvBlock);
   });
 }
 

@@ -117,11 +117,9 @@ template <class T>
 void finish(const Args& args, const Dims& d, const Between<T>& between) {
   const Tensor z = columns(args, d, 0, d.d_inner), &weight = args.norm_weight;
   if (weight) load_row<T>(between.weight, weight.data, weight.dtype, 0, weight.stride[0], d.d_inner);
-  const std::int64_t rows = d.batch * d.ntokens, each = kTaskOutputs / d.d_inner > 1 ? kTaskOutputs / d.d_inner : 1;
-  parallel_for((rows + each - 1) / each, [&](std::int64_t task, int) {
-    const std::int64_t end = (task + 1) * each < rows ? (task + 1) * each : rows;
-    // By now x of a row has been read: its place takes z.
-    for (std::int64_t r = task * each; r < end; ++r) finish_row<T>(args, d, between, z, between.xBC + r * d.conv_dim, r);
+  // By now x of a row has been read: its place takes z.
+  parallel_for_groups(d.batch * d.ntokens, kTaskOutputs / d.d_inner, [&](std::int64_t r, int) {
+    finish_row<T>(args, d, between, z, between.xBC + r * d.conv_dim, r);
   });
 }
 

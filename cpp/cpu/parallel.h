@@ -22,4 +22,14 @@ void parallel_for(std::int64_t tasks, Body&& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// The same over units of work, `group` of them a task: for units too small to be worth waking a thread each.
+template <class Body>
+void parallel_for_groups(std::int64_t units, std::int64_t group, Body&& body) {
+  if (group < 1) group = 1;
+  parallel_for((units + group - 1) / group, [&](std::int64_t task, int thread) {
+    const std::int64_t end = (task + 1) * group < units ? (task + 1) * group : units;
+    for (std::int64_t unit = task * group; unit < end; ++unit) body(unit, thread);
+  });
+}
+
 }  // namespace statescan::cpu

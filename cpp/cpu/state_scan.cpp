@@ -2,7 +2,7 @@
 // Math     S[c] = exp(log_decay[c]) S[c-1] + update[c], and its adjoint
 // Shapes   update, states [b,c,h,p,n]
 // Traffic  forward reads update, writes states; backward reads states and dstates, writes dupdate
-// Tasks    one a (sequence, head): the state of a head stays in the nearest cache
+// Tasks    a (sequence, head), several when they are small: the state of a head stays in the nearest cache
 // Numerics a head's sums run in a fixed order on one thread
 #include "isa.h"
 #include "parallel.h"
@@ -69,6 +69,12 @@ void clear_tail(const Tensor& t, const Tensor& cu_seqlens, const state_scan::Dim
         for (std::int64_t n = 0; n < d.dstate; ++n) store_element<double>(t.data, t.dtype, offset_of(t, 0, c, h, p, n), 0.0);
 }
 
+// Heads that make a task: at least about 10 us of work.
+std::int64_t heads_per_task(const state_scan::Dims& d) {
+  constexpr std::int64_t kTaskElements = 1 << 15;
+  return kTaskElements / (d.nchunks * d.headdim * d.dstate + 1);
+}
+
 // Two [p,n] slices a thread.
 std::size_t slices_per_thread(const state_scan::Dims& d, DType dtype) {
   Arena count(nullptr);
@@ -80,8 +86,8 @@ std::size_t slices_per_thread(const state_scan::Dims& d, DType dtype) {
 template <class T>
 void forward(const state_scan::Args& args, const state_scan::Dims& d) {
   const std::int64_t size = d.headdim * d.dstate;
-  parallel_for(d.num_sequences * d.nheads, [&](std::int64_t task, int thread) {
-    const std::int64_t s = task / d.nheads, h = task % d.nheads;
+  parallel_for_groups(d.num_sequences * d.nheads, heads_per_task(d), [&](std::int64_t unit, int thread) {
+    const std::int64_t s = unit / d.nheads, h = unit % d.nheads;
     Arena arena(static_cast<char*>(args.workspace.data) + thread * slices_per_thread(d, args.update.dtype));
     T* state = arena.take<T>(size);
     T* update = arena.take<T>(size);
@@ -103,8 +109,8 @@ void forward(const state_scan::Args& args, const state_scan::Dims& d) {
 template <class T>
 void backward(const state_scan::BackwardArgs& args, const state_scan::Dims& d) {
   const std::int64_t size = d.headdim * d.dstate;
-  parallel_for(d.num_sequences * d.nheads, [&](std::int64_t task, int thread) {
-    const std::int64_t s = task / d.nheads, h = task % d.nheads;
+  parallel_for_groups(d.num_sequences * d.nheads, heads_per_task(d), [&](std::int64_t unit, int thread) {
+    const std::int64_t s = unit / d.nheads, h = unit % d.nheads;
     Arena arena(static_cast<char*>(args.workspace.data) + thread * slices_per_thread(d, args.states.dtype));
     T* adjoint = arena.take<T>(size);
     T* chunk = arena.take<T>(size);
