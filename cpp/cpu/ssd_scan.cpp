@@ -4,7 +4,8 @@
 //          h    = exp(s[q-1]) h + sum_j B[j] exp(s[q-1] - s[j]) dt[j] x[j]
 // Shapes   x, z, y [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; states are held as [n,p]
 // Traffic  x, dt, z and y once; B and C once for each block of heads; states stay in the second cache
-// Tasks    one a (sequence, block of heads of a group, block of headdim), see Tiling: it walks the chunks of its sequence
+// Tasks    units of (sequence, block of heads of a group, block of headdim), see Tiling: each walks the chunks of its
+//          sequence; short ones share a task
 // Numerics sums of T in a fixed order that depends on the row's own shape alone. s is summed in float64 and kept as two T, so
 //          that a difference is exact to T even where s is large. Scores above the diagonal are never computed from nor read:
 //          a NaN or an overflow in a token reaches no earlier one
@@ -25,11 +26,11 @@ STATESCAN_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b)
 // How a call is cut. Batch, packing and threads have no say, so a row's bits never depend on them.
 struct Tiling {
   std::int64_t chunk;           // tokens of a chunk, the last of a sequence may be shorter
-  std::int64_t heads;           // heads of a task: they share the loads of B and C and the product C B^T
-  std::int64_t columns;         // headdim of a task
+  std::int64_t heads;           // heads of a unit of work: they share the loads of B and C and the product C B^T
+  std::int64_t columns;         // headdim of a unit
   std::int64_t head_blocks;     // in a group
   std::int64_t column_blocks;
-  std::int64_t tasks;           // of a sequence
+  std::int64_t units;           // of a sequence
 };
 
 // A chunk of q tokens costs q/2 (n + p) multiply-adds a token beside the recurrence's own 2 n p: short enough that this stays
@@ -37,22 +38,22 @@ struct Tiling {
 // 3 percent of each other for p 64, n 128; 96 cost 7 percent more. Chunks longer than kMaxChunk only cost time and scratch, so
 // a larger chunk_size is cut to it.
 constexpr std::int64_t kChunk = 48, kMaxChunk = 256;
-// Up to kHeads heads share C B^T, unless a sequence then has fewer tasks than kTasks, which feed the threads of a small batch;
+// Up to kHeads heads share C B^T, unless a sequence then has fewer units than kUnits, which feed the threads of a small batch;
 // with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
-constexpr std::int64_t kHeads = 8, kTasks = 8, kColumns = 32;
+constexpr std::int64_t kHeads = 8, kUnits = 8, kColumns = 32;
 
 Tiling tiling_of(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   Tiling t{};
   if (d.nheads == 0 || d.headdim == 0) return t;
   t.chunk = least(args.chunk_size > 0 ? args.chunk_size : kChunk, kMaxChunk);
   const std::int64_t group_heads = d.nheads / d.ngroups;
-  t.heads = least(group_heads, most(1, least(kHeads, d.nheads / kTasks)));
+  t.heads = least(group_heads, most(1, least(kHeads, d.nheads / kUnits)));
   t.head_blocks = ceil_div(group_heads, t.heads);
-  const std::int64_t wanted = most(1, least(ceil_div(kTasks, d.ngroups * t.head_blocks), d.headdim / kColumns));
+  const std::int64_t wanted = most(1, least(ceil_div(kUnits, d.ngroups * t.head_blocks), d.headdim / kColumns));
   t.columns = ceil_div(ceil_div(d.headdim, wanted), kColumns) * kColumns;
   t.columns = least(t.columns, d.headdim);
   t.column_blocks = ceil_div(d.headdim, t.columns);
-  t.tasks = d.ngroups * t.head_blocks * t.column_blocks;
+  t.units = d.ngroups * t.head_blocks * t.column_blocks;
   return t;
 }
 
@@ -180,7 +181,7 @@ void multiply_y(const Tiles<T>& tiles, const T* state, std::int64_t q, std::int6
   });
 }
 
-// One task: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence.
+// One unit: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence.
 template <class T>
 struct Block {
   const ssd_scan::Args& args;
@@ -281,6 +282,13 @@ void clear_tail(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
         store_element<float>(args.y.data, args.y.dtype, offset_of(args.y, 0, l, h, p), 0.0f);
 }
 
+// Units of work, one a sequence and part, that a thread takes at a time: about 20 us of multiply-adds.
+std::int64_t units_per_task(const Tiling& t, const ssd_scan::Dims& d) {
+  constexpr std::int64_t kMultiplyAdds = 1 << 20;
+  const std::int64_t tokens = d.seqlen * d.batch / most(d.num_sequences, 1);
+  return kMultiplyAdds / most(t.heads * t.columns * d.dstate * 2 * most(tokens, 1), 1);
+}
+
 template <class T>
 std::size_t bytes_per_thread(const Tiling& t, const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   Arena count(nullptr);
@@ -292,10 +300,10 @@ template <class T>
 void scan(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
   const Tiling t = tiling_of(args, d);
   const std::size_t bytes = bytes_per_thread<T>(t, args, d);
-  parallel_for(d.num_sequences * t.tasks, [&](std::int64_t task, int thread) {
+  parallel_for_groups(d.num_sequences * t.units, units_per_task(t, d), [&](std::int64_t unit, int thread) {
     Arena arena(static_cast<char*>(args.workspace.data) + thread * bytes);
     const Tiles<T> tiles(arena, t, args, d);
-    const std::int64_t sequence = task / t.tasks, part = task % t.tasks, column_block = part % t.column_blocks;
+    const std::int64_t sequence = unit / t.units, part = unit % t.units, column_block = part % t.column_blocks;
     const std::int64_t head_block = part / t.column_blocks % t.head_blocks, group = part / t.column_blocks / t.head_blocks;
     const std::int64_t group_heads = d.nheads / d.ngroups, first = head_block * t.heads, p0 = column_block * t.columns;
     const Block<T> block{args, d, tiles, walk_of(args, d, sequence), sequence, group, group * group_heads + first,
@@ -311,7 +319,7 @@ std::size_t workspace_bytes(const ssd_scan::Args& args, const ssd_scan::Dims& d)
   const Tiling t = tiling_of(args, d);
   const bool in_double = args.x.dtype == DType::float64;
   const std::size_t bytes = in_double ? bytes_per_thread<double>(t, args, d) : bytes_per_thread<float>(t, args, d);
-  return bytes * least(max_threads(), d.num_sequences * t.tasks);
+  return bytes * least(max_threads(), d.num_sequences * t.units);
 }
 
 void run(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
