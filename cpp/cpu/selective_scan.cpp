@@ -19,7 +19,7 @@ namespace {
 using selective_scan::Args;
 using selective_scan::Dims;
 
-constexpr std::int64_t kTileTokens = 64;
+constexpr std::int64_t kTileTokens = 32;
 constexpr int kMostVectors = 4;  // of channels in a block: a token's row is then 256 bytes of float32, whole cache lines
 
 // How the channels are cut into blocks. No block crosses a group; the cut changes no bits.

@@ -43,37 +43,60 @@ struct TileView {
   std::int64_t first, row_stride, column_stride;
 };
 
+// A vector of consecutive elements; the first `count` of them, the others zero.
+template <class T>
+STATESCAN_INLINE Vec<T> load_run(const void* data, DType dtype, std::int64_t first, int count) {
+  if (count == kLanes<T>) {
+    if (dtype == kDTypeOf<T>) return load<T>(static_cast<const T*>(data) + first);
+    if constexpr (sizeof(T) == 4) {
+      const auto* bits = static_cast<const std::uint16_t*>(data) + first;
+      return dtype == DType::bfloat16 ? load_as<T, DType::bfloat16>(bits) : load_as<T, DType::float16>(bits);
+    }
+  }
+  alignas(kVectorBytes) T lanes[kLanes<T>] = {};
+  load_row<T>(lanes, data, dtype, first, 1, count);
+  return load<T>(lanes);
+}
+
+template <class T>
+STATESCAN_INLINE void store_run(void* data, DType dtype, std::int64_t first, int count, Vec<T> v) {
+  if (count == kLanes<T>) {
+    if (dtype == kDTypeOf<T>) return store<T>(static_cast<T*>(data) + first, v);
+    if constexpr (sizeof(T) == 4) {
+      auto* bits = static_cast<std::uint16_t*>(data) + first;
+      return dtype == DType::bfloat16 ? store_as<T, DType::bfloat16>(bits, v) : store_as<T, DType::float16>(bits, v);
+    }
+  }
+  alignas(kVectorBytes) T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  store_row<T>(data, dtype, first, 1, count, lanes);
+}
+
+STATESCAN_INLINE int at_most(std::int64_t left, int lanes) { return left < lanes ? static_cast<int>(left) : lanes; }
+
+// Whether to go through registers: rows (not columns) lie side by side, and fill enough of a vector to be worth it.
+template <class T>
+STATESCAN_INLINE bool runs_down(const TileView& t, std::int64_t rows) {
+  return t.row_stride == 1 && t.column_stride != 1 && rows >= kLanes<T> / 2;
+}
+
 // Reads a tile and fills columns..pitch with zeros, so that the last vector of a row is whole.
 template <class T>
 inline void load_tile(T* to, std::int64_t pitch, const TileView& from, std::int64_t rows, std::int64_t columns) {
   constexpr int kL = kLanes<T>;
-  if (from.row_stride == 1 && from.column_stride != 1 && rows >= kL / 2) {
-    alignas(kVectorBytes) T block[kL * kL];
-    for (std::int64_t c = 0; c < pitch; c += kL) {
+  if (runs_down<T>(from, rows)) {
+    for (std::int64_t c = 0; c < pitch; c += kL)
       for (std::int64_t r = 0; r < rows; r += kL) {  // along memory
-        const std::int64_t count = rows - r < kL ? rows - r : kL;
-        Vec<T> lanes[kL];
-        if (from.dtype == kDTypeOf<T> && count == kL && c + kL <= columns) {
-          const T* corner = static_cast<const T*>(from.data) + from.first + r + c * from.column_stride;
-#pragma GCC unroll 16
-          for (int i = 0; i < kL; ++i) lanes[i] = load<T>(corner + i * from.column_stride);
-        } else {
-          for (int i = 0; i < kL; ++i) {
-            if (count < kL || c + i >= columns) store<T>(block + i * kL, Vec<T>{});
-            if (c + i < columns)
-              load_row<T>(block + i * kL, from.data, from.dtype, from.first + r + (c + i) * from.column_stride, 1, count);
-          }
-#pragma GCC unroll 16
-          for (int i = 0; i < kL; ++i) lanes[i] = load<T>(block + i * kL);
-        }
-        transpose<T>(lanes);
-        const std::int64_t room = pitch - c;
-        for (int i = 0; i < kL; ++i) {
-          if (i >= count) break;
-          room >= kL ? store<T>(to + (r + i) * pitch + c, lanes[i]) : store_first<T>(to + (r + i) * pitch + c, lanes[i], room);
-        }
+        const int height = at_most(rows - r, kL), room = at_most(pitch - c, kL);
+        const std::int64_t first = from.first + r + c * from.column_stride;
+        Vec<T> block[kL];
+        for (int i = 0; i < kL; ++i)
+          block[i] = c + i < columns ? load_run<T>(from.data, from.dtype, first + i * from.column_stride, height) : Vec<T>{};
+        transpose<T>(block);
+        T* const corner = to + r * pitch + c;
+        for (int i = 0; i < height; ++i)
+          room == kL ? store<T>(corner + i * pitch, block[i]) : store_first<T>(corner + i * pitch, block[i], room);
       }
-    }
     return;
   }
   if (pitch == columns && from.column_stride == 1 && from.row_stride == columns) {
@@ -86,24 +109,20 @@ inline void load_tile(T* to, std::int64_t pitch, const TileView& from, std::int6
   }
 }
 
-// Writes the first `columns` of each row; `from` has pitch a multiple of the vector.
+// Writes the first `columns` of each row; the pitch of `from` is a multiple of the vector.
 template <class T>
 inline void store_tile(const TileView& to, std::int64_t rows, std::int64_t columns, const T* from, std::int64_t pitch) {
   constexpr int kL = kLanes<T>;
-  if (to.row_stride == 1 && to.column_stride != 1 && rows >= kL / 2) {
-    alignas(kVectorBytes) T block[kL * kL];
-    for (std::int64_t r = 0; r < rows; r += kL) {
-      const std::int64_t count = rows - r < kL ? rows - r : kL;
-      for (std::int64_t c = 0; c < columns; c += kL) {
-        Vec<T> lanes[kL];
-        for (int i = 0; i < kL; ++i) lanes[i] = load<T>(from + (r + (i < count ? i : 0)) * pitch + c);
-        transpose<T>(lanes);
-        for (int i = 0; i < kL; ++i) store<T>(block + i * kL, lanes[i]);
-        const std::int64_t width = columns - c < kL ? columns - c : kL;
-        for (std::int64_t i = 0; i < width; ++i)
-          store_row<T>(to.data, to.dtype, to.first + r + (c + i) * to.column_stride, 1, count, block + i * kL);
+  if (runs_down<T>(to, rows)) {
+    for (std::int64_t c = 0; c < columns; c += kL)
+      for (std::int64_t r = 0; r < rows; r += kL) {
+        const int height = at_most(rows - r, kL), width = at_most(columns - c, kL);
+        Vec<T> block[kL];
+        for (int i = 0; i < kL; ++i) block[i] = i < height ? load<T>(from + (r + i) * pitch + c) : Vec<T>{};
+        transpose<T>(block);
+        const std::int64_t first = to.first + r + c * to.column_stride;
+        for (int i = 0; i < width; ++i) store_run<T>(to.data, to.dtype, first + i * to.column_stride, height, block[i]);
       }
-    }
     return;
   }
   for (std::int64_t r = 0; r < rows; ++r)
