@@ -84,8 +84,7 @@ struct Tokens {
 template <class T, int kParts>
 void load_per_state(T* const (&to)[kParts], std::int64_t width, const Tensor& t, std::int64_t first, std::int64_t channels,
                     std::int64_t dstate) {
-  for (int part = 0; part < kParts; ++part)
-    load_tile<T>(to[part], width, tile_view(t, part, first, t.stride[t.ndim - 1], t.stride[t.ndim - 2]), dstate, channels);
+  load_parts<T, kParts>(to, width, t, first, t.stride[t.ndim - 1], dstate, t.stride[t.ndim - 2], channels);
 }
 
 // An optional [d] tensor; zeros when it is absent.
@@ -99,8 +98,7 @@ void load_per_channel(T* to, std::int64_t width, const Tensor& t, std::int64_t c
 template <class T, int kParts>
 void load_projection(T* const (&to)[kParts], const Tensor& t, const Tokens& tokens, std::int64_t group) {
   const std::int64_t first = offset_of(t, tokens.batch, tokens.first, group), dstate = t.shape[3];
-  for (int part = 0; part < kParts; ++part)
-    load_tile<T>(to[part], dstate, tile_view(t, part, first, t.stride[1], t.stride[3]), tokens.count, dstate);
+  load_parts<T, kParts>(to, dstate, t, first, t.stride[1], tokens.count, t.stride[3], dstate);
 }
 
 TileView token_tile(const Tensor& t, const Tokens& tokens, std::int64_t channel) {
@@ -205,12 +203,9 @@ void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& 
     }
     store_tile<T>(token_tile(args.y, tokens, channel), count, channels, block.y, width);
   }
-  if (args.final_state) {
-    const std::int64_t first = offset_of(args.final_state, state_row, channel);
-    for (int part = 0; part < kParts; ++part)
-      store_tile<T>(tile_view(args.final_state, part, first, args.final_state.stride[2], args.final_state.stride[1]), d.dstate,
-                    channels, block.state[part], width);
-  }
+  if (const Tensor& last = args.final_state)
+    store_parts<T, kParts>(last, offset_of(last, state_row, channel), last.stride[2], d.dstate, last.stride[1], channels,
+                           block.state, width);
 }
 
 // Tokens past the last packed sequence.

@@ -36,7 +36,7 @@ struct Rows {
 };
 
 template <class T, int kParts>
-STATESCAN_INLINE Parts<T, kParts> load_parts(const Rows<T, kParts>& rows, std::int64_t row, std::int64_t n, int lanes) {
+STATESCAN_INLINE Parts<T, kParts> load_vector(const Rows<T, kParts>& rows, std::int64_t row, std::int64_t n, int lanes) {
   Parts<T, kParts> v;
   for (int part = 0; part < kParts; ++part) {
     const T* p = rows.part[part] + row * rows.step + n;
@@ -56,10 +56,8 @@ Rows<T, kParts> copy_rows(const Tensor& t, std::int64_t first, std::int64_t row_
   const std::int64_t n = t.shape[t.ndim - 1];
   Rows<T, kParts> copy;
   copy.step = padded<T>(n);
-  for (int part = 0; part < kParts; ++part) {
-    load_tile<T>(scratch[part], copy.step, tile_view(t, part, first, row_stride, t.stride[t.ndim - 1]), rows, n);
-    copy.part[part] = scratch[part];
-  }
+  load_parts<T, kParts>(scratch, copy.step, t, first, row_stride, rows, t.stride[t.ndim - 1], n);
+  for (int part = 0; part < kParts; ++part) copy.part[part] = scratch[part];
   return copy;
 }
 
@@ -116,28 +114,23 @@ StateBlock<T, kParts> open_block(const Tensor& state, Slots slots, std::int64_t 
 template <class T, int kParts>
 void close_block(const StateBlock<T, kParts>& block, const Tensor& state, Slots slots, std::int64_t within, std::int64_t row_stride) {
   if (block.in_place || slots.to < 0) return;
-  const std::int64_t first = slots.to * state.stride[0] + within;
-  for (int part = 0; part < kParts; ++part)
-    store_tile<T>(tile_view(state, part, first, row_stride, state.stride[state.ndim - 1]), block.rows, block.n, block.to[part],
-                  block.to_step);
+  store_parts<T, kParts>(state, slots.to * state.stride[0] + within, row_stride, block.rows, state.stride[state.ndim - 1], block.n,
+                         block.to, block.to_step);
 }
 
-// One token through kRows rows of a head, which share its decay, B and C; sums[row] = the lanes of C . state.
-template <class T, int kRows>
-STATESCAN_INLINE void advance_rows(const StateBlock<T, 1>& block, int row, T decay, const T* u, const T* B, const T* C, Vec<T>* sums) {
-  const T* from = block.from.part[0] + row * block.from.step;
-  T* to = block.to[0] + row * block.to_step;
-  const std::int64_t from_step = block.from.step, to_step = block.to_step, n = block.n;
-  Vec<T> sum[kRows] = {}, input[kRows];
-  for (int r = 0; r < kRows; ++r) input[r] = splat(u[row + r]);
-  const Vec<T> keep = splat(decay);
+// One token through kRows rows of a head, which share its decay, B and C; sums[r] = the lanes of C . state. The rows are T, or
+// the narrow floats of a state that is updated where it lies.
+template <class T, DType kDType, int kRows>
+STATESCAN_INLINE void advance_rows(const Memory<kDType>* from, std::int64_t from_step, Memory<kDType>* to, std::int64_t to_step,
+                                   std::int64_t n, Vec<T> decay, const T* u, const T* B, const T* C, Vec<T>* sums) {
+  Vec<T> sum[kRows] = {};
   std::int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) {
     const Vec<T> b = load<T>(B + i), c = load<T>(C + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> state = fma(keep, load<T>(from + r * from_step + i), input[r] * b);
-      store<T>(to + r * to_step + i, state);
+      const Vec<T> state = fma(decay, load_as<T, kDType>(from + r * from_step + i), splat(u[r]) * b);
+      store_as<T, kDType>(to + r * to_step + i, state);
       sum[r] = fma(c, state, sum[r]);
     }
   }
@@ -145,12 +138,22 @@ STATESCAN_INLINE void advance_rows(const StateBlock<T, 1>& block, int row, T dec
     const Vec<T> b = load_first<T>(B + i, left), c = load_first<T>(C + i, left);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> state = fma(keep, load_first<T>(from + r * from_step + i, left), input[r] * b);
-      store_first<T>(to + r * to_step + i, state, left);
+      const Vec<T> state = fma(decay, load_run<T>(from, kDType, r * from_step + i, left), splat(u[r]) * b);
+      store_run<T>(to, kDType, r * to_step + i, left, state);
       sum[r] = fma(c, state, sum[r]);
     }
   }
-  for (int r = 0; r < kRows; ++r) sums[row + r] = sum[r];
+  for (int r = 0; r < kRows; ++r) sums[r] = sum[r];
+}
+
+template <class T, DType kDType>
+void advance_head(const Memory<kDType>* from, std::int64_t from_step, Memory<kDType>* to, std::int64_t to_step, int rows,
+                  std::int64_t n, Vec<T> decay, const T* u, const T* B, const T* C, Vec<T>* sums) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    advance_rows<T, kDType, 4>(from + r * from_step, from_step, to + r * to_step, to_step, n, decay, u + r, B, C, sums + r);
+  for (; r < rows; ++r)
+    advance_rows<T, kDType, 1>(from + r * from_step, from_step, to + r * to_step, to_step, n, decay, u + r, B, C, sums + r);
 }
 
 // One token through the rows of a block of Mamba-1 channels, which have A, and perhaps B and C, of their own.
@@ -158,16 +161,16 @@ template <class T, int kParts>
 STATESCAN_INLINE void advance_channels(const StateBlock<T, kParts>& block, const T* dt, const T* u, const Rows<T, kParts>& A,
                                        const Rows<T, kParts>& B, const Rows<T, kParts>& C, Vec<T>* sums) {
   const auto advance_vector = [&](int row, std::int64_t i, int lanes, Vec<T>& sum) {
-    Parts<T, kParts> rate = load_parts<T, kParts>(A, row, i, lanes);
+    Parts<T, kParts> rate = load_vector<T, kParts>(A, row, i, lanes);
     rate.part[0] = rate.part[0] * kRateScale<T>;
     const Parts<T, kParts> state =
-        advance<T, kParts>(decay<T, kParts>(splat(dt[row]), rate), load_parts<T, kParts>(block.from, row, i, lanes),
-                           splat(u[row]), load_parts<T, kParts>(B, row, i, lanes));
+        advance<T, kParts>(decay<T, kParts>(splat(dt[row]), rate), load_vector<T, kParts>(block.from, row, i, lanes),
+                           splat(u[row]), load_vector<T, kParts>(B, row, i, lanes));
     for (int part = 0; part < kParts; ++part) {
       T* to = block.to[part] + row * block.to_step + i;
       lanes == kLanes<T> ? store<T>(to, state.part[part]) : store_first<T>(to, state.part[part], lanes);
     }
-    sum = read_out<T, kParts>(load_parts<T, kParts>(C, row, i, lanes), state, sum);
+    sum = read_out<T, kParts>(load_vector<T, kParts>(C, row, i, lanes), state, sum);
   };
   for (int row = 0; row < block.rows; ++row) {
     Vec<T> sum{};
@@ -324,23 +327,39 @@ class Update {
       const std::int64_t stride = d_.D_per_channel ? args_.D.stride[1] : 0;
       D = load_lanes<T>(args_.D, head * args_.D.stride[0] + first * stride, stride, count);
     }
-    StateBlock<T, 1> block = open_block<T, 1>(state, slots, within, state.stride[2], count, d_.ntokens > 0, scratch.state);
+    // One token on contiguous 16-bit states needs no float32 copy of them.
+    const bool narrow = sizeof(T) == 4 && size_of(state.dtype) == 2 && state.stride[3] == 1 && d_.ntokens == 1 && slots.to >= 0;
+    StateBlock<T, 1> block{};
+    if (!narrow) block = open_block<T, 1>(state, slots, within, state.stride[2], count, d_.ntokens > 0, scratch.state);
     for (std::int64_t token = 0; token < d_.ntokens; ++token) {
       const Vec<T> x = load_lanes<T>(args_.x, at(args_.x, row, token, head, first), row_stride(args_.x), count);
       const std::int64_t dt_at = row * args_.dt.stride[0] + tok_ * token * args_.dt.stride[1] + head * args_.dt.stride[1 + tok_];
       const Vec<T> dt = step(load_lanes<T>(args_.dt, dt_at, 0, count), bias);
-      const T decay = decay_of(dt * rate)[0];
+      const Vec<T> decay = decay_of(dt * rate);
       alignas(kVectorBytes) T u[kLanes<T>];
       store<T>(u, dt * x);
       Vec<T> sums[kLanes<T>] = {};
       const T *b = B.part[0] + token * B.step, *c = C.part[0] + token * C.step;
-      int r = 0;
-      for (; r + 4 <= count; r += 4) advance_rows<T, 4>(block, r, decay, u, b, c, sums);
-      for (; r < count; ++r) advance_rows<T, 1>(block, r, decay, u, b, c, sums);
+      if (narrow) advance_narrow(slots, within, count, decay, u, b, c, sums);
+      else advance_head<T, kDTypeOf<T>>(block.from.part[0], block.from.step, block.to[0], block.to_step, count, d_.dstate, decay, u, b, c, sums);
       finish(sums, x, D, row, token, head, first, count);
       block.next_token();
     }
-    close_block<T, 1>(block, state, slots, within, state.stride[2]);
+    if (!narrow) close_block<T, 1>(block, state, slots, within, state.stride[2]);
+  }
+
+  void advance_narrow(Slots slots, std::int64_t within, int count, Vec<T> decay, const T* u, const T* B, const T* C, Vec<T>* sums) const {
+    if constexpr (sizeof(T) == 4) {
+      const Tensor& state = args_.state;
+      const std::int64_t step = state.stride[2];
+      auto* const base = static_cast<std::uint16_t*>(state.data) + within;
+      const std::uint16_t* const from = base + slots.from * state.stride[0];
+      std::uint16_t* const to = base + slots.to * state.stride[0];
+      if (state.dtype == DType::bfloat16)
+        advance_head<T, DType::bfloat16>(from, step, to, step, count, d_.dstate, decay, u, B, C, sums);
+      else
+        advance_head<T, DType::float16>(from, step, to, step, count, d_.dstate, decay, u, B, C, sums);
+    }
   }
 
   const Args& args_;

@@ -129,11 +129,69 @@ inline void store_tile(const TileView& to, std::int64_t rows, std::int64_t colum
     store_row<T>(to.data, to.dtype, to.first + r * to.row_stride, to.column_stride, columns, from + r * pitch);
 }
 
-// Part 0 (real) or 1 (imaginary) of a complex tensor, or part 0 of a real one, as a view of real elements.
-inline TileView tile_view(const Tensor& t, int part, std::int64_t first, std::int64_t row_stride, std::int64_t column_stride) {
-  if (!is_complex(t.dtype)) return {t.data, t.dtype, first, row_stride, column_stride};
-  const DType real = t.dtype == DType::complex64 ? DType::float32 : DType::float64;
-  return {t.data, real, 2 * first + part, 2 * row_stride, 2 * column_stride};
+// Even lanes of the pair (a, b), then odd lanes; and the way back.
+template <class T, int... kLane>
+STATESCAN_INLINE void split_pairs(Vec<T> a, Vec<T> b, Vec<T>& even, Vec<T>& odd, std::integer_sequence<int, kLane...>) {
+  even = __builtin_shufflevector(a, b, (2 * kLane)...);
+  odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+}
+
+template <class T, int... kLane>
+STATESCAN_INLINE void join_pairs(Vec<T> even, Vec<T> odd, Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kL = kLanes<T>;
+  a = __builtin_shufflevector(even, odd, (kLane / 2 + (kLane % 2) * kL)...);
+  b = __builtin_shufflevector(even, odd, (kLane / 2 + (kLane % 2) * kL + kL / 2)...);
+}
+
+// Tiles of tensors that may be complex: real and imaginary parts lie apart in scratch. First and strides count elements of t.
+template <class T, int kParts>
+inline void load_parts(T* const (&to)[kParts], std::int64_t pitch, const Tensor& t, std::int64_t first, std::int64_t row_stride,
+                       std::int64_t rows, std::int64_t column_stride, std::int64_t columns) {
+  if constexpr (kParts == 1) {
+    load_tile<T>(to[0], pitch, {t.data, t.dtype, first, row_stride, column_stride}, rows, columns);
+  } else if (column_stride != 1) {
+    for (int part = 0; part < 2; ++part)
+      load_tile<T>(to[part], pitch, {t.data, kDTypeOf<T>, 2 * first + part, 2 * row_stride, 2 * column_stride}, rows, columns);
+  } else {
+    constexpr int kL = kLanes<T>;
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = 0; c < pitch; c += kL) {
+        const T* p = static_cast<const T*>(t.data) + 2 * (first + r * row_stride + c);
+        const int width = columns > c ? at_most(columns - c, kL) : 0, room = at_most(pitch - c, kL);
+        const int low = at_most(2 * width, kL), high = 2 * width - low;
+        Vec<T> parts[2];
+        split_pairs<T>(low == kL ? load<T>(p) : load_first<T>(p, low), high == kL ? load<T>(p + kL) : load_first<T>(p + kL, high),
+                       parts[0], parts[1], std::make_integer_sequence<int, kL>());
+        for (int part = 0; part < 2; ++part) {
+          T* const at = to[part] + r * pitch + c;
+          room == kL ? store<T>(at, parts[part]) : store_first<T>(at, parts[part], room);
+        }
+      }
+  }
+}
+
+// The pitch of `from` is a multiple of the vector.
+template <class T, int kParts>
+inline void store_parts(const Tensor& t, std::int64_t first, std::int64_t row_stride, std::int64_t rows,
+                        std::int64_t column_stride, std::int64_t columns, T* const (&from)[kParts], std::int64_t pitch) {
+  if constexpr (kParts == 1) {
+    store_tile<T>({t.data, t.dtype, first, row_stride, column_stride}, rows, columns, from[0], pitch);
+  } else if (column_stride != 1) {
+    for (int part = 0; part < 2; ++part)
+      store_tile<T>({t.data, kDTypeOf<T>, 2 * first + part, 2 * row_stride, 2 * column_stride}, rows, columns, from[part], pitch);
+  } else {
+    constexpr int kL = kLanes<T>;
+    for (std::int64_t r = 0; r < rows; ++r)
+      for (std::int64_t c = 0; c < columns; c += kL) {
+        T* const p = static_cast<T*>(t.data) + 2 * (first + r * row_stride + c);
+        const int width = at_most(columns - c, kL), low = at_most(2 * width, kL), high = 2 * width - low;
+        Vec<T> a, b;
+        join_pairs<T>(load<T>(from[0] + r * pitch + c), load<T>(from[1] + r * pitch + c), a, b,
+                      std::make_integer_sequence<int, kL>());
+        low == kL ? store<T>(p, a) : store_first<T>(p, a, low);
+        high == kL ? store<T>(p + kL, b) : store_first<T>(p + kL, b, high);
+      }
+  }
 }
 
 }  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE
