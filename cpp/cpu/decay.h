@@ -17,7 +17,7 @@ inline constexpr float kRateScale<float> = 1.44269504f;
 STATESCAN_INLINE Vec<float> decay_of(Vec<float> v) {
   using V = Vec<float>;
 #if defined(__AVX512F__)
-  // Below 2^-150 all is zero; the operand order keeps NaN. vscalefps does the rest: gradual underflow and infinity.
+  // Below 2^-150 all is zero; this operand order keeps NaN. vscalefps does the rest: gradual underflow and infinity.
   const V x = _mm512_max_ps(splat(-160.0f), v);
   const V k = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -53,8 +53,8 @@ struct SinCos {
 };
 
 // sin and cos of x + tail, a product and its rounding error. pi/2 is taken off in three parts: exact for |x| up to about 1e4
-// in float (1e9 in double). Beyond kLimit neighbouring numbers lie so far apart that the angle means nothing: the result is
-// that of kLimit, still on the unit circle.
+// in float (1e9 in double). Beyond `limit` neighbouring numbers lie so far apart that the angle means nothing: the result
+// is that of `limit`, still on the unit circle.
 STATESCAN_INLINE SinCos<float> sincos(Vec<float> x, Vec<float> tail) {
   using V = Vec<float>;
   using I = IntVec<float>;

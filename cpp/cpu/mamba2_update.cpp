@@ -1,10 +1,10 @@
 // mamba2_update on the CPU
 // Math     [z | xBC | dt] = zxbcdt; xBC = silu(conv(xBC)); one step of the SSM; y = norm of (y, z); both states move on
 // Shapes   zxbcdt [b,t,m]; conv_state [slots,conv_dim,w-1]; state [slots,h,p,n]; y [b,t,d_inner]
-// Traffic  read and write both states: 2 b (h p n + conv_dim (w-1)) elements; between the steps b t (conv_dim + d_inner) floats
-//          of scratch, which stay in a near cache
-// Tasks    those of causal_conv1d_update and selective_state_update, whose kernels run on views of zxbcdt and of the scratch;
-//          then runs of rows for the norm
+// Traffic  read and write both states: 2 b (h p n + conv_dim (w-1)) elements; between the steps b t (conv_dim + d_inner)
+//          floats of scratch, which stay in a near cache
+// Tasks    those of causal_conv1d_update and selective_state_update, whose kernels run on views of zxbcdt and of the
+//          scratch; then runs of rows for the norm
 // Numerics float32 between the steps, whatever the dtype of zxbcdt
 #include "isa.h"
 #include "norm_row.h"
@@ -20,7 +20,7 @@ using mamba2_update::Dims;
 
 constexpr std::int64_t kTaskOutputs = 32768;  // of the norm, as in gated_rms_norm
 
-// Views are filled in by hand: Tensor's own makers are shared with the rest of the program, and isa.h says why that won't do.
+// Views are filled in by hand: Tensor's own makers are shared with the rest of the program, which isa.h forbids here.
 
 // Columns first..first+count-1 of zxbcdt, [b,t,count].
 Tensor columns(const Args& args, const Dims& d, std::int64_t first, std::int64_t count) {

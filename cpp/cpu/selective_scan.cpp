@@ -2,14 +2,13 @@
 // Math     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t];  y[t] = C[t] . h[t] + D x[t], times silu(z[t])
 // Shapes   x, dt, z, y [b,l,d]; A, state [d,n]; B, C [b,l,g,n] or [d,n]
 // Traffic  read x, dt, z, write y once: 4 b l d elements; B and C once a block of channels, from the nearest caches
-// Tasks    one a (sequence, block of channels of one group); lanes are channels, and the block walks the sequence in tiles of
-//          tokens, converted to contiguous T, with some states of 16 channels in registers over a whole tile
+// Tasks    one a (sequence, block of channels of one group); lanes are channels, and the block walks the sequence in tiles
+//          of tokens, converted to contiguous T, with some states of one vector of channels in registers over a whole tile
 // Numerics a channel sees the same operations wherever it lies in a vector, a batch or a packing
 #include "decay.h"
 #include "isa.h"
 #include "norm_row.h"
 #include "parallel.h"
-#include "simd.h"
 #include "tile.h"
 #include "../ops/contract.h"
 
@@ -69,9 +68,9 @@ Block<T, kParts> lay_out(Arena& arena, const Dims& d, std::int64_t width) {
 }
 
 template <class T, int kParts>
-std::size_t bytes_per_thread(const Dims& d, std::int64_t width) {
+std::size_t bytes_per_thread(const Dims& d) {
   Arena count(nullptr);
-  lay_out<T, kParts>(count, d, width);
+  lay_out<T, kParts>(count, d, cut_channels<T>(d).width);
   return count.used();
 }
 
@@ -105,6 +104,12 @@ TileView token_tile(const Tensor& t, const Tokens& tokens, std::int64_t channel)
   return {t.data, t.dtype, offset_of(t, tokens.batch, tokens.first, channel), t.stride[1], t.stride[2]};
 }
 
+// B or C at a state: the same for all channels, or one for each.
+template <class T, bool kVarying>
+STATESCAN_INLINE Vec<T> projection(const T* p, std::int64_t varying, std::int64_t fixed) {
+  return kVarying ? splat(p[varying]) : load<T>(p + fixed);
+}
+
 // One vector of channels and kStates states through a tile: y += C . h.
 template <class T, int kParts, int kStates, bool kVaryingB, bool kVaryingC>
 STATESCAN_INLINE void scan_states(const Block<T, kParts>& block, std::int64_t lane, std::int64_t n, std::int64_t count,
@@ -125,8 +130,8 @@ STATESCAN_INLINE void scan_states(const Block<T, kParts>& block, std::int64_t la
 #pragma GCC unroll 2
       for (int part = 0; part < kParts; ++part) {
         rate.part[part] = load<T>(block.rate[part] + (n + k) * width + lane);
-        B.part[part] = kVaryingB ? splat(block.B[part][t * block.dstate + n + k]) : load<T>(block.B[part] + (n + k) * width + lane);
-        C.part[part] = kVaryingC ? splat(block.C[part][t * block.dstate + n + k]) : load<T>(block.C[part] + (n + k) * width + lane);
+        B.part[part] = projection<T, kVaryingB>(block.B[part], t * block.dstate + n + k, (n + k) * width + lane);
+        C.part[part] = projection<T, kVaryingC>(block.C[part], t * block.dstate + n + k, (n + k) * width + lane);
       }
       h[k] = advance<T, kParts>(decay<T, kParts>(dt, rate), h[k], u, B);
       sum = read_out<T, kParts>(C, h[k], sum);
@@ -170,8 +175,8 @@ void enter_tile(const Block<T, kParts>& block, const Args& args, std::int64_t co
 }
 
 template <class T, int kParts>
-void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& d, const Tokens& sequence, std::int64_t state_row,
-                   std::int64_t group, std::int64_t channel, std::int64_t channels) {
+void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& d, const Tokens& sequence,
+                   std::int64_t state_row, std::int64_t group, std::int64_t channel, std::int64_t channels) {
   const std::int64_t width = block.width;
   load_per_state<T, kParts>(block.rate, width, args.A, channel * args.A.stride[0], channels, d.dstate);
   for (std::int64_t i = 0; i < d.dstate * width; ++i) block.rate[0][i] *= kRateScale<T>;
@@ -179,9 +184,8 @@ void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& 
   if (!d.varying_C) load_per_state<T, kParts>(block.C, width, args.C, channel * args.C.stride[0], channels, d.dstate);
   load_per_channel<T>(block.D, width, args.D, channel, channels);
   load_per_channel<T>(block.dt_bias, width, args.dt_bias, channel, channels);
-  if (args.initial_state)
-    load_per_state<T, kParts>(block.state, width, args.initial_state, offset_of(args.initial_state, state_row, channel), channels,
-                              d.dstate);
+  if (const Tensor& start = args.initial_state)
+    load_per_state<T, kParts>(block.state, width, start, offset_of(start, state_row, channel), channels, d.dstate);
   else
     for (T* part : block.state)
       for (std::int64_t i = 0; i < d.dstate * width; ++i) part[i] = T(0);
@@ -210,7 +214,8 @@ void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& 
 
 // Tokens past the last packed sequence.
 template <class T>
-void clear_tail(T* zeros, std::int64_t width, const Args& args, const Tokens& tail, std::int64_t channel, std::int64_t channels) {
+void clear_tail(T* zeros, std::int64_t width, const Args& args, const Tokens& tail, std::int64_t channel,
+                std::int64_t channels) {
   for (std::int64_t i = 0; i < kTileTokens * width; ++i) zeros[i] = T(0);
   for (std::int64_t done = 0; done < tail.count; done += kTileTokens) {
     const std::int64_t left = tail.count - done, count = left < kTileTokens ? left : kTileTokens;
@@ -221,7 +226,7 @@ void clear_tail(T* zeros, std::int64_t width, const Args& args, const Tokens& ta
 template <class T, int kParts>
 void run_as(const Args& args, const Dims& d) {
   const Cut cut = cut_channels<T>(d);
-  const std::size_t bytes = bytes_per_thread<T, kParts>(d, cut.width);
+  const std::size_t bytes = bytes_per_thread<T, kParts>(d);
   const std::int64_t tails = args.cu_seqlens ? 1 : 0;
   parallel_for((d.num_sequences + tails) * cut.blocks, [&](std::int64_t task, int thread) {
     const std::int64_t s = task / cut.blocks, group = task % cut.blocks / cut.blocks_per_group;
@@ -247,11 +252,9 @@ void run_as(const Args& args, const Dims& d) {
 }  // namespace
 
 std::size_t workspace_bytes(const Args& args, const Dims& d) {
-  const bool wide = args.x.dtype == DType::float64;
-  const std::int64_t width = wide ? cut_channels<double>(d).width : cut_channels<float>(d).width;
-  const std::size_t each = wide ? (d.complex_A ? bytes_per_thread<double, 2>(d, width) : bytes_per_thread<double, 1>(d, width))
-                                : (d.complex_A ? bytes_per_thread<float, 2>(d, width) : bytes_per_thread<float, 1>(d, width));
-  return each * max_threads();
+  if (args.x.dtype == DType::float64)
+    return max_threads() * (d.complex_A ? bytes_per_thread<double, 2>(d) : bytes_per_thread<double, 1>(d));
+  return max_threads() * (d.complex_A ? bytes_per_thread<float, 2>(d) : bytes_per_thread<float, 1>(d));
 }
 
 void run(const Args& args, const Dims& d) {

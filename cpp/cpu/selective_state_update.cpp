@@ -3,14 +3,14 @@
 // Shapes   Mamba-1 state [slots,d,n], A [d,n]; Mamba-2 state [slots,h,p,n], A [h]; x [b,t,..] and B, C [b,t,g,n] or [d,n]
 // Traffic  read and write the state: 2 b d n (b h p n) elements; all else is small beside it
 // Tasks    runs of units; a unit is one head of one row (Mamba-2), or some channels of one group of one row (Mamba-1)
-// Numerics lanes are states; rows of state (channels) go through in blocks of one vector, whose dot products with C are added
-//          up together, each in the same order. Between the tokens of one call a narrow state stays in float32.
+// Numerics lanes are states; rows of state (channels) go through in blocks of one vector, whose dot products with C are
+//          added up together, each in the same order. Between the tokens of one call a narrow state stays in float32.
 #include "decay.h"
 #include "isa.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
-#include "tile.h"
+#include "state_rows.h"
 #include "../ops/contract.h"
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
@@ -23,99 +23,9 @@ constexpr std::int64_t kTaskStates = 65536;  // about 10 us of Mamba-2 states: b
 constexpr std::int64_t kExpCost = 4;         // of a Mamba-1 state, which has an exp of its own, beside a Mamba-2 state
 constexpr std::int64_t kUnitBlocks = 4;      // vectors of channels in a unit of Mamba-1: they share the rows of B and C
 
-template <class T>
-constexpr std::int64_t padded(std::int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// Rows of n contiguous T, `step` apart: in the tensor's own memory, or in scratch with a step of padded(n).
-template <class T, int kParts>
-struct Rows {
-  const T* part[kParts];
-  std::int64_t step;
-};
-
-template <class T, int kParts>
-STATESCAN_INLINE Parts<T, kParts> load_vector(const Rows<T, kParts>& rows, std::int64_t row, std::int64_t n, int lanes) {
-  Parts<T, kParts> v;
-  for (int part = 0; part < kParts; ++part) {
-    const T* p = rows.part[part] + row * rows.step + n;
-    v.part[part] = lanes == kLanes<T> ? load<T>(p) : load_first<T>(p, lanes);
-  }
-  return v;
-}
-
-// Whether rows of t can be used where they lie.
-template <class T, int kParts>
-bool lies_ready(const Tensor& t) {
-  return kParts == 1 && t.dtype == kDTypeOf<T> && t.stride[t.ndim - 1] == 1;
-}
-
-template <class T, int kParts>
-Rows<T, kParts> copy_rows(const Tensor& t, std::int64_t first, std::int64_t row_stride, std::int64_t rows, T* const (&scratch)[kParts]) {
-  const std::int64_t n = t.shape[t.ndim - 1];
-  Rows<T, kParts> copy;
-  copy.step = padded<T>(n);
-  load_parts<T, kParts>(scratch, copy.step, t, first, row_stride, rows, t.stride[t.ndim - 1], n);
-  for (int part = 0; part < kParts; ++part) copy.part[part] = scratch[part];
-  return copy;
-}
-
-template <class T, int kParts>
-Rows<T, kParts> rows_of(const Tensor& t, std::int64_t first, std::int64_t row_stride, std::int64_t rows, T* const (&scratch)[kParts]) {
-  if (lies_ready<T, kParts>(t)) return {{static_cast<const T*>(t.data) + first}, row_stride};
-  return copy_rows<T, kParts>(t, first, row_stride, rows, scratch);
-}
-
-// Up to kLanes rows of state on their way from one slot to another, to the same one, or to nowhere.
-template <class T, int kParts>
-struct StateBlock {
-  Rows<T, kParts> from;
-  T* to[kParts];
-  std::int64_t to_step, n;
-  int rows;
-  bool in_place;  // in the memory of the state tensor from the first token on
-
-  void next_token() {
-    for (int part = 0; part < kParts; ++part) from.part[part] = to[part];
-    from.step = to_step;
-  }
-};
-
-struct Slots {
-  std::int64_t from, to;  // -1: padding; not written
-};
-
 Slots slots_of(const Args& args, std::int64_t row) {
   const std::int64_t from = args.state_indices ? index_at(args.state_indices, row) : row;
   return {from, args.out_state_indices ? index_at(args.out_state_indices, row) : from};
-}
-
-// `within`: the offset of the block's first row in its slot.
-template <class T, int kParts>
-StateBlock<T, kParts> open_block(const Tensor& state, Slots slots, std::int64_t within, std::int64_t row_stride, int rows,
-                                 bool any_token, T* const (&scratch)[kParts]) {
-  const std::int64_t first = slots.from * state.stride[0] + within;
-  StateBlock<T, kParts> block;
-  block.n = state.shape[state.ndim - 1], block.rows = rows;
-  block.in_place = lies_ready<T, kParts>(state) && slots.to >= 0 && any_token;
-  // Without a token nothing moves a state to its new slot but the copy.
-  block.from = any_token ? rows_of<T, kParts>(state, first, row_stride, rows, scratch)
-                         : copy_rows<T, kParts>(state, first, row_stride, rows, scratch);
-  for (int part = 0; part < kParts; ++part) block.to[part] = scratch[part];
-  block.to_step = padded<T>(block.n);
-  if (block.in_place) {
-    block.to[0] = static_cast<T*>(state.data) + slots.to * state.stride[0] + within;
-    block.to_step = row_stride;
-  }
-  return block;
-}
-
-template <class T, int kParts>
-void close_block(const StateBlock<T, kParts>& block, const Tensor& state, Slots slots, std::int64_t within, std::int64_t row_stride) {
-  if (block.in_place || slots.to < 0) return;
-  store_parts<T, kParts>(state, slots.to * state.stride[0] + within, row_stride, block.rows, state.stride[state.ndim - 1], block.n,
-                         block.to, block.to_step);
 }
 
 // One token through kRows rows of a head, which share its decay, B and C; sums[r] = the lanes of C . state. The rows are T, or
@@ -255,9 +165,12 @@ class Update {
     return rows_of<T, kParts>(t, row * t.stride[0] + group * t.stride[1 + tok_], tok_ * t.stride[1], d_.ntokens, scratch);
   }
 
+  std::int64_t at_head(const Tensor& t, std::int64_t row, std::int64_t token, std::int64_t head) const {
+    return row * t.stride[0] + tok_ * token * t.stride[1] + head * t.stride[1 + tok_];
+  }
   // Where x, z or y (dt in Mamba-1) has channel `first` of `head` at a token.
   std::int64_t at(const Tensor& t, std::int64_t row, std::int64_t token, std::int64_t head, std::int64_t first) const {
-    return row * t.stride[0] + tok_ * token * t.stride[1] + head * t.stride[1 + tok_] + (d_.mamba1 ? 0 : first * t.stride[2 + tok_]);
+    return at_head(t, row, token, head) + (d_.mamba1 ? 0 : first * t.stride[2 + tok_]);
   }
   std::int64_t row_stride(const Tensor& t) const { return t.stride[d_.mamba1 ? 1 + tok_ : 2 + tok_]; }
 
@@ -291,9 +204,12 @@ class Update {
     const Rows<T, kParts> A = rows_of<T, kParts>(args_.A, channel * args_.A.stride[0], args_.A.stride[0], count, scratch.A);
     if (!d_.varying_B) B = rows_of<T, kParts>(args_.B, channel * args_.B.stride[0], args_.B.stride[0], count, scratch.B);
     if (!d_.varying_C) C = rows_of<T, kParts>(args_.C, channel * args_.C.stride[0], args_.C.stride[0], count, scratch.C);
-    const Vec<T> D = args_.D ? load_lanes<T>(args_.D, channel * args_.D.stride[0], args_.D.stride[0], count) : Vec<T>{};
-    const Vec<T> bias = args_.dt_bias ? load_lanes<T>(args_.dt_bias, channel * args_.dt_bias.stride[0], args_.dt_bias.stride[0], count) : Vec<T>{};
-    StateBlock<T, kParts> block = open_block<T, kParts>(state, slots, within, state.stride[1], count, d_.ntokens > 0, scratch.state);
+    const auto of_channels = [&](const Tensor& t) {
+      return t ? load_lanes<T>(t, channel * t.stride[0], t.stride[0], count) : Vec<T>{};
+    };
+    const Vec<T> D = of_channels(args_.D), bias = of_channels(args_.dt_bias);
+    StateBlock<T, kParts> block =
+        open_block<T, kParts>(state, slots, within, state.stride[1], count, d_.ntokens > 0, scratch.state);
     for (std::int64_t token = 0; token < d_.ntokens; ++token) {
       const Vec<T> x = load_lanes<T>(args_.x, at(args_.x, row, token, channel, 0), row_stride(args_.x), count);
       const Vec<T> dt = step(load_lanes<T>(args_.dt, at(args_.dt, row, token, channel, 0), row_stride(args_.dt), count), bias);
@@ -328,27 +244,30 @@ class Update {
       D = load_lanes<T>(args_.D, head * args_.D.stride[0] + first * stride, stride, count);
     }
     // One token on contiguous 16-bit states needs no float32 copy of them.
-    const bool narrow = sizeof(T) == 4 && size_of(state.dtype) == 2 && state.stride[3] == 1 && d_.ntokens == 1 && slots.to >= 0;
+    const bool narrow = size_of(state.dtype) == 2 && state.stride[3] == 1 && d_.ntokens == 1 && slots.to >= 0;
     StateBlock<T, 1> block{};
     if (!narrow) block = open_block<T, 1>(state, slots, within, state.stride[2], count, d_.ntokens > 0, scratch.state);
     for (std::int64_t token = 0; token < d_.ntokens; ++token) {
       const Vec<T> x = load_lanes<T>(args_.x, at(args_.x, row, token, head, first), row_stride(args_.x), count);
-      const std::int64_t dt_at = row * args_.dt.stride[0] + tok_ * token * args_.dt.stride[1] + head * args_.dt.stride[1 + tok_];
-      const Vec<T> dt = step(load_lanes<T>(args_.dt, dt_at, 0, count), bias);
+      const Vec<T> dt = step(load_lanes<T>(args_.dt, at_head(args_.dt, row, token, head), 0, count), bias);
       const Vec<T> decay = decay_of(dt * rate);
       alignas(kVectorBytes) T u[kLanes<T>];
       store<T>(u, dt * x);
       Vec<T> sums[kLanes<T>] = {};
       const T *b = B.part[0] + token * B.step, *c = C.part[0] + token * C.step;
-      if (narrow) advance_narrow(slots, within, count, decay, u, b, c, sums);
-      else advance_head<T, kDTypeOf<T>>(block.from.part[0], block.from.step, block.to[0], block.to_step, count, d_.dstate, decay, u, b, c, sums);
+      if (narrow)
+        advance_narrow(slots, within, count, decay, u, b, c, sums);
+      else
+        advance_head<T, kDTypeOf<T>>(block.from.part[0], block.from.step, block.to[0], block.to_step, count, d_.dstate, decay, u,
+                                     b, c, sums);
       finish(sums, x, D, row, token, head, first, count);
       block.next_token();
     }
     if (!narrow) close_block<T, 1>(block, state, slots, within, state.stride[2]);
   }
 
-  void advance_narrow(Slots slots, std::int64_t within, int count, Vec<T> decay, const T* u, const T* B, const T* C, Vec<T>* sums) const {
+  void advance_narrow(Slots slots, std::int64_t within, int count, Vec<T> decay, const T* u, const T* B, const T* C,
+                      Vec<T>* sums) const {
     if constexpr (sizeof(T) == 4) {
       const Tensor& state = args_.state;
       const std::int64_t step = state.stride[2];

@@ -160,8 +160,9 @@ inline void load_parts(T* const (&to)[kParts], std::int64_t pitch, const Tensor&
         const int width = columns > c ? at_most(columns - c, kL) : 0, room = at_most(pitch - c, kL);
         const int low = at_most(2 * width, kL), high = 2 * width - low;
         Vec<T> parts[2];
-        split_pairs<T>(low == kL ? load<T>(p) : load_first<T>(p, low), high == kL ? load<T>(p + kL) : load_first<T>(p + kL, high),
-                       parts[0], parts[1], std::make_integer_sequence<int, kL>());
+        split_pairs<T>(low == kL ? load<T>(p) : load_first<T>(p, low),
+                       high == kL ? load<T>(p + kL) : load_first<T>(p + kL, high), parts[0], parts[1],
+                       std::make_integer_sequence<int, kL>());
         for (int part = 0; part < 2; ++part) {
           T* const at = to[part] + r * pitch + c;
           room == kL ? store<T>(at, parts[part]) : store_first<T>(at, parts[part], room);
@@ -178,7 +179,8 @@ inline void store_parts(const Tensor& t, std::int64_t first, std::int64_t row_st
     store_tile<T>({t.data, t.dtype, first, row_stride, column_stride}, rows, columns, from[0], pitch);
   } else if (column_stride != 1) {
     for (int part = 0; part < 2; ++part)
-      store_tile<T>({t.data, kDTypeOf<T>, 2 * first + part, 2 * row_stride, 2 * column_stride}, rows, columns, from[part], pitch);
+      store_tile<T>({t.data, kDTypeOf<T>, 2 * first + part, 2 * row_stride, 2 * column_stride}, rows, columns, from[part],
+                    pitch);
   } else {
     constexpr int kL = kLanes<T>;
     for (std::int64_t r = 0; r < rows; ++r)
