@@ -43,7 +43,8 @@ class Cuda:
         if any(step < 0 for step in a.strides):
             pytest.skip("torch has no negative strides")
         flat, first = memory_of(a)
-        stored = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if dtype_name(a) == "bfloat16" else torch.from_numpy(flat)
+        is_bfloat16 = dtype_name(a) == "bfloat16"
+        stored = torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(flat)
         return stored.cuda().as_strided(a.shape, [step // a.itemsize for step in a.strides], first)
 
     def get(self, a):
@@ -105,7 +106,7 @@ def memory_of(a):
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
     first = (a.__array_interface__["data"][0] - whole.__array_interface__["data"][0]) // a.itemsize
-    return whole.flatten(order="K"), first
+    return whole.flatten(order="K").view(a.dtype), first
 
 
 def copied(a):
@@ -133,13 +134,20 @@ def relative_error(got, expected):
     return error / scale if scale > 0 else error
 
 
+def rounded(expected, dtype):
+    """The exact result, rounded once to a dtype; complex numbers part by part."""
+    if np.iscomplexobj(expected):
+        return rounded(expected.real, dtype) + 1j * rounded(expected.imag, dtype)
+    return exact(expected.astype(DTYPES[dtype]))
+
+
 def gate(expected, dtype):
     """The largest relative error that a result of this dtype may have."""
     if dtype in ("float64", "complex128"):
         return 1e-12
     if dtype in ("float32", "complex64"):
         return 1e-5
-    return max(1e-5, 1.5 * relative_error(expected.astype(DTYPES[dtype]), expected))
+    return max(1e-5, 1.5 * relative_error(rounded(expected, dtype), expected))
 
 
 def assert_accurate(got, expected, name, dtype=None):

@@ -53,7 +53,7 @@ def test_rounding_is_to_nearest_even(device, rng, dtype):
     device.call(statescan.state_scan, device.put(np.zeros((1, 0, 1), np.float32)), device.put(np.zeros((1, 0, 1, state.size, 1), np.float32)),
                 initial_state=device.put(state), final_state_out=final_state)
     got = device.get(final_state)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         expected = state.astype(DTYPES[dtype])
     is_nan = np.isnan(state)
     assert np.all(np.isnan(got.astype(np.float32)[is_nan]))
