@@ -44,7 +44,8 @@ Tensor tokens_of(const Tensor& t, std::int64_t first, std::int64_t count) {
 Tensor scratch_of(Arena& arena, DType dtype, const Dims& d, std::int64_t channels) {
   const std::int64_t count = d.batch * d.seqlen * channels;
   Tensor t;
-  t.data = dtype == DType::float64 ? static_cast<void*>(arena.take<double>(count)) : static_cast<void*>(arena.take<float>(count));
+  if (dtype == DType::float64) t.data = arena.take<double>(count);
+  else t.data = arena.take<float>(count);
   t.dtype = dtype;
   t.ndim = 3;
   t.shape[0] = d.batch, t.shape[1] = d.seqlen, t.shape[2] = channels;
