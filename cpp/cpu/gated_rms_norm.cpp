@@ -1,7 +1,7 @@
 // gated_rms_norm forward on the CPU
 // Math     y = rms(x) weight silu(z), or rms(x silu(z)) weight
 // Shapes   x, z, y [..., d]; weight [d]
-// Traffic  read x and z, write y: 3*rows*d*sizeof(Element)
+// Traffic  read x and z, write y: 3*rows*d*sizeof(Element); the second pass over a row finds it in the nearest caches
 // Tasks    runs of rows
 // Numerics a group's squares are added in a fixed order on one thread
 #include "isa.h"
@@ -26,26 +26,65 @@ std::int64_t row_offset(const Tensor& t, std::int64_t row) {
   return offset;
 }
 
-// Contiguous rows of T are worked on where they lie; others pass through a buffer.
-template <class T>
-bool in_place(const Tensor& t) {
-  return t.dtype == kDTypeOf<T> && t.stride[t.ndim - 1] == 1;
-}
+bool has_contiguous_rows(const Tensor& t) { return t.stride[t.ndim - 1] == 1; }
 
+// The rows of T that a thread may want: x, z and y where they don't lie as the kernel reads them, and what the gate makes.
 template <class T>
-const T* read_row(const Tensor& t, std::int64_t row, std::int64_t count, T* buffer) {
-  const std::int64_t offset = row_offset(t, row);
-  if (in_place<T>(t)) return static_cast<const T*>(t.data) + offset;
-  load_row<T>(buffer, t.data, t.dtype, offset, t.stride[t.ndim - 1], count);
-  return buffer;
-}
+struct Buffers {
+  T *x, *z, *y, *gated;
+  Buffers(Arena& arena, std::int64_t dim)
+      : x(arena.take<T>(dim)), z(arena.take<T>(dim)), y(arena.take<T>(dim)), gated(arena.take<T>(dim)) {}
+};
 
-// The weight, then each thread's rows of x, z and y.
+// The weight, then each thread's buffers.
 template <class T>
 std::size_t bytes_of(const Dims& d) {
   Arena count(nullptr);
-  for (int i = 0; i < 1 + 3 * max_threads(); ++i) count.take<T>(d.dim);
+  count.take<T>(d.dim);
+  for (int i = 0; i < max_threads(); ++i) Buffers<T>(count, d.dim);
   return count.used();
+}
+
+template <DType kDType>
+Memory<kDType>* row_at(const Tensor& t, std::int64_t row) {
+  return static_cast<Memory<kDType>*>(t.data) + row_offset(t, row);
+}
+
+// A row whose tensors have contiguous rows of these dtypes, worked on where it lies.
+template <class T, DType kX, DType kZ, DType kY>
+void norm_in_place(const Args& args, const Dims& d, std::int64_t row, const T* weight, const Buffers<T>& buffers) {
+  gated_norm_row<T, kX, kZ, kY>(row_at<kY>(args.y, row), row_at<kX>(args.x, row), args.z ? row_at<kZ>(args.z, row) : nullptr,
+                                weight, buffers.gated, d.dim, d.group_size, args.eps, args.norm_before_gate);
+}
+
+// Any other row, by way of T.
+template <class T>
+void norm_by_copy(const Args& args, const Dims& d, std::int64_t row, const T* weight, const Buffers<T>& buffers) {
+  const int last = args.x.ndim - 1;
+  load_row<T>(buffers.x, args.x.data, args.x.dtype, row_offset(args.x, row), args.x.stride[last], d.dim);
+  if (args.z) load_row<T>(buffers.z, args.z.data, args.z.dtype, row_offset(args.z, row), args.z.stride[last], d.dim);
+  gated_norm_row<T>(buffers.y, buffers.x, args.z ? buffers.z : nullptr, weight, d.dim, d.group_size, args.eps,
+                    args.norm_before_gate);
+  store_row<T>(args.y.data, args.y.dtype, row_offset(args.y, row), args.y.stride[last], d.dim, buffers.y);
+}
+
+template <class T>
+using NormRow = void (*)(const Args&, const Dims&, std::int64_t, const T*, const Buffers<T>&);
+
+// x has the dtype of y, except that mamba2_scan hands over its scratch, which is T. z has it always.
+template <class T>
+NormRow<T> pick(const Args& args) {
+  constexpr DType kT = kDTypeOf<T>, kHalf = DType::float16, kBrain = DType::bfloat16;
+  const bool contiguous =
+      has_contiguous_rows(args.x) && has_contiguous_rows(args.y) && (!args.z || has_contiguous_rows(args.z));
+  if (!contiguous || (args.z && args.z.dtype != args.y.dtype)) return norm_by_copy<T>;
+  if (args.x.dtype == kT && args.y.dtype == kT) return norm_in_place<T, kT, kT, kT>;
+  if constexpr (kT == DType::float32) {
+    if (args.y.dtype == kHalf) return args.x.dtype == kT ? norm_in_place<T, kT, kHalf, kHalf> : norm_in_place<T, kHalf, kHalf, kHalf>;
+    if (args.y.dtype == kBrain)
+      return args.x.dtype == kT ? norm_in_place<T, kT, kBrain, kBrain> : norm_in_place<T, kBrain, kBrain, kBrain>;
+  }
+  return norm_by_copy<T>;
 }
 
 template <class T>
@@ -54,21 +93,14 @@ void forward(const Args& args, const Dims& d) {
   T* weight = shared.take<T>(d.dim);
   if (args.weight) load_row<T>(weight, args.weight.data, args.weight.dtype, 0, args.weight.stride[0], d.dim);
   else for (std::int64_t c = 0; c < d.dim; ++c) weight[c] = T(1);
+  const NormRow<T> norm_row = pick<T>(args);
   const std::int64_t rows_per_task = kTaskOutputs / d.dim > 1 ? kTaskOutputs / d.dim : 1;
   parallel_for((d.rows + rows_per_task - 1) / rows_per_task, [&](std::int64_t task, int thread) {
     Arena arena = shared;
-    T* buffers[3] = {};
-    for (int i = 0; i <= thread; ++i)
-      for (T*& buffer : buffers) buffer = arena.take<T>(d.dim);
+    Buffers<T> buffers(arena, d.dim);
+    for (int i = 0; i < thread; ++i) buffers = Buffers<T>(arena, d.dim);
     const std::int64_t end = (task + 1) * rows_per_task < d.rows ? (task + 1) * rows_per_task : d.rows;
-    for (std::int64_t row = task * rows_per_task; row < end; ++row) {
-      const T* x = read_row<T>(args.x, row, d.dim, buffers[0]);
-      const T* z = args.z ? read_row<T>(args.z, row, d.dim, buffers[1]) : nullptr;
-      const std::int64_t offset = row_offset(args.y, row);
-      T* y = in_place<T>(args.y) ? static_cast<T*>(args.y.data) + offset : buffers[2];
-      gated_norm_row<T>(y, x, z, weight, d.dim, d.group_size, args.eps, args.norm_before_gate);
-      if (!in_place<T>(args.y)) store_row<T>(args.y.data, args.y.dtype, offset, args.y.stride[args.y.ndim - 1], d.dim, y);
-    }
+    for (std::int64_t row = task * rows_per_task; row < end; ++row) norm_row(args, d, row, weight, buffers);
   });
 }
 
