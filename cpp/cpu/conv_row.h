@@ -2,6 +2,8 @@
 // form adds bias, then the taps from the oldest input to the newest, so that all of them give the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
@@ -40,6 +42,36 @@ inline void conv_channel(T* y, const T* x, std::int64_t step, const T* weight, T
   }
 }
 
+// run [count, kTaps] to rows, one per tap, and back. Unrolled over taps, so that the compiler shuffles whole vectors.
+template <int kTaps, class T>
+inline void spread_taps(T* __restrict to, std::int64_t to_stride, const T* __restrict run, std::int64_t count) {
+  for (std::int64_t c = 0; c < count; ++c)
+    for (int k = 0; k < kTaps; ++k) to[k * to_stride + c] = run[c * kTaps + k];
+}
+
+template <int kTaps, class T>
+inline void gather_taps(T* __restrict run, const T* const* rows, std::int64_t count) {
+  const T* row[kTaps];
+  for (int k = 0; k < kTaps; ++k) row[k] = rows[k];
+  for (std::int64_t c = 0; c < count; ++c)
+    for (int k = 0; k < kTaps; ++k) run[c * kTaps + k] = row[k][c];
+}
+
+// body(integral constant) for a number of taps known at compile time, 1 to kMaxConvWidth.
+template <class Body>
+STATESCAN_INLINE void with_taps(std::int64_t taps, Body&& body) {
+  switch (taps) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+    case 7: return body(std::integral_constant<int, 7>{});
+    default: return body(std::integral_constant<int, 8>{});
+  }
+}
+
 // Reads a [channels, taps] piece of t, its last two axes, as one row of channels per tap: to[k * to_stride + c]. Weights and
 // states mostly lie with their few taps innermost: these are read as one run and transposed in cache.
 template <class T>
@@ -54,8 +86,7 @@ inline void load_taps(T* to, std::int64_t to_stride, const Tensor& t, std::int64
   for (std::int64_t first = 0; first < channels; first += kConvBlock) {
     const std::int64_t count = channels - first < kConvBlock ? channels - first : kConvBlock;
     load_row<T>(run, t.data, t.dtype, offset + first * taps, 1, count * taps);
-    for (int k = 0; k < taps; ++k)
-      for (std::int64_t c = 0; c < count; ++c) to[k * to_stride + first + c] = run[c * taps + k];
+    with_taps(taps, [&](auto known) { spread_taps<known()>(to + first, to_stride, run, count); });
   }
 }
 
@@ -69,8 +100,7 @@ inline void store_taps(const Tensor& t, std::int64_t offset, std::int64_t channe
     return;
   }
   alignas(kVectorBytes) T run[kConvBlock * kMaxConvWidth];
-  for (int k = 0; k < taps; ++k)
-    for (std::int64_t c = 0; c < channels; ++c) run[c * taps + k] = rows[k][c];
+  with_taps(taps, [&](auto known) { gather_taps<known()>(run, rows, channels); });
   store_row<T>(t.data, t.dtype, offset, 1, channels * taps, run);
 }
 
