@@ -20,6 +20,7 @@ using causal_conv1d::Dims;
 
 constexpr std::int64_t kTaskOutputs = 65536;  // 20 to 100 us of work
 constexpr int kTile = 8;                      // tokens that share one load of the weights, and most loads of x
+constexpr int kAhead = 512;                   // bytes from a tile to what it fetches: the arithmetic of SiLU hides no miss
 constexpr std::int64_t kTimeBlock = 1024;     // tokens of one channel that are widened at once
 
 std::int64_t at_most(std::int64_t v, std::int64_t limit) { return v < limit ? v : limit; }
@@ -42,6 +43,10 @@ struct Weights {
 template <class T, DType kIn, DType kOut, int kWidth>
 STATESCAN_INLINE void convolve_tile(Memory<kOut>* y, std::int64_t y_step, const Memory<kIn>* x, std::int64_t x_step,
                                     const Weights<T>& weights, std::int64_t channel, bool with_silu) {
+  for (int t = 0; t < kTile; ++t) {
+    __builtin_prefetch(x + (t + kWidth - 1) * x_step + kAhead / sizeof(*x));
+    __builtin_prefetch(y + t * y_step + kAhead / sizeof(*y), 1);
+  }
   Vec<T> w[kWidth], sum[kTile];
   for (int k = 0; k < kWidth; ++k) w[k] = load<T>(weights.weight + k * weights.stride + channel);
   for (int t = 0; t < kTile; ++t) sum[t] = load<T>(weights.bias + channel);
@@ -69,17 +74,27 @@ void convolve_tokens(Memory<kOut>* y, std::int64_t y_step, const Memory<kIn>* x,
   }
 }
 
-template <class Body>
-void with_width(std::int64_t width, Body&& body) {
-  switch (width) {
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-    case 7: return body(std::integral_constant<int, 7>{});
-    default: return body(std::integral_constant<int, 8>{});
-  }
+// At least kLanes<T> contiguous tokens of one channel, none of which needs the state. x points at the oldest input of the
+// output at y; newer ones follow by step, which is -1 when the time axis is reversed. Several vectors at once, since the
+// arithmetic of one waits for itself.
+template <class T, DType kIn, DType kOut, int kWidth>
+void convolve_channel(Memory<kOut>* y, const Memory<kIn>* x, int step, const Weights<T>& weights, std::int64_t channel,
+                      bool with_silu, std::int64_t tokens) {
+  Vec<T> w[kWidth];
+  for (int k = 0; k < kWidth; ++k) w[k] = splat(weights.weight[k * weights.stride + channel]);
+  const Vec<T> bias = splat(weights.bias[channel]);
+  auto span = [&](std::int64_t t, auto vectors) {
+    Vec<T> sum[vectors()];
+    for (int v = 0; v < vectors(); ++v) sum[v] = bias;
+#pragma GCC unroll 8
+    for (int k = 0; k < kWidth; ++k)
+      for (int v = 0; v < vectors(); ++v) sum[v] = sum[v] + w[k] * load_as<T, kIn>(x + t + v * kLanes<T> + k * step);
+    for (int v = 0; v < vectors(); ++v) store_as<T, kOut>(y + t + v * kLanes<T>, activate<T>(sum[v], with_silu));
+  };
+  constexpr int kVectors = 4;
+  std::int64_t i = 0;
+  for (; i + kVectors * kLanes<T> <= tokens; i += kVectors * kLanes<T>) span(i, std::integral_constant<int, kVectors>{});
+  for (; i < tokens; i += kLanes<T>) span(at_most(i, tokens - kLanes<T>), std::integral_constant<int, 1>{});
 }
 
 template <class T, DType kIn, DType kOut = kIn>
@@ -166,8 +181,16 @@ class Convolution {
   template <bool kOverChannels>
   void run_part(const Sequence& q, std::int64_t begin, std::int64_t end, std::int64_t channel, std::int64_t channel_end) const {
     if constexpr (!kOverChannels) {
-      for (std::int64_t c = channel; c < channel_end; ++c)
-        for (std::int64_t t = begin; t < end; t += kTimeBlock) run_channel(q, t, at_most(t + kTimeBlock, end), c);
+      // [inner, inner_end) needs no state.
+      std::int64_t inner = args_.reverse ? begin : at_most(at_least(begin, q.first + d_.width - 1), end);
+      std::int64_t inner_end = args_.reverse ? at_least(at_most(end, q.last - (d_.width - 1)), begin) : end;
+      const bool contiguous = args_.x.stride[1] == 1 && args_.y.stride[1] == 1;
+      if (!contiguous || inner_end - inner < kLanes<T>) inner = inner_end = begin;
+      for (std::int64_t c = channel; c < channel_end; ++c) {
+        widen_channel(q, begin, inner, c);
+        if (inner < inner_end) run_channel(q, inner, inner_end, c);
+        widen_channel(q, inner_end, end, c);
+      }
     } else {
       const std::int64_t first = args_.reverse ? q.last - end : begin - q.first, last = first + (end - begin);
       const std::int64_t inner = at_least(first, at_most(d_.width - 1, last));  // from here on no state is needed
@@ -176,7 +199,7 @@ class Convolution {
       const std::int64_t step = args_.reverse ? -1 : 1;
       auto* y = static_cast<Memory<kOut>*>(args_.y.data) + at(args_.y, q, inner, 0);
       const auto* x = static_cast<const Memory<kIn>*>(args_.x.data) + at(args_.x, q, inner - (d_.width - 1), 0);
-      with_width(d_.width, [&](auto width) {
+      with_taps(d_.width, [&](auto width) {
         convolve_tokens<T, kIn, kOut, width()>(y, step * args_.y.stride[1], x, step * args_.x.stride[1], weights_, with_silu(),
                                             last - inner, d_.dim);
       });
@@ -203,9 +226,23 @@ class Convolution {
     }
   }
 
+  void run_channel(const Sequence& q, std::int64_t begin, std::int64_t end, std::int64_t channel) const {
+    const std::int64_t before = args_.reverse ? -(d_.width - 1) : d_.width - 1;
+    auto* y = static_cast<Memory<kOut>*>(args_.y.data) + offset_of(args_.y, q.batch, begin, channel);
+    const auto* x = static_cast<const Memory<kIn>*>(args_.x.data) + offset_of(args_.x, q.batch, begin - before, channel);
+    with_taps(d_.width, [&](auto width) {
+      convolve_channel<T, kIn, kOut, width()>(y, x, args_.reverse ? -1 : 1, weights_, channel, with_silu(), end - begin);
+    });
+  }
+
+  // Tokens of one channel that need the state, or have strides.
+  void widen_channel(const Sequence& q, std::int64_t begin, std::int64_t end, std::int64_t channel) const {
+    for (std::int64_t t = begin; t < end; t += kTimeBlock) widen_block(q, t, at_most(t + kTimeBlock, end), channel);
+  }
+
   // Tokens [begin, end) of the time axis, at most kTimeBlock of one channel, widened together with the w-1 inputs before them
   // (after them when reversed).
-  void run_channel(const Sequence& q, std::int64_t begin, std::int64_t end, std::int64_t channel) const {
+  void widen_block(const Sequence& q, std::int64_t begin, std::int64_t end, std::int64_t channel) const {
     alignas(kVectorBytes) T x[kTimeBlock + kLanes<T> + kMaxConvWidth], y[kTimeBlock];
     const std::int64_t before = args_.reverse ? 0 : d_.width - 1, after = args_.reverse ? d_.width - 1 : 0;
     const std::int64_t low = at_least(begin - before, q.first), high = at_most(end + after, q.last);
@@ -214,10 +251,12 @@ class Convolution {
                 high - low);
     for (std::int64_t t = begin - before; t < low; ++t) *input(t) = state_at(q, d_.width - 1 - (q.first - t), channel);
     for (std::int64_t t = high; t < end + after; ++t) *input(t) = state_at(q, d_.width - 2 - (t - q.last), channel);
-    T weight[kMaxConvWidth];
-    for (int k = 0; k < width_; ++k) weight[k] = weights_.weight[k * weights_.stride + channel];
-    conv_channel<T>(y, args_.reverse ? x + d_.width - 1 : x, args_.reverse ? -1 : 1, weight, weights_.bias[channel], width_,
-                    with_silu(), end - begin);
+    const std::int64_t whole = (end - begin + kLanes<T> - 1) / kLanes<T> * kLanes<T>;  // the buffers have room
+    with_taps(d_.width, [&](auto width) {
+      constexpr DType kT = kDTypeOf<T>;
+      convolve_channel<T, kT, kT, width()>(y, args_.reverse ? x + d_.width - 1 : x, args_.reverse ? -1 : 1, weights_, channel,
+                                           with_silu(), whole);
+    });
     store_row<T>(args_.y.data, args_.y.dtype, offset_of(args_.y, q.batch, begin, channel), args_.y.stride[1], end - begin, y);
   }
 

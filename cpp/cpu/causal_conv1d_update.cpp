@@ -22,8 +22,9 @@ class Block {
       : args_(args), d_(d), width_(static_cast<int>(d.width)), first_(first) {
     count_ = d.dim - first < kConvBlock ? d.dim - first : kConvBlock;
     load_taps<T>(weight_, kConvBlock, args.weight, first * args.weight.stride[0], count_, width_);
-    if (args.bias) load_row<T>(bias_, args.bias.data, args.bias.dtype, first * args.bias.stride[0], args.bias.stride[0], count_);
-    else clear(bias_);
+    clear(bias_);
+    const Tensor& bias = args.bias;
+    if (bias) load_row<T>(bias_, bias.data, bias.dtype, first * bias.stride[0], bias.stride[0], count_);
   }
 
   // All tokens of a row.

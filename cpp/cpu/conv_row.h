@@ -29,19 +29,6 @@ inline void conv_token(T* y, const T* const* rows, const T* weight, std::int64_t
   }
 }
 
-// y[i] = act(bias + sum_k weight[k] * x[i + k * step]) for one channel, x and y running along time. Whole vectors, as above.
-template <class T>
-inline void conv_channel(T* y, const T* x, std::int64_t step, const T* weight, T bias, int width, bool with_silu,
-                         std::int64_t count) {
-  Vec<T> w[kMaxConvWidth];
-  for (int k = 0; k < width; ++k) w[k] = splat(weight[k]);
-  for (std::int64_t i = 0; i < count; i += kLanes<T>) {
-    Vec<T> sum = splat(bias);
-    for (int k = 0; k < width; ++k) sum = sum + w[k] * load<T>(x + i + k * step);
-    store<T>(y + i, activate<T>(sum, with_silu));
-  }
-}
-
 // run [count, kTaps] to rows, one per tap, and back. Unrolled over taps, so that the compiler shuffles whole vectors.
 template <int kTaps, class T>
 inline void spread_taps(T* __restrict to, std::int64_t to_stride, const T* __restrict run, std::int64_t count) {

@@ -80,7 +80,8 @@ NormRow<T> pick(const Args& args) {
   if (!contiguous || (args.z && args.z.dtype != args.y.dtype)) return norm_by_copy<T>;
   if (args.x.dtype == kT && args.y.dtype == kT) return norm_in_place<T, kT, kT, kT>;
   if constexpr (kT == DType::float32) {
-    if (args.y.dtype == kHalf) return args.x.dtype == kT ? norm_in_place<T, kT, kHalf, kHalf> : norm_in_place<T, kHalf, kHalf, kHalf>;
+    if (args.y.dtype == kHalf)
+      return args.x.dtype == kT ? norm_in_place<T, kT, kHalf, kHalf> : norm_in_place<T, kHalf, kHalf, kHalf>;
     if (args.y.dtype == kBrain)
       return args.x.dtype == kT ? norm_in_place<T, kT, kBrain, kBrain> : norm_in_place<T, kBrain, kBrain, kBrain>;
   }

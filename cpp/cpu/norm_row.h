@@ -115,8 +115,8 @@ inline void gated_norm_row(Memory<kY>* y, const Memory<kX>* x, const Memory<kZ>*
 
 // The same on rows of T.
 template <class T>
-inline void gated_norm_row(T* y, const T* x, const T* z, const T* weight, std::int64_t count, std::int64_t group_size, double eps,
-                           bool norm_before_gate) {
+inline void gated_norm_row(T* y, const T* x, const T* z, const T* weight, std::int64_t count, std::int64_t group_size,
+                           double eps, bool norm_before_gate) {
   gated_norm_row<T, kDTypeOf<T>, kDTypeOf<T>, kDTypeOf<T>>(y, x, z, weight, y, count, group_size, eps, norm_before_gate);
 }
 
