@@ -17,7 +17,8 @@ def _cases():
             yield Case(f"{name} b1 l2048 {layout}", {"batch": 1, "seqlen": 2048, "dim": dim, "channels_first": first})
             yield Case(f"{name} b8 l2048 {layout}", {"batch": 8, "seqlen": 2048, "dim": dim, "channels_first": first},
                        devices=("cuda",))  # fmt: skip
-        yield Case(f"mamba2-130m b1 l128 {layout}", {"batch": 1, "seqlen": 128, "dim": 1792, "channels_first": first}, quick=True)
+        sizes = {"batch": 1, "seqlen": 128, "dim": 1792, "channels_first": first}
+        yield Case(f"mamba2-130m b1 l128 {layout}", sizes, quick=True)
 
 
 def _inputs(s, rng):

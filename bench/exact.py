@@ -19,7 +19,7 @@ def softplus(v: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, v)
 
 
-def scan(x: np.ndarray, dt: np.ndarray, A: np.ndarray, B: np.ndarray, C: np.ndarray, state: Any = None) -> tuple[np.ndarray, np.ndarray]:
+def scan(x, dt, A, B, C, state=None) -> tuple[np.ndarray, np.ndarray]:
     """h = exp(dt A) h + dt B x, y = C.h for k rows: x, dt [l,k]; A [k,n] or [k,1]; B, C [l,k,n]. Returns y [l,k], h [k,n]."""
     state = np.zeros(B.shape[1:]) if state is None else state.copy()
     y = np.empty_like(x)

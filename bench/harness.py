@@ -1,8 +1,8 @@
 """Verify, then time: what every benchmark shares.
 
 A benchmark (``bench_<op>.py``) declares an op's shapes, how to make its inputs, the bytes and operations of a call, and a
-float64 recurrence for a sample of its outputs. :func:`measure` checks the op against that sample and times it; a :class:`Machine`
-knows the copy bandwidth and the matmul rate that the floor of a call is made of.
+float64 recurrence for a sample of its outputs. :func:`measure` checks the op against that sample and times it; a
+:class:`Machine` knows the copy bandwidth and the matmul rate that the floor of a call is made of.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def _mamba_update(a: Arrays) -> torch.Tensor:
     headdim, dstate = a["state"].shape[2:]
     wide = lambda v: v[..., None].expand(*v.shape, headdim)
     A = a["A"][:, None, None].expand(-1, headdim, dstate)
-    return selective_state_update(a["state"], a["x"], wide(a["dt"]), A, a["B"], a["C"], wide(a["D"]), a["z"], wide(a["dt_bias"]),
-                                  dt_softplus=True)  # fmt: skip
+    dt, D, bias = (wide(a[k]) for k in ("dt", "D", "dt_bias"))
+    return selective_state_update(a["state"], a["x"], dt, A, a["B"], a["C"], D, a["z"], bias, dt_softplus=True)
 
 
 PLAIN = tuple(
