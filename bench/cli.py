@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the times beside their floors (needs matplotlib)")
     parser.add_argument("--peers", action="store_true", help="plain torch beside us, and mamba-ssm if installed (needs torch)")
+    parser.add_argument("--host", action="store_true", help="only the host time of the decode ops, on tiny tensors")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of the CPU ops")
 
 
@@ -89,8 +90,10 @@ def _measure(args: argparse.Namespace, machines: list[Any]) -> list[dict[str, An
 
 def main(args: argparse.Namespace) -> int:
     """Run what :func:`add_arguments` parsed. Returns 0; 1 when a result was wrong; 2 when something needed is missing."""
-    from . import harness, report
+    from . import harness, host_time, report
 
+    if args.host:
+        return host_time.main()
     before = statescan.num_threads()
     try:
         if args.plot:

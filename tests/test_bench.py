@@ -105,3 +105,15 @@ def test_plain_torch_peers_agree(op):
     assert found
     for peer in found:
         assert peers.disagreement(peer, benchmark, case, "float32", machine, arrays) < 1e-5, peer.name
+
+
+def test_host_time_covers_the_decode_ops(capsys):
+    from statescan.bench import host_time
+
+    def zeros(*shape):
+        return np.zeros(shape, np.float32)
+
+    ops = {op: call for op, _, call in host_time._calls(zeros, np.zeros(1, np.int32))}
+    assert set(ops) == {"selective_state_update", "causal_conv1d_update", "mamba2_update"}
+    for call in ops.values():
+        assert 0 < host_time.microseconds(call, loops=2, repeats=2) < 1e5

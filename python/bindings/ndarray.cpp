@@ -82,6 +82,14 @@ bool may_be_lazy(const Tensor& t) {
   return true;
 }
 
+// ml_dtypes' bfloat16 is one of NumPy's void-kind dtypes; the kind is a quick look, the name a slow one.
+bool is_numpy_bfloat16(nb::handle array) {
+  nb::object dtype = nb::steal(PyObject_GetAttr(array.ptr(), STATESCAN_INTERNED("dtype")));
+  nb::object kind = nb::steal(PyObject_GetAttr(dtype.ptr(), STATESCAN_INTERNED("kind")));
+  if (PyUnicode_CompareWithASCIIString(kind.ptr(), "V") != 0) return false;
+  return nb::cast<std::string>(nb::getattr(dtype, "name")) == "bfloat16";
+}
+
 // Helpers that are easier said in Python: statescan/_arrays.py.
 nb::handle arrays_module() {
   static PyObject* const module = nb::module_::import_("statescan._arrays").release().ptr();
@@ -169,8 +177,7 @@ void Call::import(const char* name, nb::handle object, bool writable, Tensor& te
   nb::object source = nb::borrow(object);
   bool is_bfloat16 = false;
   if (traits.is_numpy) {
-    nb::object dtype = nb::getattr(object, "dtype");
-    if (nb::cast<std::string>(nb::getattr(dtype, "name")) == "bfloat16") {  // ml_dtypes': neither buffer nor DLPack knows it
+    if (is_numpy_bfloat16(object)) {  // ml_dtypes': neither buffer nor DLPack knows it
       is_bfloat16 = true;
       source = nb::getattr(object, "view")("uint16");
     }
