@@ -166,6 +166,13 @@ def test_large_rates_with_small_steps_between(device, rng):
     OP.check(device, inputs)
 
 
+def test_large_rates_with_small_steps_between_in_float64(rng):
+    inputs = cases.ssd_scan(rng, "float64", seqlen=240, omit=("dt_bias",))
+    inputs["A"][:] = -7e4
+    inputs["dt"] = np.exp(rng.uniform(np.log(1e-7), np.log(5e3), inputs["dt"].shape))
+    OP.check(Cpu(), inputs)
+
+
 @pytest.mark.parametrize("A", (0.0, 0.02, 0.5))
 def test_rates_that_do_not_decay(device, rng, A):
     inputs = cases.ssd_scan(rng, seqlen=130)

@@ -115,11 +115,16 @@ T load_steps(const Tiles<T>& tiles, const ssd_scan::Args& args, const Walk& walk
   load_tile<T>(tiles.dt, whole_vectors<T>(q), {args.dt.data, args.dt.dtype, first, 0, walk.step(args.dt.stride[1])}, 1, q);
   for (std::int64_t i = 0; i < q; i += kLanes<T>)
     store<T>(tiles.dt + i, discretise<T>(load<T>(tiles.dt + i), splat(bias), args.dt_softplus, T(args.dt_min), T(args.dt_max)));
-  double sum = 0;
+  // What a sum in double rounds away counts where T is double too, so it is summed beside it (Knuth's two-sum).
+  double sum = 0, lost = 0;
   for (std::int64_t i = 0; i < whole_vectors<T>(q); ++i) {
-    if (i < q) sum += double(tiles.dt[i]) * double(A);
+    if (i < q) {
+      const double term = double(tiles.dt[i]) * double(A), next = sum + term, added = next - sum;
+      if constexpr (sizeof(T) == sizeof(double)) lost += (sum - (next - added)) + (term - added);
+      sum = next;
+    }
     tiles.sum_high[i] = T(sum);
-    tiles.sum_low[i] = T(sum - double(tiles.sum_high[i]));
+    tiles.sum_low[i] = T((sum - double(tiles.sum_high[i])) + lost);
   }
   for (std::int64_t i = 0; i < q; i += kLanes<T>) {
     const Vec<T> high = load<T>(tiles.sum_high + i), low = load<T>(tiles.sum_low + i);
