@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import statescan
 from support import LAYOUTS, NARROW, DTYPES, assert_accurate, assert_same_bits, exact, laid_out, poison
 
 PACKINGS = {
@@ -107,6 +108,16 @@ class ScanContract:
         got = self.op.run(device, inputs, out, **self.op.options)
         for name in got:
             assert_same_bits(got[name], plain[name], name)
+
+    def test_states_may_be_updated_in_place(self, device, rng):
+        """The slot of a cache as initial and as final state: it is read before it is written."""
+        inputs = self.make(rng)
+        expected = self.op.expected(inputs, **self.op.options)
+        given = {name: device.put(value.copy()) for name, value in inputs.items()}
+        outs = {self.op.out[final]: given[initial] for final, initial in self.op.carried.items()}
+        device.call(getattr(statescan, self.op.name), **given, **outs, **self.op.options)
+        for final, initial in self.op.carried.items():
+            assert_accurate(device.get(given[initial]), expected[final], final)
 
     # ---- direction, splits, packings -----------------------------------------------------------------------------------
     def test_reverse_is_flipping(self, device, rng):

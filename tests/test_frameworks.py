@@ -406,6 +406,19 @@ def test_every_instruction_set(isa):
     """, STATESCAN_ISA=isa) == isa
 
 
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_numerics_and_properties_on_lesser_instruction_sets(isa):
+    if ISAS.index(isa) >= ISAS.index(statescan.cpu_isa()):
+        pytest.skip(f"{isa} is not below what this run tests anyway")
+    folder = os.path.dirname(__file__)
+    code = python(f"""
+        import pytest
+        folder = {folder!r}
+        print(int(pytest.main(["-q", "-p", "no:cacheprovider", f"{{folder}}/test_numerics.py", f"{{folder}}/test_properties.py"])))
+    """, STATESCAN_ISA=isa)
+    assert code.endswith("\n0"), code
+
+
 def test_threads_from_the_environment():
     assert python("import statescan; print(statescan.num_threads())", STATESCAN_NUM_THREADS="3") == "3"
     for nonsense in ("0", "-2", "many", ""):

@@ -137,3 +137,18 @@ def test_gated_rms_norm(leading, groups, group_size, dtype, seed, data):
     options = dict(group_size=group_size, norm_before_gate=data.draw(st.booleans(), label="norm_before_gate"))
     y = statescan.gated_rms_norm(**inputs, **options)
     assert_accurate(y, reference.gated_rms_norm.gated_rms_norm(**{k: exact(v) for k, v in inputs.items()}, **options), "y")
+
+
+@few
+@given(st.booleans(), dtypes, seeds, st.integers(1, 200), st.floats(-8, 4), st.floats(0, 8), st.floats(-6, 5), st.booleans(),
+       st.one_of(st.none(), st.integers(1, 200)))
+def test_steps_and_rates_of_any_size(is_ssd, dtype, seed, seqlen, low, decades, rate, dt_softplus, chunk_size):
+    """dt over some decades between 1e-8 and 1e4 in one sequence, A down to -1e5: no NaN, and every digit of the gate."""
+    op = cases.SSD_SCAN if is_ssd else cases.SELECTIVE_SCAN
+    rng = np.random.default_rng(seed)
+    inputs = op.inputs(rng, dtype, batch=1, seqlen=seqlen, omit=("dt_bias",), dt_dtype="float64" if dtype == "float64" else "float32")
+    inputs["dt"] = (10 ** rng.uniform(low, min(low + decades, 4), inputs["dt"].shape)).astype(inputs["dt"].dtype)
+    inputs["A"] = (inputs["A"] / 16 * 10**rate).astype(inputs["A"].dtype)
+    if dtype == "float16":  # keep y within its range
+        inputs["x"] = (inputs["x"] / 1024 / max(1, float(inputs["dt"].max()))).astype(np.float16)
+    op.check(CPU, inputs, dt_softplus=dt_softplus, **({"chunk_size": chunk_size} if is_ssd else {}))
