@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"only these ops: {', '.join(OPS)}")
     parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all that there are")
     parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds in all")
+    parser.add_argument("--seconds", type=float, metavar="S", help="time for each row: 0.5, or 0.05 with --quick")
     parser.add_argument("--json", metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the times beside their floors (needs matplotlib)")
     parser.add_argument("--peers", action="store_true", help="plain torch beside us, and mamba-ssm if installed (needs torch)")
@@ -68,7 +69,7 @@ def _measure(args: argparse.Namespace, machines: list[Any]) -> list[dict[str, An
 
     from . import harness
 
-    seconds = 0.05 if args.quick else 0.5
+    seconds = args.seconds or (0.05 if args.quick else 0.5)
     work = []
     for machine in machines:
         for op in args.op or OPS:

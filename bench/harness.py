@@ -98,7 +98,7 @@ class Cpu:
         call()
         once = time.perf_counter() - begin
         loops = max(1, min(1000, int(1e-3 / max(once, 1e-7))))
-        repeats = int(min(100, max(7 if seconds >= 0.5 else 3, seconds / max(once * loops, 1e-6))))
+        repeats = int(min(1000, max(7 if seconds >= 0.5 else 3, seconds / max(once * loops, 1e-6))))
         times = []
         for _ in range(repeats):
             begin = time.perf_counter()
