@@ -4,9 +4,6 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
-import statescan
-from support import DTYPES, assert_accurate, copied, dtype_name, exact
-
 import reference.causal_conv1d
 import reference.causal_conv1d_update
 import reference.mamba2_scan
@@ -15,6 +12,8 @@ import reference.selective_scan
 import reference.selective_state_update
 import reference.ssd_scan
 import reference.state_scan
+import statescan
+from support import DTYPES, assert_accurate, copied, dtype_name, exact
 
 
 def normal(rng, dtype, *shape):
@@ -43,34 +42,67 @@ def without(inputs, omit):
 
 
 # Every size differs, so that a swapped axis shows. `omit` leaves optional tensors out; `sequences` is the number of states.
-def state_scan(rng, dtype="float32", batch=2, seqlen=11, nheads=3, headdim=5, dstate=7, sequences=None, state_dtype=None,
-               omit=()):
+def state_scan(
+    rng, dtype="float32", batch=2, seqlen=11, nheads=3, headdim=5, dstate=7, sequences=None, state_dtype=None, omit=()
+):
     p = parameter_dtype(dtype)
-    return without(dict(
-        log_decay=-np.exp(rng.uniform(-6, 2, (batch, seqlen, nheads))).astype(DTYPES[p]),
-        update=normal(rng, dtype, batch, seqlen, nheads, headdim, dstate),
-        initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
-    ), omit)
+    return without(
+        dict(
+            log_decay=-np.exp(rng.uniform(-6, 2, (batch, seqlen, nheads))).astype(DTYPES[p]),
+            update=normal(rng, dtype, batch, seqlen, nheads, headdim, dstate),
+            initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
+        ),
+        omit,
+    )
 
 
-def ssd_scan(rng, dtype="float32", batch=2, seqlen=67, nheads=6, headdim=5, ngroups=3, dstate=7, sequences=None,
-             dt_dtype=None, state_dtype=None, omit=()):
+def ssd_scan(
+    rng,
+    dtype="float32",
+    batch=2,
+    seqlen=67,
+    nheads=6,
+    headdim=5,
+    ngroups=3,
+    dstate=7,
+    sequences=None,
+    dt_dtype=None,
+    state_dtype=None,
+    omit=(),
+):
     p = parameter_dtype(dtype)
-    return without(dict(
-        x=normal(rng, dtype, batch, seqlen, nheads, headdim),
-        dt=steps(rng, dt_dtype or dtype, batch, seqlen, nheads),
-        A=rates(rng, p, nheads),
-        B=normal(rng, dtype, batch, seqlen, ngroups, dstate),
-        C=normal(rng, dtype, batch, seqlen, ngroups, dstate),
-        D=normal(rng, p, nheads),
-        z=normal(rng, dtype, batch, seqlen, nheads, headdim),
-        dt_bias=normal(rng, p, nheads),
-        initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
-    ), omit)
+    return without(
+        dict(
+            x=normal(rng, dtype, batch, seqlen, nheads, headdim),
+            dt=steps(rng, dt_dtype or dtype, batch, seqlen, nheads),
+            A=rates(rng, p, nheads),
+            B=normal(rng, dtype, batch, seqlen, ngroups, dstate),
+            C=normal(rng, dtype, batch, seqlen, ngroups, dstate),
+            D=normal(rng, p, nheads),
+            z=normal(rng, dtype, batch, seqlen, nheads, headdim),
+            dt_bias=normal(rng, p, nheads),
+            initial_state=normal(rng, state_dtype or p, batch if sequences is None else sequences, nheads, headdim, dstate),
+        ),
+        omit,
+    )
 
 
-def selective_scan(rng, dtype="float32", batch=2, seqlen=67, dim=12, ngroups=3, dstate=7, sequences=None, dt_dtype=None,
-                   state_dtype=None, complex_A=False, varying_B=True, varying_C=True, omit=()):
+def selective_scan(
+    rng,
+    dtype="float32",
+    batch=2,
+    seqlen=67,
+    dim=12,
+    ngroups=3,
+    dstate=7,
+    sequences=None,
+    dt_dtype=None,
+    state_dtype=None,
+    complex_A=False,
+    varying_B=True,
+    varying_C=True,
+    omit=(),
+):
     p = parameter_dtype(dtype)
     a = ("complex128" if dtype == "float64" else "complex64") if complex_A else p
     A = rates(rng, p, dim, dstate)
@@ -80,47 +112,74 @@ def selective_scan(rng, dtype="float32", batch=2, seqlen=67, dim=12, ngroups=3, 
     def projection(varying):
         return normal(rng, a if complex_A else dtype, batch, seqlen, ngroups, dstate) if varying else normal(rng, a, dim, dstate)
 
-    return without(dict(
-        x=normal(rng, dtype, batch, seqlen, dim),
-        dt=steps(rng, dt_dtype or dtype, batch, seqlen, dim),
-        A=A,
-        B=projection(varying_B),
-        C=projection(varying_C),
-        D=normal(rng, p, dim),
-        z=normal(rng, dtype, batch, seqlen, dim),
-        dt_bias=normal(rng, p, dim),
-        initial_state=normal(rng, a if complex_A else state_dtype or p, batch if sequences is None else sequences, dim, dstate),
-    ), omit)
+    return without(
+        dict(
+            x=normal(rng, dtype, batch, seqlen, dim),
+            dt=steps(rng, dt_dtype or dtype, batch, seqlen, dim),
+            A=A,
+            B=projection(varying_B),
+            C=projection(varying_C),
+            D=normal(rng, p, dim),
+            z=normal(rng, dtype, batch, seqlen, dim),
+            dt_bias=normal(rng, p, dim),
+            initial_state=normal(
+                rng, a if complex_A else state_dtype or p, batch if sequences is None else sequences, dim, dstate
+            ),
+        ),
+        omit,
+    )
 
 
-def causal_conv1d(rng, dtype="float32", batch=2, seqlen=67, dim=13, width=4, sequences=None, weight_dtype=None,
-                  state_dtype=None, omit=()):
+def causal_conv1d(
+    rng, dtype="float32", batch=2, seqlen=67, dim=13, width=4, sequences=None, weight_dtype=None, state_dtype=None, omit=()
+):
     w = weight_dtype or parameter_dtype(dtype)
-    return without(dict(
-        x=normal(rng, dtype, batch, seqlen, dim),
-        weight=normal(rng, w, dim, width),
-        bias=normal(rng, w, dim),
-        initial_state=normal(rng, state_dtype or dtype, batch if sequences is None else sequences, dim, width - 1),
-    ), omit)
+    return without(
+        dict(
+            x=normal(rng, dtype, batch, seqlen, dim),
+            weight=normal(rng, w, dim, width),
+            bias=normal(rng, w, dim),
+            initial_state=normal(rng, state_dtype or dtype, batch if sequences is None else sequences, dim, width - 1),
+        ),
+        omit,
+    )
 
 
-def mamba2_scan(rng, dtype="float32", batch=2, seqlen=67, nheads=6, headdim=10, ngroups=3, dstate=7, width=4,
-                sequences=None, weight_dtype=None, state_dtype=None, omit=()):
+def mamba2_scan(
+    rng,
+    dtype="float32",
+    batch=2,
+    seqlen=67,
+    nheads=6,
+    headdim=10,
+    ngroups=3,
+    dstate=7,
+    width=4,
+    sequences=None,
+    weight_dtype=None,
+    state_dtype=None,
+    omit=(),
+):
     p = parameter_dtype(dtype)
     w = weight_dtype or p
     d_inner, states = nheads * headdim, batch if sequences is None else sequences
     conv_dim = d_inner + 2 * ngroups * dstate
-    return without(dict(
-        zxbcdt=np.concatenate([normal(rng, dtype, batch, seqlen, d_inner + conv_dim), steps(rng, dtype, batch, seqlen, nheads)], 2),
-        conv_weight=normal(rng, w, conv_dim, width),
-        conv_bias=normal(rng, w, conv_dim),
-        dt_bias=normal(rng, p, nheads),
-        A=rates(rng, p, nheads),
-        D=normal(rng, p, nheads),
-        norm_weight=normal(rng, w, d_inner),
-        initial_conv_state=normal(rng, dtype, states, conv_dim, width - 1),
-        initial_state=normal(rng, state_dtype or p, states, nheads, headdim, dstate),
-    ), omit)
+    return without(
+        dict(
+            zxbcdt=np.concatenate(
+                [normal(rng, dtype, batch, seqlen, d_inner + conv_dim), steps(rng, dtype, batch, seqlen, nheads)], 2
+            ),
+            conv_weight=normal(rng, w, conv_dim, width),
+            conv_bias=normal(rng, w, conv_dim),
+            dt_bias=normal(rng, p, nheads),
+            A=rates(rng, p, nheads),
+            D=normal(rng, p, nheads),
+            norm_weight=normal(rng, w, d_inner),
+            initial_conv_state=normal(rng, dtype, states, conv_dim, width - 1),
+            initial_state=normal(rng, state_dtype or p, states, nheads, headdim, dstate),
+        ),
+        omit,
+    )
 
 
 @dataclass(frozen=True)
@@ -128,12 +187,12 @@ class Scan:
     """An op that walks along the tokens of axis 1, from an initial state to a final state."""
 
     name: str
-    inputs: Callable         # (rng, dtype, batch, seqlen, sequences, ..., omit) -> {name: array}
-    per_token: frozenset     # the inputs with tokens on axis 1
-    out: dict                # result -> its out= argument, in the order in which results come
-    carried: dict            # result -> the input that takes it up again
-    options: dict = field(default_factory=dict)      # of the base case
-    want_all: dict = field(default_factory=dict)     # asks for every result
+    inputs: Callable  # (rng, dtype, batch, seqlen, sequences, ..., omit) -> {name: array}
+    per_token: frozenset  # the inputs with tokens on axis 1
+    out: dict  # result -> its out= argument, in the order in which results come
+    carried: dict  # result -> the input that takes it up again
+    options: dict = field(default_factory=dict)  # of the base case
+    want_all: dict = field(default_factory=dict)  # asks for every result
 
     def run(self, device, inputs, out=None, **options):
         """Every result, by name. `out`: arrays to be filled, by the name of the result."""
@@ -181,21 +240,49 @@ class Scan:
         return {name: value[part] if self.has_rows(name, value) else value for name, value in inputs.items()}
 
 
-STATE_SCAN = Scan("state_scan", state_scan, frozenset({"log_decay", "update"}),
-                  {"states": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"})
-SSD_SCAN = Scan("ssd_scan", ssd_scan, frozenset({"x", "dt", "B", "C", "z"}),
-                {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
-                {"dt_softplus": True}, {"return_final_state": True})
-SELECTIVE_SCAN = Scan("selective_scan", selective_scan, frozenset({"x", "dt", "B", "C", "z"}),
-                      {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
-                      {"dt_softplus": True}, {"return_final_state": True})
-CAUSAL_CONV1D = Scan("causal_conv1d", causal_conv1d, frozenset({"x"}),
-                     {"y": "out", "final_state": "final_state_out"}, {"final_state": "initial_state"},
-                     {"activation": "silu"}, {"return_final_state": True})
-MAMBA2_SCAN = Scan("mamba2_scan", mamba2_scan, frozenset({"zxbcdt"}),
-                   {"y": "out", "final_conv_state": "final_conv_state_out", "final_state": "final_state_out"},
-                   {"final_conv_state": "initial_conv_state", "final_state": "initial_state"},
-                   {"ngroups": 3}, {"return_final_states": True})
+STATE_SCAN = Scan(
+    "state_scan",
+    state_scan,
+    frozenset({"log_decay", "update"}),
+    {"states": "out", "final_state": "final_state_out"},
+    {"final_state": "initial_state"},
+)
+SSD_SCAN = Scan(
+    "ssd_scan",
+    ssd_scan,
+    frozenset({"x", "dt", "B", "C", "z"}),
+    {"y": "out", "final_state": "final_state_out"},
+    {"final_state": "initial_state"},
+    {"dt_softplus": True},
+    {"return_final_state": True},
+)
+SELECTIVE_SCAN = Scan(
+    "selective_scan",
+    selective_scan,
+    frozenset({"x", "dt", "B", "C", "z"}),
+    {"y": "out", "final_state": "final_state_out"},
+    {"final_state": "initial_state"},
+    {"dt_softplus": True},
+    {"return_final_state": True},
+)
+CAUSAL_CONV1D = Scan(
+    "causal_conv1d",
+    causal_conv1d,
+    frozenset({"x"}),
+    {"y": "out", "final_state": "final_state_out"},
+    {"final_state": "initial_state"},
+    {"activation": "silu"},
+    {"return_final_state": True},
+)
+MAMBA2_SCAN = Scan(
+    "mamba2_scan",
+    mamba2_scan,
+    frozenset({"zxbcdt"}),
+    {"y": "out", "final_conv_state": "final_conv_state_out", "final_state": "final_state_out"},
+    {"final_conv_state": "initial_conv_state", "final_state": "initial_state"},
+    {"ngroups": 3},
+    {"return_final_states": True},
+)
 
 
 # ---- one or a few new tokens ---------------------------------------------------------------------------------------------
@@ -203,35 +290,68 @@ def token_axes(batch, ntokens):
     return (batch,) if ntokens is None else (batch, ntokens)
 
 
-def causal_conv1d_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, dim=13, width=4, weight_dtype=None,
-                         state_dtype=None, omit=()):
+def causal_conv1d_update(
+    rng, dtype="float32", batch=3, ntokens=None, slots=None, dim=13, width=4, weight_dtype=None, state_dtype=None, omit=()
+):
     w = weight_dtype or parameter_dtype(dtype)
-    return without(dict(
-        x=normal(rng, dtype, *token_axes(batch, ntokens), dim),
-        state=normal(rng, state_dtype or dtype, batch if slots is None else slots, dim, width - 1),
-        weight=normal(rng, w, dim, width),
-        bias=normal(rng, w, dim),
-    ), omit)
+    return without(
+        dict(
+            x=normal(rng, dtype, *token_axes(batch, ntokens), dim),
+            state=normal(rng, state_dtype or dtype, batch if slots is None else slots, dim, width - 1),
+            weight=normal(rng, w, dim, width),
+            bias=normal(rng, w, dim),
+        ),
+        omit,
+    )
 
 
-def mamba2_state_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, nheads=6, headdim=5, ngroups=2, dstate=7,
-                        dt_dtype=None, state_dtype=None, omit=()):
+def mamba2_state_update(
+    rng,
+    dtype="float32",
+    batch=3,
+    ntokens=None,
+    slots=None,
+    nheads=6,
+    headdim=5,
+    ngroups=2,
+    dstate=7,
+    dt_dtype=None,
+    state_dtype=None,
+    omit=(),
+):
     p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
-    return without(dict(
-        state=normal(rng, state_dtype or p, batch if slots is None else slots, nheads, headdim, dstate),
-        x=normal(rng, dtype, *tokens, nheads, headdim),
-        dt=steps(rng, dt_dtype or dtype, *tokens, nheads),
-        A=rates(rng, p, nheads),
-        B=normal(rng, dtype, *tokens, ngroups, dstate),
-        C=normal(rng, dtype, *tokens, ngroups, dstate),
-        D=normal(rng, p, nheads),
-        z=normal(rng, dtype, *tokens, nheads, headdim),
-        dt_bias=normal(rng, p, nheads),
-    ), omit)
+    return without(
+        dict(
+            state=normal(rng, state_dtype or p, batch if slots is None else slots, nheads, headdim, dstate),
+            x=normal(rng, dtype, *tokens, nheads, headdim),
+            dt=steps(rng, dt_dtype or dtype, *tokens, nheads),
+            A=rates(rng, p, nheads),
+            B=normal(rng, dtype, *tokens, ngroups, dstate),
+            C=normal(rng, dtype, *tokens, ngroups, dstate),
+            D=normal(rng, p, nheads),
+            z=normal(rng, dtype, *tokens, nheads, headdim),
+            dt_bias=normal(rng, p, nheads),
+        ),
+        omit,
+    )
 
 
-def mamba1_state_update(rng, dtype="float32", batch=4, ntokens=None, slots=None, dim=12, ngroups=2, dstate=7, dt_dtype=None,
-                        state_dtype=None, complex_A=False, varying_B=True, varying_C=True, omit=()):
+def mamba1_state_update(
+    rng,
+    dtype="float32",
+    batch=4,
+    ntokens=None,
+    slots=None,
+    dim=12,
+    ngroups=2,
+    dstate=7,
+    dt_dtype=None,
+    state_dtype=None,
+    complex_A=False,
+    varying_B=True,
+    varying_C=True,
+    omit=(),
+):
     p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
     a = ("complex128" if dtype == "float64" else "complex64") if complex_A else p
     A = rates(rng, p, dim, dstate)
@@ -241,35 +361,55 @@ def mamba1_state_update(rng, dtype="float32", batch=4, ntokens=None, slots=None,
     def projection(varying):
         return normal(rng, a if complex_A else dtype, *tokens, ngroups, dstate) if varying else normal(rng, a, dim, dstate)
 
-    return without(dict(
-        state=normal(rng, a if complex_A else state_dtype or p, batch if slots is None else slots, dim, dstate),
-        x=normal(rng, dtype, *tokens, dim),
-        dt=steps(rng, dt_dtype or dtype, *tokens, dim),
-        A=A,
-        B=projection(varying_B),
-        C=projection(varying_C),
-        D=normal(rng, p, dim),
-        z=normal(rng, dtype, *tokens, dim),
-        dt_bias=normal(rng, p, dim),
-    ), omit)
+    return without(
+        dict(
+            state=normal(rng, a if complex_A else state_dtype or p, batch if slots is None else slots, dim, dstate),
+            x=normal(rng, dtype, *tokens, dim),
+            dt=steps(rng, dt_dtype or dtype, *tokens, dim),
+            A=A,
+            B=projection(varying_B),
+            C=projection(varying_C),
+            D=normal(rng, p, dim),
+            z=normal(rng, dtype, *tokens, dim),
+            dt_bias=normal(rng, p, dim),
+        ),
+        omit,
+    )
 
 
-def mamba2_update(rng, dtype="float32", batch=3, ntokens=None, slots=None, nheads=6, headdim=10, ngroups=2, dstate=7, width=4,
-                  weight_dtype=None, state_dtype=None, conv_state_dtype=None, omit=()):
+def mamba2_update(
+    rng,
+    dtype="float32",
+    batch=3,
+    ntokens=None,
+    slots=None,
+    nheads=6,
+    headdim=10,
+    ngroups=2,
+    dstate=7,
+    width=4,
+    weight_dtype=None,
+    state_dtype=None,
+    conv_state_dtype=None,
+    omit=(),
+):
     p, tokens = parameter_dtype(dtype), token_axes(batch, ntokens)
     w, slots, d_inner = weight_dtype or p, batch if slots is None else slots, nheads * headdim
     conv_dim = d_inner + 2 * ngroups * dstate
-    return without(dict(
-        zxbcdt=np.concatenate([normal(rng, dtype, *tokens, d_inner + conv_dim), steps(rng, dtype, *tokens, nheads)], -1),
-        conv_state=normal(rng, conv_state_dtype or dtype, slots, conv_dim, width - 1),
-        state=normal(rng, state_dtype or p, slots, nheads, headdim, dstate),
-        conv_weight=normal(rng, w, conv_dim, width),
-        conv_bias=normal(rng, w, conv_dim),
-        dt_bias=normal(rng, p, nheads),
-        A=rates(rng, p, nheads),
-        D=normal(rng, p, nheads),
-        norm_weight=normal(rng, w, d_inner),
-    ), omit)
+    return without(
+        dict(
+            zxbcdt=np.concatenate([normal(rng, dtype, *tokens, d_inner + conv_dim), steps(rng, dtype, *tokens, nheads)], -1),
+            conv_state=normal(rng, conv_state_dtype or dtype, slots, conv_dim, width - 1),
+            state=normal(rng, state_dtype or p, slots, nheads, headdim, dstate),
+            conv_weight=normal(rng, w, conv_dim, width),
+            conv_bias=normal(rng, w, conv_dim),
+            dt_bias=normal(rng, p, nheads),
+            A=rates(rng, p, nheads),
+            D=normal(rng, p, nheads),
+            norm_weight=normal(rng, w, d_inner),
+        ),
+        omit,
+    )
 
 
 @dataclass(frozen=True)
@@ -277,9 +417,9 @@ class Update:
     """An op on one or a few new tokens of each row; its states, a cache of slots, are updated in place."""
 
     name: str
-    inputs: Callable     # (rng, dtype, batch, ntokens, slots, ..., omit) -> {name: array}
-    per_row: frozenset   # the inputs with rows on axis 0 and, with several tokens, tokens on axis 1
-    states: dict         # the states -> the final state of the scan that they continue
+    inputs: Callable  # (rng, dtype, batch, ntokens, slots, ..., omit) -> {name: array}
+    per_row: frozenset  # the inputs with rows on axis 0 and, with several tokens, tokens on axis 1
+    states: dict  # the states -> the final state of the scan that they continue
     scan: Scan
     main: str
     options: dict = field(default_factory=dict)
@@ -316,11 +456,39 @@ class Update:
         return {name: value[:, part] if self.has_rows(name, value) else value for name, value in inputs.items()}
 
 
-CAUSAL_CONV1D_UPDATE = Update("causal_conv1d_update", causal_conv1d_update, frozenset({"x"}), {"state": "final_state"},
-                              CAUSAL_CONV1D, "x", {"activation": "silu"})
-MAMBA1_STATE_UPDATE = Update("selective_state_update", mamba1_state_update, frozenset({"x", "dt", "B", "C", "z"}),
-                             {"state": "final_state"}, SELECTIVE_SCAN, "x", {"dt_softplus": True})
-MAMBA2_STATE_UPDATE = Update("selective_state_update", mamba2_state_update, frozenset({"x", "dt", "B", "C", "z"}),
-                             {"state": "final_state"}, SSD_SCAN, "x", {"dt_softplus": True})
-MAMBA2_UPDATE = Update("mamba2_update", mamba2_update, frozenset({"zxbcdt"}),
-                       {"conv_state": "final_conv_state", "state": "final_state"}, MAMBA2_SCAN, "zxbcdt", {"ngroups": 2})
+CAUSAL_CONV1D_UPDATE = Update(
+    "causal_conv1d_update",
+    causal_conv1d_update,
+    frozenset({"x"}),
+    {"state": "final_state"},
+    CAUSAL_CONV1D,
+    "x",
+    {"activation": "silu"},
+)
+MAMBA1_STATE_UPDATE = Update(
+    "selective_state_update",
+    mamba1_state_update,
+    frozenset({"x", "dt", "B", "C", "z"}),
+    {"state": "final_state"},
+    SELECTIVE_SCAN,
+    "x",
+    {"dt_softplus": True},
+)
+MAMBA2_STATE_UPDATE = Update(
+    "selective_state_update",
+    mamba2_state_update,
+    frozenset({"x", "dt", "B", "C", "z"}),
+    {"state": "final_state"},
+    SSD_SCAN,
+    "x",
+    {"dt_softplus": True},
+)
+MAMBA2_UPDATE = Update(
+    "mamba2_update",
+    mamba2_update,
+    frozenset({"zxbcdt"}),
+    {"conv_state": "final_conv_state", "state": "final_state"},
+    MAMBA2_SCAN,
+    "zxbcdt",
+    {"ngroups": 2},
+)

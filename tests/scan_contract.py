@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import statescan
-from support import LAYOUTS, NARROW, DTYPES, assert_accurate, assert_same_bits, exact, laid_out, poison
+from support import LAYOUTS, NARROW, assert_accurate, assert_same_bits, exact, laid_out, poison
 
 PACKINGS = {
     "one": [29],
@@ -23,8 +23,8 @@ def cumulative(lengths, dtype=np.int32):
 
 
 class ScanContract:
-    op = None           # a cases.Scan
-    sizes = {}          # of inputs, where the op wants others
+    op = None  # a cases.Scan
+    sizes = {}  # of inputs, where the op wants others
     lengths = (0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 63, 64, 65, 67, 127, 128, 129, 255, 256, 257)
 
     def make(self, rng, **sizes):
@@ -75,8 +75,10 @@ class ScanContract:
     def test_expanded_inputs(self, device, rng):
         """A batch that shares its memory, as torch's expand gives it."""
         inputs = self.make(rng, batch=1)
-        shared = {name: np.broadcast_to(value, (3, *value.shape[1:])) if self.op.has_rows(name, value) else value
-                  for name, value in inputs.items()}
+        shared = {
+            name: np.broadcast_to(value, (3, *value.shape[1:])) if self.op.has_rows(name, value) else value
+            for name, value in inputs.items()
+        }
         got = self.op.check(device, shared, **self.op.options)
         for name in got:
             assert_same_bits(got[name][2], got[name][0], name)
@@ -305,10 +307,12 @@ class ScanContract:
             self.refuses(device, ValueError, text, unit, cu_seqlens=np.array(values, np.int32))
         self.refuses(device, ValueError, "cu_seqlens has shape (0,)", unit, cu_seqlens=np.zeros(0, np.int32))
         self.refuses(device, ValueError, "cu_seqlens has shape (1, 3)", unit, cu_seqlens=np.zeros((1, 3), np.int32))
-        self.refuses(device, TypeError, "cu_seqlens is float32; expected int32 or int64", unit,
-                     cu_seqlens=np.zeros(3, np.float32))
-        self.refuses(device, ValueError, "batch must be 1, got 2", self.make(rng, batch=2, seqlen=10),
-                     cu_seqlens=cumulative([4, 6]))
+        self.refuses(
+            device, TypeError, "cu_seqlens is float32; expected int32 or int64", unit, cu_seqlens=np.zeros(3, np.float32)
+        )
+        self.refuses(
+            device, ValueError, "batch must be 1, got 2", self.make(rng, batch=2, seqlen=10), cu_seqlens=cumulative([4, 6])
+        )
         wrong_count = self.make(rng, batch=1, seqlen=10, sequences=3)
         self.refuses(device, ValueError, "num_sequences=2", wrong_count, cu_seqlens=cumulative([4, 6]))
 
@@ -335,8 +339,7 @@ class ScanContract:
         for name, value in plain.items():
             self.refuses(device, ValueError, "has shape", inputs, {name: poison(value.shape[:-1], value.dtype)})
             self.refuses(device, TypeError, "is int32; expected", inputs, {name: poison(value.shape, np.int32)})
-            overlapping = np.lib.stride_tricks.as_strided(
-                poison(value.shape, value.dtype), value.shape, (0, *value.strides[1:]))
+            overlapping = np.lib.stride_tricks.as_strided(poison(value.shape, value.dtype), value.shape, (0, *value.strides[1:]))
             self.refuses(device, ValueError, "share memory", inputs, {name: overlapping})
 
     def test_read_only_output_is_refused(self, rng):

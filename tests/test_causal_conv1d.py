@@ -36,10 +36,21 @@ def test_packed_sequences_shorter_than_the_window(device, rng, width, dtype):
         OP.check(device, inputs, activation="silu", reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
 
 
-@pytest.mark.parametrize("row", (
-    dict(dim=1), dict(dim=3), dict(dim=8), dict(dim=16), dict(dim=31), dict(dim=100), dict(dim=1025, seqlen=19), dict(dim=0),
-    dict(dim=65537, seqlen=4, batch=1),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(dim=1),
+        dict(dim=3),
+        dict(dim=8),
+        dict(dim=16),
+        dict(dim=31),
+        dict(dim=100),
+        dict(dim=1025, seqlen=19),
+        dict(dim=0),
+        dict(dim=65537, seqlen=4, batch=1),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):
     OP.check(device, cases.causal_conv1d(rng, dtype, **row), activation="silu")
@@ -126,17 +137,36 @@ def test_bad_channel_stays_alone(device, rng):
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change,error,text", (
-    (dict(weight=np.zeros((13, 1), np.float32)), ValueError, "causal_conv1d: width=1 (from weight, shape (13, 1)) must be between 2 and 8"),
-    (dict(weight=np.zeros((13, 9), np.float32)), ValueError, "causal_conv1d: width=9 (from weight, shape (13, 9)) must be between 2 and 8"),
-    (dict(weight=np.zeros((12, 4), np.float32)), ValueError, "causal_conv1d: weight has shape (12, 4); expected (dim=13, width)"),
-    (dict(bias=np.zeros(12, np.float32)), ValueError, "causal_conv1d: bias has shape (12,); expected (dim=13)"),
-    (dict(initial_state=np.zeros((2, 13, 4), np.float32)), ValueError,
-     "causal_conv1d: initial_state has shape (2, 13, 4); expected (batch=2, dim=13, width - 1=3)"),
-    (dict(bias=np.zeros(13, np.float16)), TypeError, "causal_conv1d: bias is float16; expected float32"),
-    (dict(weight=np.zeros((13, 4), np.float64)), TypeError, "causal_conv1d: weight is float64; expected float32"),
-    (dict(activation="relu"), ValueError, "activation"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (
+            dict(weight=np.zeros((13, 1), np.float32)),
+            ValueError,
+            "causal_conv1d: width=1 (from weight, shape (13, 1)) must be between 2 and 8",
+        ),
+        (
+            dict(weight=np.zeros((13, 9), np.float32)),
+            ValueError,
+            "causal_conv1d: width=9 (from weight, shape (13, 9)) must be between 2 and 8",
+        ),
+        (
+            dict(weight=np.zeros((12, 4), np.float32)),
+            ValueError,
+            "causal_conv1d: weight has shape (12, 4); expected (dim=13, width)",
+        ),
+        (dict(bias=np.zeros(12, np.float32)), ValueError, "causal_conv1d: bias has shape (12,); expected (dim=13)"),
+        (
+            dict(initial_state=np.zeros((2, 13, 4), np.float32)),
+            ValueError,
+            "causal_conv1d: initial_state has shape (2, 13, 4); expected (batch=2, dim=13, width - 1=3)",
+        ),
+        (dict(bias=np.zeros(13, np.float16)), TypeError, "causal_conv1d: bias is float16; expected float32"),
+        (dict(weight=np.zeros((13, 4), np.float64)), TypeError, "causal_conv1d: weight is float64; expected float32"),
+        (dict(activation="relu"), ValueError, "activation"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.causal_conv1d(rng), **change})

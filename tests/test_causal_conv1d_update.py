@@ -31,8 +31,13 @@ def test_dims(device, rng, dim, dtype):
 @pytest.mark.parametrize("state_dtype", ("float32", "same"))
 @pytest.mark.parametrize("dtype", NARROW)
 def test_dtypes(device, rng, dtype, state_dtype, weight_dtype):
-    inputs = cases.causal_conv1d_update(rng, dtype, ntokens=2, weight_dtype=dtype if weight_dtype == "same" else "float32",
-                                        state_dtype=dtype if state_dtype == "same" else "float32")
+    inputs = cases.causal_conv1d_update(
+        rng,
+        dtype,
+        ntokens=2,
+        weight_dtype=dtype if weight_dtype == "same" else "float32",
+        state_dtype=dtype if state_dtype == "same" else "float32",
+    )
     OP.check(device, inputs, activation="silu")
 
 
@@ -44,18 +49,31 @@ def test_state_holds_the_last_inputs(device, rng):
     np.testing.assert_array_equal(got["state"][1:3], inputs["state"][1:3])
 
 
-@pytest.mark.parametrize("change,error,text", (
-    (dict(x=np.zeros(13, np.float32)), ValueError,
-     "causal_conv1d_update: x has shape (13,); expected (batch, dim) or (batch, ntokens, dim)"),
-    (dict(weight=np.zeros((13, 9), np.float32)), ValueError,
-     "causal_conv1d_update: width=9 (from weight, shape (13, 9)) must be between 2 and 8"),
-    (dict(state=np.zeros((3, 13, 4), np.float32)), ValueError,
-     "causal_conv1d_update: state has shape (3, 13, 4); expected (slots=3, dim=13, width - 1=3)"),
-    (dict(state=np.zeros((3, 13, 3), np.float16)), TypeError, "causal_conv1d_update: state is float16; expected float32"),
-    (dict(state=None), ValueError, "causal_conv1d_update: state is required"),
-    (dict(x=None), ValueError, "causal_conv1d_update: x is required"),
-    (dict(activation="gelu"), ValueError, "activation"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (
+            dict(x=np.zeros(13, np.float32)),
+            ValueError,
+            "causal_conv1d_update: x has shape (13,); expected (batch, dim) or (batch, ntokens, dim)",
+        ),
+        (
+            dict(weight=np.zeros((13, 9), np.float32)),
+            ValueError,
+            "causal_conv1d_update: width=9 (from weight, shape (13, 9)) must be between 2 and 8",
+        ),
+        (
+            dict(state=np.zeros((3, 13, 4), np.float32)),
+            ValueError,
+            "causal_conv1d_update: state has shape (3, 13, 4); expected (slots=3, dim=13, width - 1=3)",
+        ),
+        (dict(state=np.zeros((3, 13, 3), np.float16)), TypeError, "causal_conv1d_update: state is float16; expected float32"),
+        (dict(state=None), ValueError, "causal_conv1d_update: state is required"),
+        (dict(x=None), ValueError, "causal_conv1d_update: x is required"),
+        (dict(activation="gelu"), ValueError, "activation"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(rng, change, error, text):
     with pytest.raises(error) as raised:
         statescan.causal_conv1d_update(**{**cases.causal_conv1d_update(rng), **change})

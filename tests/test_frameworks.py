@@ -11,11 +11,15 @@ import cases
 import numpy as np
 import pytest
 import statescan
-from support import DTYPES, NARROW, Cpu, assert_accurate, assert_same_bits, copied, exact, laid_out, poison
+from support import DTYPES, NARROW, Cpu, assert_same_bits, copied, laid_out, poison
 
 SCANS = {op.name: op for op in (cases.STATE_SCAN, cases.SSD_SCAN, cases.SELECTIVE_SCAN, cases.CAUSAL_CONV1D, cases.MAMBA2_SCAN)}
-UPDATES = {"causal_conv1d_update": cases.CAUSAL_CONV1D_UPDATE, "mamba1_state_update": cases.MAMBA1_STATE_UPDATE,
-           "mamba2_state_update": cases.MAMBA2_STATE_UPDATE, "mamba2_update": cases.MAMBA2_UPDATE}
+UPDATES = {
+    "causal_conv1d_update": cases.CAUSAL_CONV1D_UPDATE,
+    "mamba1_state_update": cases.MAMBA1_STATE_UPDATE,
+    "mamba2_state_update": cases.MAMBA2_STATE_UPDATE,
+    "mamba2_update": cases.MAMBA2_UPDATE,
+}
 every_scan = pytest.mark.parametrize("op", SCANS.values(), ids=SCANS)
 every_update = pytest.mark.parametrize("op", UPDATES.values(), ids=UPDATES)
 
@@ -73,10 +77,23 @@ def test_numpy_arrays_whose_bytes_mean_something_else(rng):
             assert_same_bits(y, plain, "y")
 
 
-@pytest.mark.parametrize("x", (
-    [[[1.0, 2.0]]], 3.0, "x", object(), np.zeros((2, 5, 3), object), np.zeros((2, 5, 3), np.longdouble), np.zeros((2, 5, 3), "U4"),
-    np.zeros((2, 5, 3), bool), np.zeros((2, 5, 3), np.uint8), np.zeros((2, 5, 3), np.int64), np.zeros((2, 5, 3), np.complex64),
-), ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}")
+@pytest.mark.parametrize(
+    "x",
+    (
+        [[[1.0, 2.0]]],
+        3.0,
+        "x",
+        object(),
+        np.zeros((2, 5, 3), object),
+        np.zeros((2, 5, 3), np.longdouble),
+        np.zeros((2, 5, 3), "U4"),
+        np.zeros((2, 5, 3), bool),
+        np.zeros((2, 5, 3), np.uint8),
+        np.zeros((2, 5, 3), np.int64),
+        np.zeros((2, 5, 3), np.complex64),
+    ),
+    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'dtype', '')}",
+)
 def test_what_is_no_float_array(x):
     with pytest.raises(TypeError, match="causal_conv1d: x"):
         statescan.causal_conv1d(x, np.zeros((3, 4), np.float32))
@@ -185,7 +202,12 @@ def test_torch_expanded_and_sliced(rng, torch):
     inputs = as_torch(cases.ssd_scan(rng))
     wide = torch.randn(2, 67, 100)
     wide[:, :, 10:40] = inputs["x"].reshape(2, 67, 30)
-    views = {**inputs, "x": wide[:, :, 10:40].unflatten(2, (6, 5)), "A": inputs["A"][:1].expand(6), "dt": inputs["dt"][:, :, :1].expand(-1, -1, 6)}
+    views = {
+        **inputs,
+        "x": wide[:, :, 10:40].unflatten(2, (6, 5)),
+        "A": inputs["A"][:1].expand(6),
+        "dt": inputs["dt"][:, :, :1].expand(-1, -1, 6),
+    }
     dense = {name: value.contiguous() for name, value in views.items()}
     assert torch.equal(statescan.ssd_scan(**views, dt_softplus=True), statescan.ssd_scan(**dense, dt_softplus=True))
 
@@ -302,8 +324,13 @@ def test_no_torch_references_leak(rng, torch):
 def python(code, **environment):
     """Runs a script in a fresh interpreter that finds what this one finds; returns what it prints."""
     path = os.pathsep.join(p for p in (os.path.dirname(os.path.dirname(statescan.__file__)), os.path.dirname(__file__)) if p)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]), **environment})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")]), **environment},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -331,7 +358,8 @@ def test_pickles():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_children():
     """known_bugs 42: a child inherits a pool whose threads it does not have."""
-    assert python("""
+    assert (
+        python("""
         import os, signal, sys
         import cases, numpy as np, statescan
         statescan.set_num_threads(2)
@@ -348,12 +376,15 @@ def test_forked_children():
         _, status = os.waitpid(child, 0)
         assert np.array_equal(statescan.ssd_scan(**inputs, dt_softplus=True), before)
         print(status)
-    """) == "0"
+    """)
+        == "0"
+    )
 
 
 @pytest.mark.parametrize("method", ("spawn", "fork", "forkserver"))
 def test_multiprocessing(method):
-    assert python(f"""
+    assert (
+        python(f"""
         import multiprocessing, statescan, numpy as np
         if __name__ == "__main__":
             rng = np.random.default_rng(1)
@@ -362,7 +393,9 @@ def test_multiprocessing(method):
             with multiprocessing.get_context("{method}").Pool(2) as pool:
                 results = pool.starmap_async(statescan.causal_conv1d, [(x, weight)] * 4).get(timeout=60)
             print(all(np.array_equal(y, expected) for y in results))
-    """) == "True"
+    """)
+        == "True"
+    )
 
 
 def test_python_threads(rng):
@@ -385,7 +418,9 @@ def test_every_instruction_set(isa):
     """Each op in each dtype within its gate, also on machines that have less than this one."""
     if ISAS.index(isa) > ISAS.index(python("import statescan; print(statescan.cpu_isa())", STATESCAN_ISA="")):
         pytest.skip(f"this machine has no {isa}")
-    assert python("""
+    assert (
+        python(
+            """
         import itertools
         import cases, numpy as np, statescan
         import reference.gated_rms_norm
@@ -403,7 +438,11 @@ def test_every_instruction_set(isa):
             y = statescan.gated_rms_norm(x, z, group_size=65)
             assert_accurate(y, reference.gated_rms_norm.gated_rms_norm(exact(x), exact(z), group_size=65), "y")
         print(statescan.cpu_isa())
-    """, STATESCAN_ISA=isa) == isa
+    """,
+            STATESCAN_ISA=isa,
+        )
+        == isa
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
@@ -411,11 +450,14 @@ def test_numerics_and_properties_on_lesser_instruction_sets(isa):
     if ISAS.index(isa) >= ISAS.index(statescan.cpu_isa()):
         pytest.skip(f"{isa} is not below what this run tests anyway")
     folder = os.path.dirname(__file__)
-    code = python(f"""
+    code = python(
+        f"""
         import pytest
         folder = {folder!r}
         print(int(pytest.main(["-q", "-p", "no:cacheprovider", f"{{folder}}/test_numerics.py", f"{{folder}}/test_properties.py"])))
-    """, STATESCAN_ISA=isa)
+    """,
+        STATESCAN_ISA=isa,
+    )
     assert code.endswith("\n0"), code
 
 

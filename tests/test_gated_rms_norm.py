@@ -39,7 +39,9 @@ def test_dims(device, rng, dim, norm_before_gate):
 
 
 @pytest.mark.parametrize("norm_before_gate", (False, True))
-@pytest.mark.parametrize("dim,group_size", ((24, 24), (24, 12), (24, 8), (24, 3), (24, 1), (120, 40), (130, 65), (96, 48), (1024, 256)))
+@pytest.mark.parametrize(
+    "dim,group_size", ((24, 24), (24, 12), (24, 8), (24, 3), (24, 1), (120, 40), (130, 65), (96, 48), (1024, 256))
+)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_groups(device, rng, dtype, dim, group_size, norm_before_gate):
     check(device, make(rng, dtype, dim=dim), group_size=group_size, norm_before_gate=norm_before_gate)
@@ -150,24 +152,36 @@ def test_read_only_output_is_refused(rng):
         statescan.gated_rms_norm(**make(rng), out=out)
 
 
-@pytest.mark.parametrize("change,error,text", (
-    (dict(group_size=7), ValueError, "gated_rms_norm: group_size=7 must divide dim=24"),
-    (dict(group_size=-8), ValueError, "gated_rms_norm: group_size=-8 must divide dim=24"),
-    (dict(z=np.zeros((3, 4, 24), np.float32)), ValueError, "gated_rms_norm: z has shape (3, 4, 24); expected (leading=3, leading=5, dim=24)"),
-    (dict(z=np.zeros((15, 24), np.float32)), ValueError, "gated_rms_norm: z has shape (15, 24)"),
-    (dict(weight=np.zeros(23, np.float32)), ValueError, "gated_rms_norm: weight has shape (23,); expected (dim=24)"),
-    (dict(weight=np.zeros(24, np.float16)), TypeError, "gated_rms_norm: weight is float16; expected float32"),
-    (dict(z=np.zeros((3, 5, 24), np.float16)), TypeError, "gated_rms_norm: z is float16; expected float32"),
-    (dict(x=np.zeros((3, 5, 24), np.int64)), TypeError, "gated_rms_norm: x is int64; expected float32, float64, float16 or bfloat16"),
-    (dict(x=np.zeros((), np.float32)), ValueError, "gated_rms_norm: x has shape (); expected (..., dim)"),
-    (dict(x=np.zeros((1,) * 7, np.float32)), ValueError, "at most 6 dimensions"),
-    (dict(x=None), ValueError, "gated_rms_norm: x is required"),
-    (dict(eps=-1e-5), ValueError, "gated_rms_norm: eps=-1e-05 must not be negative"),
-    (dict(eps=float("nan")), ValueError, "gated_rms_norm: eps=nan must not be negative"),
-    (dict(out=np.zeros((3, 5, 23), np.float32)), ValueError, "has shape (3, 5, 23)"),
-    (dict(out=np.zeros((3, 5, 24), np.float64)), TypeError, "is float64; expected float32"),
-    (dict(out=np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), (3, 5, 24), (0, 0, 4))), ValueError, "share memory"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (dict(group_size=7), ValueError, "gated_rms_norm: group_size=7 must divide dim=24"),
+        (dict(group_size=-8), ValueError, "gated_rms_norm: group_size=-8 must divide dim=24"),
+        (
+            dict(z=np.zeros((3, 4, 24), np.float32)),
+            ValueError,
+            "gated_rms_norm: z has shape (3, 4, 24); expected (leading=3, leading=5, dim=24)",
+        ),
+        (dict(z=np.zeros((15, 24), np.float32)), ValueError, "gated_rms_norm: z has shape (15, 24)"),
+        (dict(weight=np.zeros(23, np.float32)), ValueError, "gated_rms_norm: weight has shape (23,); expected (dim=24)"),
+        (dict(weight=np.zeros(24, np.float16)), TypeError, "gated_rms_norm: weight is float16; expected float32"),
+        (dict(z=np.zeros((3, 5, 24), np.float16)), TypeError, "gated_rms_norm: z is float16; expected float32"),
+        (
+            dict(x=np.zeros((3, 5, 24), np.int64)),
+            TypeError,
+            "gated_rms_norm: x is int64; expected float32, float64, float16 or bfloat16",
+        ),
+        (dict(x=np.zeros((), np.float32)), ValueError, "gated_rms_norm: x has shape (); expected (..., dim)"),
+        (dict(x=np.zeros((1,) * 7, np.float32)), ValueError, "at most 6 dimensions"),
+        (dict(x=None), ValueError, "gated_rms_norm: x is required"),
+        (dict(eps=-1e-5), ValueError, "gated_rms_norm: eps=-1e-05 must not be negative"),
+        (dict(eps=float("nan")), ValueError, "gated_rms_norm: eps=nan must not be negative"),
+        (dict(out=np.zeros((3, 5, 23), np.float32)), ValueError, "has shape (3, 5, 23)"),
+        (dict(out=np.zeros((3, 5, 24), np.float64)), TypeError, "is float64; expected float32"),
+        (dict(out=np.lib.stride_tricks.as_strided(np.zeros(24, np.float32), (3, 5, 24), (0, 0, 4))), ValueError, "share memory"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(device, rng, change, error, text):
     arguments = {name: device.put(value) for name, value in {**make(rng), **change}.items()}
     with pytest.raises(error) as raised:

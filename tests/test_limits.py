@@ -95,26 +95,34 @@ def test_norm_rows_far_apart(rng):
 def test_many_channels(device, rng, dim):
     """known_bugs 7."""
     cases.CAUSAL_CONV1D.check(device, cases.causal_conv1d(rng, batch=1, seqlen=4, dim=dim), activation="silu")
-    cases.SELECTIVE_SCAN.check(device, cases.selective_scan(rng, batch=1, seqlen=3, dim=dim, ngroups=1, dstate=2), dt_softplus=True)
+    cases.SELECTIVE_SCAN.check(
+        device, cases.selective_scan(rng, batch=1, seqlen=3, dim=dim, ngroups=1, dstate=2), dt_softplus=True
+    )
 
 
 @pytest.mark.parametrize("batch", (10922, 10923))
 def test_many_rows_and_heads(device, rng, batch):
     """known_bugs 8: batch times heads about 2^16."""
-    cases.SSD_SCAN.check(device, cases.ssd_scan(rng, batch=batch, seqlen=2, nheads=6, headdim=1, ngroups=1, dstate=2), dt_softplus=True)
+    cases.SSD_SCAN.check(
+        device, cases.ssd_scan(rng, batch=batch, seqlen=2, nheads=6, headdim=1, ngroups=1, dstate=2), dt_softplus=True
+    )
     cases.STATE_SCAN.check(device, cases.state_scan(rng, batch=batch, seqlen=1, nheads=6, headdim=1, dstate=2))
 
 
 def test_many_heads(device, rng):
-    cases.SSD_SCAN.check(device, cases.ssd_scan(rng, batch=1, seqlen=3, nheads=65537, headdim=1, ngroups=1, dstate=2), dt_softplus=True)
+    cases.SSD_SCAN.check(
+        device, cases.ssd_scan(rng, batch=1, seqlen=3, nheads=65537, headdim=1, ngroups=1, dstate=2), dt_softplus=True
+    )
 
 
 @pytest.mark.parametrize("name", ("causal_conv1d", "ssd_scan", "selective_scan"))
 def test_many_sequences(device, rng, name):
     """known_bugs 8: more packed sequences than a grid axis holds."""
     lengths = np.resize([1, 0, 2], 66000)
-    op, sizes = {"causal_conv1d": (cases.CAUSAL_CONV1D, dict(dim=3)),
-                 "ssd_scan": (cases.SSD_SCAN, dict(nheads=1, ngroups=1, headdim=1, dstate=2)),
-                 "selective_scan": (cases.SELECTIVE_SCAN, dict(dim=2, ngroups=1, dstate=2))}[name]
+    op, sizes = {
+        "causal_conv1d": (cases.CAUSAL_CONV1D, dict(dim=3)),
+        "ssd_scan": (cases.SSD_SCAN, dict(nheads=1, ngroups=1, headdim=1, dstate=2)),
+        "selective_scan": (cases.SELECTIVE_SCAN, dict(dim=2, ngroups=1, dstate=2)),
+    }[name]
     inputs = op.inputs(rng, batch=1, seqlen=int(lengths.sum()), sequences=len(lengths), **sizes)
     op.check(device, inputs, cu_seqlens=cumulative(lengths), **op.options)

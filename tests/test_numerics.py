@@ -46,12 +46,35 @@ def test_rounding_is_to_nearest_even(device, rng, dtype):
     """float32 states through a scan of no chunks into a narrow final state: every exponent, ties, overflow, NaN payloads."""
     bits = rng.integers(0, 2**32, 2**16, dtype=np.uint32)
     ties = (bits & 0xFFFFE000) | 0x1000 if dtype == "float16" else (bits & 0xFFFF0000) | 0x8000
-    special = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0xFF800000, 0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001,
-                        0x7F7FFFFF, 0, 0x80000000, 1, 0x387FC000, 0x387FE000], np.uint32)
+    special = np.array(
+        [
+            0x7FFFFFFF,
+            0xFFFFFFFF,
+            0x7F800001,
+            0x7F800000,
+            0xFF800000,
+            0x477FEFFF,
+            0x477FF000,
+            0x33000000,
+            0x33000001,
+            0x7F7FFFFF,
+            0,
+            0x80000000,
+            1,
+            0x387FC000,
+            0x387FE000,
+        ],
+        np.uint32,
+    )
     state = np.concatenate([bits, ties, special]).view(np.float32).reshape(1, 1, -1, 1)
     final_state = device.put(np.zeros(state.shape, DTYPES[dtype]))
-    device.call(statescan.state_scan, device.put(np.zeros((1, 0, 1), np.float32)), device.put(np.zeros((1, 0, 1, state.size, 1), np.float32)),
-                initial_state=device.put(state), final_state_out=final_state)
+    device.call(
+        statescan.state_scan,
+        device.put(np.zeros((1, 0, 1), np.float32)),
+        device.put(np.zeros((1, 0, 1, state.size, 1), np.float32)),
+        initial_state=device.put(state),
+        final_state_out=final_state,
+    )
     got = device.get(final_state)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = state.astype(DTYPES[dtype])
@@ -74,8 +97,12 @@ def test_exp(device, dtype):
         pytest.skip("float64 runs on the CPU")
     low, high = (-110, 88.7) if dtype == "float32" else (-750, 709)
     v = np.concatenate([points(dtype, low, high), np.array([-np.inf, -1e5, -1e30, np.inf, 1e5], dtype)])
-    _, final_state = device.call(statescan.state_scan, device.put(v[None, None]), device.put(np.zeros((1, 1, v.size, 1, 1), dtype)),
-                                 initial_state=ones(device, dtype, 1, v.size, 1, 1))
+    _, final_state = device.call(
+        statescan.state_scan,
+        device.put(v[None, None]),
+        device.put(np.zeros((1, 1, v.size, 1, 1), dtype)),
+        initial_state=ones(device, dtype, 1, v.size, 1, 1),
+    )
     with np.errstate(over="ignore", under="ignore"):
         expected = np.exp(v.astype(np.longdouble)).astype(np.float64)
     assert_pointwise(device.get(final_state)[0, :, 0, 0], expected, dtype, 4, floor=float(np.finfo(dtype).tiny))
@@ -103,14 +130,36 @@ def test_softplus(device, dtype, op):
     one = lambda *shape: ones(device, dtype, *shape)
     zero = lambda *shape: device.put(np.zeros(shape, dtype))
     if op == "selective_scan":
-        y = device.call(statescan.selective_scan, one(1, 1, v.size), device.put(v[None, None]), zero(v.size, 1), one(1, 1, 1, 1),
-                        one(1, 1, 1, 1), dt_softplus=True)
+        y = device.call(
+            statescan.selective_scan,
+            one(1, 1, v.size),
+            device.put(v[None, None]),
+            zero(v.size, 1),
+            one(1, 1, 1, 1),
+            one(1, 1, 1, 1),
+            dt_softplus=True,
+        )
     elif op == "ssd_scan":
-        y = device.call(statescan.ssd_scan, one(1, 1, v.size, 1), device.put(v[None, None]), zero(v.size), one(1, 1, 1, 1),
-                        one(1, 1, 1, 1), dt_softplus=True)
+        y = device.call(
+            statescan.ssd_scan,
+            one(1, 1, v.size, 1),
+            device.put(v[None, None]),
+            zero(v.size),
+            one(1, 1, 1, 1),
+            one(1, 1, 1, 1),
+            dt_softplus=True,
+        )
     else:
-        y = device.call(statescan.selective_state_update, zero(1, v.size, 1), one(1, v.size), device.put(v[None]), zero(v.size, 1),
-                        one(1, 1, 1), one(1, 1, 1), dt_softplus=True)
+        y = device.call(
+            statescan.selective_state_update,
+            zero(1, v.size, 1),
+            one(1, v.size),
+            device.put(v[None]),
+            zero(v.size, 1),
+            one(1, 1, 1),
+            one(1, 1, 1),
+            dt_softplus=True,
+        )
     wide = v.astype(np.longdouble)
     expected = (np.maximum(wide, 0) + np.log1p(np.exp(-np.abs(wide)))).astype(np.float64)
     assert_pointwise(device.get(y).ravel(), expected, dtype, 8)
@@ -123,9 +172,16 @@ def test_complex_exponential(device, rng, turns):
     A = (1j * phase).astype(np.complex64)[:, None]
     state = np.ones((1, 4096, 1), np.complex64)
     zero = np.zeros((1, 1, 4096), np.float32)
-    _, final_state = device.call(statescan.selective_scan, device.put(zero), device.put(zero + np.float32(1)), device.put(A),
-                                 device.put(np.ones((1, 1, 1, 1), np.complex64)), device.put(np.ones((1, 1, 1, 1), np.complex64)),
-                                 initial_state=device.put(state), return_final_state=True)
+    _, final_state = device.call(
+        statescan.selective_scan,
+        device.put(zero),
+        device.put(zero + np.float32(1)),
+        device.put(A),
+        device.put(np.ones((1, 1, 1, 1), np.complex64)),
+        device.put(np.ones((1, 1, 1, 1), np.complex64)),
+        initial_state=device.put(state),
+        return_final_state=True,
+    )
     error = np.abs(device.get(final_state)[0, :, 0] - np.exp(1j * phase.astype(np.float64)))
     assert error.max() < 1e-6
 

@@ -13,8 +13,17 @@ import pytest
 import statescan
 from test_frameworks import ISAS, SCANS, UPDATES, python
 
-OPS = ("state_scan", "ssd_scan", "selective_scan", "causal_conv1d", "gated_rms_norm", "mamba2_scan", "causal_conv1d_update",
-       "selective_state_update", "mamba2_update")
+OPS = (
+    "state_scan",
+    "ssd_scan",
+    "selective_scan",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "mamba2_scan",
+    "causal_conv1d_update",
+    "selective_state_update",
+    "mamba2_update",
+)
 BACKWARDS = tuple(f"{op}_backward" for op in OPS if not op.endswith("_update"))
 
 # What comes by position; everything after it is keyword-only.
@@ -89,11 +98,33 @@ def test_plan_of_every_op(rng):
 def test_plan_takes_what_the_op_takes(rng):
     inputs = cases.ssd_scan(rng)
     positional = [inputs.pop(name) for name in ("x", "dt", "A", "B", "C")]
-    plan = statescan.plan("ssd_scan", *positional, **inputs, dt_softplus=True, dt_limit=(0.0, 1.0), chunk_size=64,
-                          batch_invariant=None, return_final_state=True, out=None, stream=None)
+    plan = statescan.plan(
+        "ssd_scan",
+        *positional,
+        **inputs,
+        dt_softplus=True,
+        dt_limit=(0.0, 1.0),
+        chunk_size=64,
+        batch_invariant=None,
+        return_final_state=True,
+        out=None,
+        stream=None,
+    )
     assert plan.backend == "cpu"
-    assert statescan.plan("state_scan_backward", *(v for v in (
-        np.zeros((1, 2, 3), np.float32), np.zeros((1, 2, 3, 4, 5), np.float32), np.zeros((1, 2, 3, 4, 5), np.float32)))).backend == "cpu"
+    assert (
+        statescan.plan(
+            "state_scan_backward",
+            *(
+                v
+                for v in (
+                    np.zeros((1, 2, 3), np.float32),
+                    np.zeros((1, 2, 3, 4, 5), np.float32),
+                    np.zeros((1, 2, 3, 4, 5), np.float32),
+                )
+            ),
+        ).backend
+        == "cpu"
+    )
 
 
 def test_plan_raises_what_the_op_raises(rng):
@@ -111,12 +142,15 @@ def test_every_cpu_row_is_reachable(isa):
     best = python("import statescan; print(statescan.cpu_isa())", STATESCAN_ISA="")
     if ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine has no {isa}")
-    rows = python("""
+    rows = python(
+        """
         import numpy as np, statescan
         from test_package import plan_arguments
         print(*sorted({(name, statescan.plan(name, **inputs, **options).kernel)
                        for name, inputs, options in plan_arguments(np.random.default_rng(1))}))
-    """, STATESCAN_ISA=isa)
+    """,
+        STATESCAN_ISA=isa,
+    )
     for op in OPS:
         assert f"('{op}', '{isa}')" in rows
 
@@ -135,7 +169,9 @@ def test_batch_invariant_of_the_process(rng):
 
 # ---- signatures and docstrings -------------------------------------------------------------------------------------------
 def public_functions():
-    return [name for name in statescan.__all__ if callable(getattr(statescan, name)) and not inspect.isclass(getattr(statescan, name))]
+    return [
+        name for name in statescan.__all__ if callable(getattr(statescan, name)) and not inspect.isclass(getattr(statescan, name))
+    ]
 
 
 def test_everything_public_exists():
@@ -178,8 +214,13 @@ def test_backwards_take_the_options_of_their_forward():
 
 # ---- command line ------------------------------------------------------------------------------------------------------
 def command(*arguments):
-    done = subprocess.run([sys.executable, "-m", "statescan", *arguments], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(statescan.__file__))})
+    done = subprocess.run(
+        [sys.executable, "-m", "statescan", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(statescan.__file__))},
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -34,8 +34,14 @@ def scans(draw):
         sizes = dict(dim=draw(st.integers(1, 70)), width=draw(st.integers(2, 8)))
         options["activation"] = draw(st.sampled_from((None, "silu")))
     elif op is cases.SELECTIVE_SCAN:
-        sizes = dict(dim=heads * draw(st.integers(1, 5)), ngroups=ngroups, dstate=dstate, complex_A=draw(st.booleans()),
-                     varying_B=draw(st.booleans()), varying_C=draw(st.booleans()))
+        sizes = dict(
+            dim=heads * draw(st.integers(1, 5)),
+            ngroups=ngroups,
+            dstate=dstate,
+            complex_A=draw(st.booleans()),
+            varying_B=draw(st.booleans()),
+            varying_C=draw(st.booleans()),
+        )
     else:
         sizes = dict(nheads=heads, headdim=headdim, dstate=dstate)
         if op is not cases.STATE_SCAN:
@@ -97,14 +103,22 @@ def test_layouts(case, seed, data):
 
 @st.composite
 def updates(draw):
-    op = draw(st.sampled_from((cases.CAUSAL_CONV1D_UPDATE, cases.MAMBA1_STATE_UPDATE, cases.MAMBA2_STATE_UPDATE, cases.MAMBA2_UPDATE)))
+    op = draw(
+        st.sampled_from((cases.CAUSAL_CONV1D_UPDATE, cases.MAMBA1_STATE_UPDATE, cases.MAMBA2_STATE_UPDATE, cases.MAMBA2_UPDATE))
+    )
     heads, ngroups = draw(head_counts())
     options = dict(op.options)
     if op is cases.CAUSAL_CONV1D_UPDATE:
         sizes = dict(dim=draw(st.integers(1, 70)), width=draw(st.integers(2, 8)))
     elif op is cases.MAMBA1_STATE_UPDATE:
-        sizes = dict(dim=heads * draw(st.integers(1, 5)), ngroups=ngroups, dstate=draw(st.integers(1, 40)),
-                     complex_A=draw(st.booleans()), varying_B=draw(st.booleans()), varying_C=draw(st.booleans()))
+        sizes = dict(
+            dim=heads * draw(st.integers(1, 5)),
+            ngroups=ngroups,
+            dstate=draw(st.integers(1, 40)),
+            complex_A=draw(st.booleans()),
+            varying_B=draw(st.booleans()),
+            varying_C=draw(st.booleans()),
+        )
     else:
         sizes = dict(nheads=heads, ngroups=ngroups, headdim=draw(st.integers(1, 24)), dstate=draw(st.integers(1, 40)))
         if op is cases.MAMBA2_UPDATE:
@@ -129,8 +143,11 @@ def test_updates(case, dtype, seed, data):
 @given(st.lists(st.integers(0, 4), max_size=3), st.integers(1, 6), st.integers(1, 40), dtypes, seeds, st.data())
 def test_gated_rms_norm(leading, groups, group_size, dtype, seed, data):
     rng, dim = np.random.default_rng(seed), groups * group_size
-    inputs = dict(x=cases.normal(rng, dtype, *leading, dim), z=cases.normal(rng, dtype, *leading, dim),
-                  weight=cases.normal(rng, cases.parameter_dtype(dtype), dim))
+    inputs = dict(
+        x=cases.normal(rng, dtype, *leading, dim),
+        z=cases.normal(rng, dtype, *leading, dim),
+        weight=cases.normal(rng, cases.parameter_dtype(dtype), dim),
+    )
     for name in ("z", "weight"):
         if data.draw(st.booleans(), label=f"without {name}"):
             inputs[name] = None
@@ -140,13 +157,24 @@ def test_gated_rms_norm(leading, groups, group_size, dtype, seed, data):
 
 
 @few
-@given(st.booleans(), dtypes, seeds, st.integers(1, 200), st.floats(-8, 4), st.floats(0, 8), st.floats(-6, 5), st.booleans(),
-       st.one_of(st.none(), st.integers(1, 200)))
+@given(
+    st.booleans(),
+    dtypes,
+    seeds,
+    st.integers(1, 200),
+    st.floats(-8, 4),
+    st.floats(0, 8),
+    st.floats(-6, 5),
+    st.booleans(),
+    st.one_of(st.none(), st.integers(1, 200)),
+)
 def test_steps_and_rates_of_any_size(is_ssd, dtype, seed, seqlen, low, decades, rate, dt_softplus, chunk_size):
     """dt over some decades between 1e-8 and 1e4 in one sequence, A down to -1e5: no NaN, and every digit of the gate."""
     op = cases.SSD_SCAN if is_ssd else cases.SELECTIVE_SCAN
     rng = np.random.default_rng(seed)
-    inputs = op.inputs(rng, dtype, batch=1, seqlen=seqlen, omit=("dt_bias",), dt_dtype="float64" if dtype == "float64" else "float32")
+    inputs = op.inputs(
+        rng, dtype, batch=1, seqlen=seqlen, omit=("dt_bias",), dt_dtype="float64" if dtype == "float64" else "float32"
+    )
     inputs["dt"] = (10 ** rng.uniform(low, min(low + decades, 4), inputs["dt"].shape)).astype(inputs["dt"].dtype)
     inputs["A"] = (inputs["A"] / 16 * 10**rate).astype(inputs["A"].dtype)
     if dtype == "float16":  # keep y within its range

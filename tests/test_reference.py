@@ -20,7 +20,9 @@ def inputs_of(make, rng, **sizes):
 
 def test_softplus_and_silu():
     v = np.array([-800.0, -50.0, -1.0, 0.0, 1.0, 50.0, 800.0])
-    np.testing.assert_allclose(softplus(v)[1:], [np.exp(-50.0), 0.31326168751822286, np.log(2), 1.3132616875182228, 50, 800], rtol=1e-15)
+    np.testing.assert_allclose(
+        softplus(v)[1:], [np.exp(-50.0), 0.31326168751822286, np.log(2), 1.3132616875182228, 50, 800], rtol=1e-15
+    )
     assert softplus(v)[0] == 0
     np.testing.assert_allclose(silu(v), [0, -50 * np.exp(-50.0), -0.2689414213699951, 0, 0.7310585786300049, 50, 800], rtol=1e-15)
 
@@ -39,14 +41,21 @@ def test_ssd_scan_is_its_matrix_form(rng):
             weights = (C[b, :, g] @ B[b, :, g].T) * decay * step[b, None, :, h]
             np.testing.assert_allclose(y[b, :, h], weights @ x[b, :, h], rtol=1e-11, atol=1e-12)
             last = np.exp(past[-1] - past) * step[b, :, h]
-            np.testing.assert_allclose(final_state[b, h], np.einsum("t,tp,tn->pn", last, x[b, :, h], B[b, :, g]), rtol=1e-11, atol=1e-12)
+            np.testing.assert_allclose(
+                final_state[b, h], np.einsum("t,tp,tn->pn", last, x[b, :, h], B[b, :, g]), rtol=1e-11, atol=1e-12
+            )
 
 
 def test_selective_scan_with_equal_rates_is_ssd_scan(rng):
     given = inputs_of(cases.ssd_scan, rng, seqlen=9, headdim=1)
     y, final_state = ssd_scan(**given, dt_softplus=True, dt_limit=(0.1, 0.5))
-    as_channels = {**given, "x": given["x"][..., 0], "z": given["z"][..., 0], "initial_state": given["initial_state"][:, :, 0],
-                   "A": np.repeat(given["A"][:, None], 7, axis=1)}
+    as_channels = {
+        **given,
+        "x": given["x"][..., 0],
+        "z": given["z"][..., 0],
+        "initial_state": given["initial_state"][:, :, 0],
+        "A": np.repeat(given["A"][:, None], 7, axis=1),
+    }
     y1, final1 = selective_scan(**as_channels, dt_softplus=True, dt_limit=(0.1, 0.5))
     np.testing.assert_allclose(y1, y[..., 0], rtol=1e-12)
     np.testing.assert_allclose(final1, final_state[:, :, 0], rtol=1e-12)
@@ -56,7 +65,9 @@ def test_complex_selective_scan_is_a_pair_of_conjugates(rng):
     """2 Re C.h of a complex system is the sum over it and its conjugate."""
     given = inputs_of(cases.selective_scan, rng, seqlen=9, complex_A=True, omit=("D", "z"))
     y, _ = selective_scan(**given, dt_softplus=True)
-    both = {name: np.concatenate([value, value.conj()], axis=-1) if np.iscomplexobj(value) else value for name, value in given.items()}
+    both = {
+        name: np.concatenate([value, value.conj()], axis=-1) if np.iscomplexobj(value) else value for name, value in given.items()
+    }
     doubled, _ = selective_scan(**both, dt_softplus=True)
     np.testing.assert_allclose(doubled, 2 * y, rtol=1e-12)
 

@@ -21,12 +21,30 @@ class TestTimeInvariant(TestSelectiveScan):
     sizes = dict(varying_B=False, varying_C=False)
 
 
-@pytest.mark.parametrize("row", (
-    dict(dim=1, ngroups=1), dict(dim=3, ngroups=1), dict(dim=3, ngroups=3), dict(dim=100, ngroups=1), dict(dim=100, ngroups=4),
-    dict(dim=64, ngroups=8), dict(dim=257, ngroups=1, dstate=16), dict(dstate=1), dict(dstate=8), dict(dstate=12),
-    dict(dstate=16), dict(dstate=64), dict(dstate=96), dict(dstate=128), dict(dstate=256), dict(dstate=512),
-    dict(dim=0, ngroups=1), dict(dstate=0),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(dim=1, ngroups=1),
+        dict(dim=3, ngroups=1),
+        dict(dim=3, ngroups=3),
+        dict(dim=100, ngroups=1),
+        dict(dim=100, ngroups=4),
+        dict(dim=64, ngroups=8),
+        dict(dim=257, ngroups=1, dstate=16),
+        dict(dstate=1),
+        dict(dstate=8),
+        dict(dstate=12),
+        dict(dstate=16),
+        dict(dstate=64),
+        dict(dstate=96),
+        dict(dstate=128),
+        dict(dstate=256),
+        dict(dstate=512),
+        dict(dim=0, ngroups=1),
+        dict(dstate=0),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):
     OP.check(device, cases.selective_scan(rng, dtype, **row), dt_softplus=True)
@@ -68,10 +86,18 @@ def test_dtypes_of_states(device, rng, dtype, state_dtype):
     OP.check(device, inputs, {"final_state": final_state}, dt_softplus=True)
 
 
-@pytest.mark.parametrize("options", (
-    dict(), dict(dt_softplus=True), dict(dt_limit=(0.0, 0.1)), dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
-    dict(dt_softplus=True, dt_limit=(0.0, float("inf"))), dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
-), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(dt_softplus=True),
+        dict(dt_limit=(0.0, 0.1)),
+        dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+        dict(dt_softplus=True, dt_limit=(0.0, float("inf"))),
+        dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_steps(device, rng, options, dtype):
     inputs = cases.selective_scan(rng, dtype)
@@ -176,21 +202,38 @@ def test_peers_gates(device, rng):
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change,error,text", (
-    (dict(B=np.zeros((2, 67, 5, 7), np.float32)), ValueError,
-     "selective_scan: ngroups=5 (from B, shape (2, 67, 5, 7)) must divide dim=12"),
-    (dict(C=np.zeros((2, 67, 4, 7), np.float32)), ValueError,
-     "selective_scan: C has shape (2, 67, 4, 7); expected (batch=2, seqlen=67, ngroups=3, dstate=7)"),
-    (dict(B=np.zeros((67, 3, 7), np.float32)), ValueError,
-     "selective_scan: B has shape (67, 3, 7); expected (batch, seqlen, ngroups, dstate), or (dim, dstate) when time-invariant"),
-    (dict(A=np.zeros((11, 7), np.float32)), ValueError, "selective_scan: A has shape (11, 7); expected (dim=12, dstate)"),
-    (dict(dt=np.zeros((2, 67, 11), np.float32)), ValueError, "selective_scan: dt has shape (2, 67, 11); expected (batch=2, seqlen=67, dim=12)"),
-    (dict(A=np.zeros((12, 7), np.complex64)), TypeError, "selective_scan: B is float32; expected complex64"),
-    (dict(A=np.zeros((12, 7), np.float16)), TypeError, "selective_scan: A is float16; expected float32 or complex64"),
-    (dict(A=np.zeros((12, 7), np.complex128)), TypeError, "selective_scan: A is complex128; expected float32 or complex64"),
-    (dict(z=np.zeros((2, 67, 12), np.float16)), TypeError, "selective_scan: z is float16; expected float32"),
-    (dict(dt_limit=(0.5, 0.1)), ValueError, "selective_scan: dt_limit=(0.5, 0.1) must be ordered (low, high)"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (
+            dict(B=np.zeros((2, 67, 5, 7), np.float32)),
+            ValueError,
+            "selective_scan: ngroups=5 (from B, shape (2, 67, 5, 7)) must divide dim=12",
+        ),
+        (
+            dict(C=np.zeros((2, 67, 4, 7), np.float32)),
+            ValueError,
+            "selective_scan: C has shape (2, 67, 4, 7); expected (batch=2, seqlen=67, ngroups=3, dstate=7)",
+        ),
+        (
+            dict(B=np.zeros((67, 3, 7), np.float32)),
+            ValueError,
+            "selective_scan: B has shape (67, 3, 7); expected (batch, seqlen, ngroups, dstate), or (dim, dstate) when time-invariant",
+        ),
+        (dict(A=np.zeros((11, 7), np.float32)), ValueError, "selective_scan: A has shape (11, 7); expected (dim=12, dstate)"),
+        (
+            dict(dt=np.zeros((2, 67, 11), np.float32)),
+            ValueError,
+            "selective_scan: dt has shape (2, 67, 11); expected (batch=2, seqlen=67, dim=12)",
+        ),
+        (dict(A=np.zeros((12, 7), np.complex64)), TypeError, "selective_scan: B is float32; expected complex64"),
+        (dict(A=np.zeros((12, 7), np.float16)), TypeError, "selective_scan: A is float16; expected float32 or complex64"),
+        (dict(A=np.zeros((12, 7), np.complex128)), TypeError, "selective_scan: A is complex128; expected float32 or complex64"),
+        (dict(z=np.zeros((2, 67, 12), np.float16)), TypeError, "selective_scan: z is float16; expected float32"),
+        (dict(dt_limit=(0.5, 0.1)), ValueError, "selective_scan: dt_limit=(0.5, 0.1) must be ordered (low, high)"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.selective_scan(rng), **change})

@@ -30,21 +30,51 @@ class TestTimeInvariant(UpdateContract):
     optional = ("D", "z", "dt_bias")
 
 
-@pytest.mark.parametrize("row", (
-    dict(nheads=1, ngroups=1), dict(nheads=3, ngroups=1), dict(nheads=3, ngroups=3), dict(nheads=8, ngroups=4), dict(headdim=1),
-    dict(headdim=40), dict(headdim=64, dstate=128), dict(headdim=80), dict(headdim=128), dict(dstate=1), dict(dstate=12),
-    dict(dstate=16), dict(dstate=96), dict(dstate=256), dict(dstate=0), dict(headdim=0), dict(nheads=80, headdim=3, ngroups=1),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1, ngroups=1),
+        dict(nheads=3, ngroups=1),
+        dict(nheads=3, ngroups=3),
+        dict(nheads=8, ngroups=4),
+        dict(headdim=1),
+        dict(headdim=40),
+        dict(headdim=64, dstate=128),
+        dict(headdim=80),
+        dict(headdim=128),
+        dict(dstate=1),
+        dict(dstate=12),
+        dict(dstate=16),
+        dict(dstate=96),
+        dict(dstate=256),
+        dict(dstate=0),
+        dict(headdim=0),
+        dict(nheads=80, headdim=3, ngroups=1),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_mamba2_sizes(device, rng, row, dtype):
     MAMBA2.check(device, cases.mamba2_state_update(rng, dtype, **row), dt_softplus=True)
     MAMBA2.check(device, cases.mamba2_state_update(rng, dtype, ntokens=3, **row), dt_softplus=True)
 
 
-@pytest.mark.parametrize("row", (
-    dict(dim=1, ngroups=1), dict(dim=3, ngroups=1), dict(dim=100, ngroups=4), dict(dim=257, ngroups=1, dstate=16), dict(dstate=1),
-    dict(dstate=12), dict(dstate=96), dict(dstate=256), dict(dstate=0), dict(dim=0, ngroups=1),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(dim=1, ngroups=1),
+        dict(dim=3, ngroups=1),
+        dict(dim=100, ngroups=4),
+        dict(dim=257, ngroups=1, dstate=16),
+        dict(dstate=1),
+        dict(dstate=12),
+        dict(dstate=96),
+        dict(dstate=256),
+        dict(dstate=0),
+        dict(dim=0, ngroups=1),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("complex_A", (False, True))
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_mamba1_sizes(device, rng, row, dtype, complex_A):
@@ -76,9 +106,16 @@ def test_projections(device, rng, varying, complex_A, ntokens):
 
 
 @pytest.mark.parametrize("op", (MAMBA1, MAMBA2), ids=("mamba1", "mamba2"))
-@pytest.mark.parametrize("options", (
-    dict(), dict(dt_limit=(0.0, 0.1)), dict(dt_softplus=True, dt_limit=(0.05, 0.2)), dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
-), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(dt_limit=(0.0, 0.1)),
+        dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+        dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+    ),
+    ids=str,
+)
 def test_steps(device, rng, op, options):
     inputs = op.inputs(rng, ntokens=3)
     if "dt_softplus" not in options:
@@ -116,10 +153,18 @@ def test_D_of_every_shape(device, rng):
 
 # ---- reading one slot, writing another ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("op", (MAMBA1, MAMBA2), ids=("mamba1", "mamba2"))
-@pytest.mark.parametrize("reads,writes", (
-    ((0, 1, 2), (3, 4, 5)), ((0, 1, 2), (0, 5, -1)), ((0, -1, 2), (3, 4, 5)), ((-1, -1, -1), (0, 1, 2)), ((4, 0, 2), (-1, -1, -1)),
-    ((1, 1, 1), (3, 4, 5)), ((5, 3, 4), (5, 3, 4)),
-))
+@pytest.mark.parametrize(
+    "reads,writes",
+    (
+        ((0, 1, 2), (3, 4, 5)),
+        ((0, 1, 2), (0, 5, -1)),
+        ((0, -1, 2), (3, 4, 5)),
+        ((-1, -1, -1), (0, 1, 2)),
+        ((4, 0, 2), (-1, -1, -1)),
+        ((1, 1, 1), (3, 4, 5)),
+        ((5, 3, 4), (5, 3, 4)),
+    ),
+)
 @pytest.mark.parametrize("ntokens", (None, 3))
 def test_out_state_indices(device, rng, op, reads, writes, ntokens):
     """Rows that share a prefix read one slot and write their own; -1 reads nothing, or writes nothing."""
@@ -139,10 +184,13 @@ def test_out_state_indices_alone(device, rng):
     MAMBA2.check(device, inputs, out_state_indices=indices(0, -1, 2), dt_softplus=True)
 
 
-@pytest.mark.parametrize("slots,text", (
-    (indices(0, 6, 1), "out_state_indices[1]=6 must lie in 0..5, or be -1 for padding"),
-    (indices(0, 1), "out_state_indices has shape (2,); expected (batch=3)"),
-))
+@pytest.mark.parametrize(
+    "slots,text",
+    (
+        (indices(0, 6, 1), "out_state_indices[1]=6 must lie in 0..5, or be -1 for padding"),
+        (indices(0, 1), "out_state_indices has shape (2,); expected (batch=3)"),
+    ),
+)
 def test_out_state_indices_rules(rng, slots, text):
     inputs = cases.mamba2_state_update(rng, batch=3, slots=6)
     with pytest.raises(ValueError) as raised:
@@ -151,24 +199,38 @@ def test_out_state_indices_rules(rng, slots, text):
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change,error,text", (
-    (dict(state=np.zeros((3, 7), np.float32)), ValueError,
-     "state has shape (3, 7); expected (slots, dim, dstate) for Mamba-1 or (slots, nheads, headdim, dstate) for Mamba-2"),
-    (dict(x=np.zeros((3, 6), np.float32)), ValueError,
-     "x has shape (3, 6); expected (batch, nheads, headdim) or (batch, ntokens, nheads, headdim), to go with a state of four axes"),
-    (dict(state=np.zeros((3, 6, 7), np.float32), x=np.zeros((3, 6, 5, 1), np.float32)), ValueError, "to go with a state of three axes"),
-    (dict(B=np.zeros((3, 4, 7), np.float32)), ValueError, "ngroups=4 (from B, shape (3, 4, 7)) must divide nheads=6"),
-    (dict(C=np.zeros((3, 3, 7), np.float32)), ValueError, "C has shape (3, 3, 7); expected (batch=3, ngroups=2, dstate=7)"),
-    (dict(A=np.zeros(5, np.float32)), ValueError, "A has shape (5,); expected (nheads=6)"),
-    (dict(dt=np.zeros((3, 5), np.float32)), ValueError, "dt has shape (3, 5); expected (batch=3, nheads=6)"),
-    (dict(A=np.zeros(6, np.complex64)), TypeError, "A is complex64; expected float32"),
-    (dict(state=np.zeros((3, 6, 5, 7), np.float64)), TypeError, "state is float64; expected float32, float16 or bfloat16"),
-    (dict(dt_limit=(2.0, 1.0)), ValueError, "dt_limit=(2, 1) must be ordered (low, high)"),
-    (dict(state=None), ValueError, "state is required"),
-    (dict(A=None), ValueError, "A is required"),
-    (dict(dt=None), ValueError, "dt is required"),
-    (dict(B=None), ValueError, "B is required"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (
+            dict(state=np.zeros((3, 7), np.float32)),
+            ValueError,
+            "state has shape (3, 7); expected (slots, dim, dstate) for Mamba-1 or (slots, nheads, headdim, dstate) for Mamba-2",
+        ),
+        (
+            dict(x=np.zeros((3, 6), np.float32)),
+            ValueError,
+            "x has shape (3, 6); expected (batch, nheads, headdim) or (batch, ntokens, nheads, headdim), to go with a state of four axes",
+        ),
+        (
+            dict(state=np.zeros((3, 6, 7), np.float32), x=np.zeros((3, 6, 5, 1), np.float32)),
+            ValueError,
+            "to go with a state of three axes",
+        ),
+        (dict(B=np.zeros((3, 4, 7), np.float32)), ValueError, "ngroups=4 (from B, shape (3, 4, 7)) must divide nheads=6"),
+        (dict(C=np.zeros((3, 3, 7), np.float32)), ValueError, "C has shape (3, 3, 7); expected (batch=3, ngroups=2, dstate=7)"),
+        (dict(A=np.zeros(5, np.float32)), ValueError, "A has shape (5,); expected (nheads=6)"),
+        (dict(dt=np.zeros((3, 5), np.float32)), ValueError, "dt has shape (3, 5); expected (batch=3, nheads=6)"),
+        (dict(A=np.zeros(6, np.complex64)), TypeError, "A is complex64; expected float32"),
+        (dict(state=np.zeros((3, 6, 5, 7), np.float64)), TypeError, "state is float64; expected float32, float16 or bfloat16"),
+        (dict(dt_limit=(2.0, 1.0)), ValueError, "dt_limit=(2, 1) must be ordered (low, high)"),
+        (dict(state=None), ValueError, "state is required"),
+        (dict(A=None), ValueError, "A is required"),
+        (dict(dt=None), ValueError, "dt is required"),
+        (dict(B=None), ValueError, "B is required"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(rng, change, error, text):
     with pytest.raises(error) as raised:
         statescan.selective_state_update(**{**cases.mamba2_state_update(rng), **change})

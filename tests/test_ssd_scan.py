@@ -13,14 +13,39 @@ class TestSsdScan(ScanContract):
     optional = ("D", "z", "dt_bias", "initial_state")
 
 
-@pytest.mark.parametrize("row", (
-    dict(nheads=1, ngroups=1), dict(nheads=3, ngroups=1), dict(nheads=3, ngroups=3), dict(nheads=8, ngroups=2),
-    dict(nheads=12, ngroups=4, headdim=3), dict(headdim=1), dict(headdim=32), dict(headdim=40), dict(headdim=64),
-    dict(headdim=80), dict(headdim=96), dict(headdim=128, nheads=2, ngroups=1), dict(dstate=1), dict(dstate=8), dict(dstate=12),
-    dict(dstate=16), dict(dstate=64), dict(dstate=96), dict(dstate=128), dict(dstate=256), dict(dstate=512, headdim=3),
-    dict(headdim=64, dstate=128, seqlen=263, nheads=4, ngroups=2), dict(headdim=17, dstate=33, seqlen=101),
-    dict(nheads=0, ngroups=1), dict(headdim=0), dict(dstate=0), dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1, ngroups=1),
+        dict(nheads=3, ngroups=1),
+        dict(nheads=3, ngroups=3),
+        dict(nheads=8, ngroups=2),
+        dict(nheads=12, ngroups=4, headdim=3),
+        dict(headdim=1),
+        dict(headdim=32),
+        dict(headdim=40),
+        dict(headdim=64),
+        dict(headdim=80),
+        dict(headdim=96),
+        dict(headdim=128, nheads=2, ngroups=1),
+        dict(dstate=1),
+        dict(dstate=8),
+        dict(dstate=12),
+        dict(dstate=16),
+        dict(dstate=64),
+        dict(dstate=96),
+        dict(dstate=128),
+        dict(dstate=256),
+        dict(dstate=512, headdim=3),
+        dict(headdim=64, dstate=128, seqlen=263, nheads=4, ngroups=2),
+        dict(headdim=17, dstate=33, seqlen=101),
+        dict(nheads=0, ngroups=1),
+        dict(headdim=0),
+        dict(dstate=0),
+        dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):
     OP.check(device, cases.ssd_scan(rng, dtype, **row), dt_softplus=True)
@@ -59,10 +84,18 @@ def test_slices_of_one_projection(device, rng, dtype):
         assert_same_bits(got[name], plain[name], name)
 
 
-@pytest.mark.parametrize("options", (
-    dict(), dict(dt_softplus=True), dict(dt_limit=(0.0, 0.1)), dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
-    dict(dt_softplus=True, dt_limit=(0.0, float("inf"))), dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
-), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(dt_softplus=True),
+        dict(dt_limit=(0.0, 0.1)),
+        dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+        dict(dt_softplus=True, dt_limit=(0.0, float("inf"))),
+        dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_steps(device, rng, options, dtype):
     inputs = cases.ssd_scan(rng, dtype)
@@ -195,31 +228,62 @@ def test_bad_head_stays_alone(device, rng):
 
 
 def test_float64_of_every_option(rng):
-    for options in (dict(), dict(dt_softplus=True, dt_limit=(0.01, 0.3)), dict(dt_softplus=True, reverse=True),
-                    dict(dt_softplus=True, chunk_size=40)):
+    for options in (
+        dict(),
+        dict(dt_softplus=True, dt_limit=(0.01, 0.3)),
+        dict(dt_softplus=True, reverse=True),
+        dict(dt_softplus=True, chunk_size=40),
+    ):
         inputs = cases.ssd_scan(rng, "float64", seqlen=131, headdim=16, dstate=24)
         inputs["dt"] = np.abs(inputs["dt"]) / 10
         OP.check(Cpu(), inputs, **options)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("change,error,text", (
-    (dict(B=np.zeros((2, 67, 4, 7), np.float32)), ValueError, "ssd_scan: ngroups=4 (from B, shape (2, 67, 4, 7)) must divide nheads=6"),
-    (dict(B=np.zeros((2, 67, 0, 7), np.float32)), ValueError, "ssd_scan: ngroups=0 (from B, shape (2, 67, 0, 7)) must divide nheads=6"),
-    (dict(C=np.zeros((2, 67, 2, 7), np.float32)), ValueError,
-     "ssd_scan: C has shape (2, 67, 2, 7); expected (batch=2, seqlen=67, ngroups=3, dstate=7)"),
-    (dict(dt=np.zeros((2, 66, 6), np.float32)), ValueError, "ssd_scan: dt has shape (2, 66, 6); expected (batch=2, seqlen=67, nheads=6)"),
-    (dict(A=np.zeros(5, np.float32)), ValueError, "ssd_scan: A has shape (5,); expected (nheads=6)"),
-    (dict(D=np.zeros((6, 4), np.float32)), ValueError, "ssd_scan: D has shape (6, 4); expected (nheads=6, headdim=5)"),
-    (dict(x=np.zeros((2, 67, 30), np.float32)), ValueError, "ssd_scan: x has shape (2, 67, 30); expected (batch, seqlen, nheads, headdim)"),
-    (dict(initial_state=np.zeros((3, 6, 5, 7), np.float32)), ValueError, "expected (batch=2, nheads=6, headdim=5, dstate=7)"),
-    (dict(B=np.zeros((2, 67, 3, 7), np.float16)), TypeError, "ssd_scan: B is float16; expected float32"),
-    (dict(A=np.zeros(6, np.float64)), TypeError, "ssd_scan: A is float64; expected float32"),
-    (dict(x=np.zeros((2, 67, 6, 5), np.int32)), TypeError, "ssd_scan: x is int32; expected float32, float64, float16 or bfloat16"),
-    (dict(dt_limit=(0.5, 0.1)), ValueError, "ssd_scan: dt_limit=(0.5, 0.1) must be ordered (low, high)"),
-    (dict(dt_limit=(0.5,)), ValueError, "ssd_scan: dt_limit must be a pair (low, high) or None"),
-    (dict(chunk_size=-1), ValueError, "ssd_scan: chunk_size=-1 must be positive"),
-), ids=lambda v: None if not isinstance(v, dict) else "-".join(v))
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (
+            dict(B=np.zeros((2, 67, 4, 7), np.float32)),
+            ValueError,
+            "ssd_scan: ngroups=4 (from B, shape (2, 67, 4, 7)) must divide nheads=6",
+        ),
+        (
+            dict(B=np.zeros((2, 67, 0, 7), np.float32)),
+            ValueError,
+            "ssd_scan: ngroups=0 (from B, shape (2, 67, 0, 7)) must divide nheads=6",
+        ),
+        (
+            dict(C=np.zeros((2, 67, 2, 7), np.float32)),
+            ValueError,
+            "ssd_scan: C has shape (2, 67, 2, 7); expected (batch=2, seqlen=67, ngroups=3, dstate=7)",
+        ),
+        (
+            dict(dt=np.zeros((2, 66, 6), np.float32)),
+            ValueError,
+            "ssd_scan: dt has shape (2, 66, 6); expected (batch=2, seqlen=67, nheads=6)",
+        ),
+        (dict(A=np.zeros(5, np.float32)), ValueError, "ssd_scan: A has shape (5,); expected (nheads=6)"),
+        (dict(D=np.zeros((6, 4), np.float32)), ValueError, "ssd_scan: D has shape (6, 4); expected (nheads=6, headdim=5)"),
+        (
+            dict(x=np.zeros((2, 67, 30), np.float32)),
+            ValueError,
+            "ssd_scan: x has shape (2, 67, 30); expected (batch, seqlen, nheads, headdim)",
+        ),
+        (dict(initial_state=np.zeros((3, 6, 5, 7), np.float32)), ValueError, "expected (batch=2, nheads=6, headdim=5, dstate=7)"),
+        (dict(B=np.zeros((2, 67, 3, 7), np.float16)), TypeError, "ssd_scan: B is float16; expected float32"),
+        (dict(A=np.zeros(6, np.float64)), TypeError, "ssd_scan: A is float64; expected float32"),
+        (
+            dict(x=np.zeros((2, 67, 6, 5), np.int32)),
+            TypeError,
+            "ssd_scan: x is int32; expected float32, float64, float16 or bfloat16",
+        ),
+        (dict(dt_limit=(0.5, 0.1)), ValueError, "ssd_scan: dt_limit=(0.5, 0.1) must be ordered (low, high)"),
+        (dict(dt_limit=(0.5,)), ValueError, "ssd_scan: dt_limit must be a pair (low, high) or None"),
+        (dict(chunk_size=-1), ValueError, "ssd_scan: chunk_size=-1 must be positive"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
 def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.ssd_scan(rng), **change})

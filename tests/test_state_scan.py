@@ -13,11 +13,26 @@ class TestStateScan(ScanContract):
     lengths = (0, 1, 2, 3, 5, 8, 31, 64, 65)
 
 
-@pytest.mark.parametrize("row", (
-    dict(nheads=1), dict(nheads=2), dict(headdim=1), dict(headdim=40), dict(headdim=64, dstate=128, seqlen=17),
-    dict(headdim=80), dict(dstate=1), dict(dstate=12), dict(dstate=96), dict(dstate=256), dict(headdim=3, dstate=512),
-    dict(nheads=0), dict(headdim=0), dict(dstate=0),
-), ids=str)
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1),
+        dict(nheads=2),
+        dict(headdim=1),
+        dict(headdim=40),
+        dict(headdim=64, dstate=128, seqlen=17),
+        dict(headdim=80),
+        dict(dstate=1),
+        dict(dstate=12),
+        dict(dstate=96),
+        dict(dstate=256),
+        dict(headdim=3, dstate=512),
+        dict(nheads=0),
+        dict(headdim=0),
+        dict(dstate=0),
+    ),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_sizes(device, rng, row, dtype):
     cases.STATE_SCAN.check(device, cases.state_scan(rng, dtype, **row))
@@ -40,15 +55,19 @@ def test_state_dtypes(device, rng, dtype):
 # ---- backward ----------------------------------------------------------------------------------------------------------
 def backward_inputs(rng, dtype="float32", omit=(), reverse=False, cu_seqlens=None, **sizes):
     forward = cases.state_scan(rng, dtype, **sizes)
-    states, final = reference.state_scan.state_scan(**{k: exact(v) for k, v in forward.items()}, reverse=reverse,
-                                                    cu_seqlens=cu_seqlens)
-    return cases.without(dict(
-        log_decay=forward["log_decay"],
-        states=states.astype(forward["update"].dtype),
-        dstates=cases.normal(rng, dtype, *states.shape),
-        dfinal_state=cases.normal(rng, cases.parameter_dtype(dtype), *final.shape),
-        initial_state=forward["initial_state"],
-    ), omit)
+    states, final = reference.state_scan.state_scan(
+        **{k: exact(v) for k, v in forward.items()}, reverse=reverse, cu_seqlens=cu_seqlens
+    )
+    return cases.without(
+        dict(
+            log_decay=forward["log_decay"],
+            states=states.astype(forward["update"].dtype),
+            dstates=cases.normal(rng, dtype, *states.shape),
+            dfinal_state=cases.normal(rng, cases.parameter_dtype(dtype), *final.shape),
+            initial_state=forward["initial_state"],
+        ),
+        omit,
+    )
 
 
 GRADIENTS = ("dlog_decay", "dupdate", "dinitial_state")
@@ -118,7 +137,9 @@ def test_backward_is_the_gradient_of_the_forward(device, rng):
     v = cases.state_scan(rng)
     change = cases.STATE_SCAN.run(device, {**v, "log_decay": inputs["log_decay"]})
     got = run_backward(device, {**gradients, "log_decay": inputs["log_decay"]})
-    left = np.vdot(exact(change["states"]), exact(gradients["dstates"])) + np.vdot(change["final_state"], gradients["dfinal_state"])
+    left = np.vdot(exact(change["states"]), exact(gradients["dstates"])) + np.vdot(
+        change["final_state"], gradients["dfinal_state"]
+    )
     right = np.vdot(exact(got["dupdate"]), v["update"]) + np.vdot(exact(got["dinitial_state"]), v["initial_state"])
     assert abs(left - right) <= 1e-5 * np.linalg.norm(exact(change["states"])) * np.linalg.norm(exact(gradients["dstates"]))
 

@@ -11,7 +11,7 @@ def indices(*slots, dtype=np.int32):
 
 
 class UpdateContract:
-    op = None          # a cases.Update
+    op = None  # a cases.Update
     sizes = {}
     optional = ()
 
@@ -190,13 +190,24 @@ class UpdateContract:
     def test_index_rules(self, device, rng):
         inputs = self.make(rng, batch=3, slots=6)
         self.refuses(device, ValueError, "state_indices has shape (2,); expected (batch=3)", inputs, state_indices=indices(0, 1))
-        self.refuses(device, TypeError, "state_indices is float32; expected int32 or int64", inputs,
-                     state_indices=np.zeros(3, np.float32))
+        self.refuses(
+            device, TypeError, "state_indices is float32; expected int32 or int64", inputs, state_indices=np.zeros(3, np.float32)
+        )
         if device.name == "cpu":  # on a GPU the values are not read
-            self.refuses(device, ValueError, "state_indices[1]=6 must lie in 0..5, or be -1 for padding", inputs,
-                         state_indices=indices(0, 6, 1))
-            self.refuses(device, ValueError, "state_indices[2]=-2 must lie in 0..5, or be -1 for padding", inputs,
-                         state_indices=indices(0, 1, -2))
+            self.refuses(
+                device,
+                ValueError,
+                "state_indices[1]=6 must lie in 0..5, or be -1 for padding",
+                inputs,
+                state_indices=indices(0, 6, 1),
+            )
+            self.refuses(
+                device,
+                ValueError,
+                "state_indices[2]=-2 must lie in 0..5, or be -1 for padding",
+                inputs,
+                state_indices=indices(0, 1, -2),
+            )
         for name in self.op.states:
             self.refuses(device, ValueError, "slots=3", {**inputs, name: np.concatenate([inputs[name]] * 2)})
 
@@ -225,7 +236,9 @@ class UpdateContract:
             with pytest.raises(ValueError, match=f"{self.op.name}: {name} is written, but the array is read-only"):
                 getattr(statescan, self.op.name)(**{**inputs, name: frozen}, **self.op.options)
             overlapping = np.lib.stride_tricks.as_strided(frozen.copy(), frozen.shape, (0, *frozen.strides[1:]))
-            with pytest.raises(ValueError, match=f"{self.op.name}: {name} is written, but its strides make elements share memory"):
+            with pytest.raises(
+                ValueError, match=f"{self.op.name}: {name} is written, but its strides make elements share memory"
+            ):
                 getattr(statescan, self.op.name)(**{**inputs, name: overlapping}, **self.op.options)
 
     def test_wrong_outputs_are_refused(self, device, rng):

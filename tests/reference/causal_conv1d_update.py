@@ -11,6 +11,5 @@ def causal_conv1d_update(x, state, weight, bias=None, *, activation=None, state_
         if slot < 0:
             continue
         mine = slice(row, row + 1)
-        y[mine], after[slot] = causal_conv1d(tokens[mine], weight, bias, activation=activation,
-                                             initial_state=state[slot][None])
+        y[mine], after[slot] = causal_conv1d(tokens[mine], weight, bias, activation=activation, initial_state=state[slot][None])
     return y.reshape(x.shape), after

@@ -3,8 +3,22 @@ import numpy as np
 from .common import discretise, silu, walks
 
 
-def selective_scan(x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=None, initial_state=None,
-                   cu_seqlens=None, reverse=False):
+def selective_scan(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=None,
+    initial_state=None,
+    cu_seqlens=None,
+    reverse=False,
+):
     """h = exp(dt A) h + dt B x;  y = C.h (2 Re C.h with a complex A) + D x, times silu(z). Returns y and the last h."""
     batch, seqlen, dim = x.shape
     dstate = A.shape[1]

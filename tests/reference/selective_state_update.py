@@ -4,8 +4,22 @@ from .selective_scan import selective_scan
 from .ssd_scan import ssd_scan
 
 
-def selective_state_update(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=None,
-                           state_indices=None, out_state_indices=None):
+def selective_state_update(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=None,
+    state_indices=None,
+    out_state_indices=None,
+):
     """selective_scan or ssd_scan on the new tokens of each row, from the row's slot. Returns y and every slot afterwards."""
     scan = selective_scan if state.ndim == 3 else ssd_scan
     has_token_axis = x.ndim == state.ndim
@@ -23,9 +37,19 @@ def selective_state_update(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=Non
     for row, (read, write) in enumerate(zip(reads, writes)):
         if read < 0:
             continue
-        out, last = scan(tokens_of(x, row), tokens_of(dt, row), A, projection_of(B, row), projection_of(C, row), D=D,
-                         z=None if z is None else tokens_of(z, row), dt_bias=dt_bias, dt_softplus=dt_softplus,
-                         dt_limit=dt_limit, initial_state=state[read][None])
+        out, last = scan(
+            tokens_of(x, row),
+            tokens_of(dt, row),
+            A,
+            projection_of(B, row),
+            projection_of(C, row),
+            D=D,
+            z=None if z is None else tokens_of(z, row),
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            initial_state=state[read][None],
+        )
         y[row] = out[0] if has_token_axis else out[0, 0]
         if write >= 0:
             after[write] = last[0]
