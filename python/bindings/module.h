@@ -1,4 +1,4 @@
-// One function for each <op>.cpp of this folder.
+// One function for each file of this folder that binds something.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -16,5 +16,6 @@ void bind_mamba2_scan(nb::module_& m);
 void bind_causal_conv1d_update(nb::module_& m);
 void bind_selective_state_update(nb::module_& m);
 void bind_mamba2_update(nb::module_& m);
+void bind_xla(nb::module_& m);
 
 }  // namespace statescan::python

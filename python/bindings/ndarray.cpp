@@ -7,6 +7,8 @@
 
 #include <nanobind/stl/string.h>
 
+#include "workspace.h"
+
 namespace statescan::python {
 
 namespace {
@@ -96,7 +98,16 @@ nb::handle arrays_module() {
   return module;
 }
 
-// Memory for the CPU kernels, kept from call to call by each thread; it only grows.
+dlpack_abi::DataType dlpack_dtype(DType dtype) {
+  const int code = is_complex(dtype)                                     ? dlpack::kComplex
+                   : dtype == DType::int32 || dtype == DType::int64      ? dlpack::kInt
+                   : dtype == DType::bfloat16                            ? dlpack::kBfloat
+                                                                         : dlpack::kFloat;
+  return {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
+}
+
+}  // namespace
+
 void* thread_workspace(std::size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -114,16 +125,6 @@ void* thread_workspace(std::size_t bytes) {
   }
   return memory.get();
 }
-
-dlpack_abi::DataType dlpack_dtype(DType dtype) {
-  const int code = is_complex(dtype)                                     ? dlpack::kComplex
-                   : dtype == DType::int32 || dtype == DType::int64      ? dlpack::kInt
-                   : dtype == DType::bfloat16                            ? dlpack::kBfloat
-                                                                         : dlpack::kFloat;
-  return {static_cast<std::uint8_t>(code), static_cast<std::uint8_t>(8 * size_of(dtype)), 1};
-}
-
-}  // namespace
 
 Call::Call(const char* op, const char* main_name, nb::handle main, nb::handle stream)
     : op_(op), main_object_(main), stream_(stream) {
