@@ -15,7 +15,11 @@ int compute_capability(int device) {
   if (remembered)
     if (const int found = known[device].load(std::memory_order_relaxed)) return found;
   int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+    (void)cudaGetLastError();
+    const std::string reason = cuda_unavailable_reason();
+    fail<CudaError>("CUDA device ", device, " cannot be used: ", reason.empty() ? "there is no such device" : reason);
+  }
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   if (remembered) known[device].store(10 * major + minor, std::memory_order_relaxed);
   return 10 * major + minor;

@@ -2,8 +2,8 @@
 // Math     G[last] = dfinal_state, G[c-1] = dstates[c] + exp(log_decay[c]) G[c]; dupdate[c] = G[c],
 //          dlog_decay[c] = exp(log_decay[c]) <G[c], states[c]>, dinitial_state = G[-1]
 // Shapes   states, dstates, dupdate [b,c,h,p,n]; log_decay, dlog_decay [b,c,h]
-// Traffic  read states and dstates, write dupdate: 3*b*c*h*p*n*sizeof(Element); floor: that over 3.0 TB/s. The partial sums
-//          add 8*b*c*h*p*n / (32 * kVector) bytes, under 2%
+// Traffic  read states and dstates, write dupdate: 3*b*c*h*p*n*sizeof(Element); read dfinal_state, write dinitial_state:
+//          b*h*p*n elements each; floor: that over 3.0 TB/s. The partial sums add 8*b*c*h*p*n / (32 * kVector) bytes, under 2%
 // Launch   one axis of tiles x heads x sequences blocks of 64 threads; then a warp for each dlog_decay
 // Numerics float32 adjoint in registers; dlog_decay: a thread's products in order, the lanes of a warp as a tree, the warps of
 //          a slice in order. No atomics: the bits depend on the slice alone
@@ -55,10 +55,13 @@ __global__ void __launch_bounds__(Policy::kThreads) state_scan_backward_kernel(c
 
   const std::int64_t length = span.last - span.first;
   const std::int64_t start = params.reverse ? span.first : span.last - 1, direction = params.reverse ? 1 : -1;
-  const Element* states = slice_at<Element>(params.states, span.batch, start, task.head);
-  const Element* dstates = slice_at<Element>(params.dstates, span.batch, start, task.head);
+  const std::int64_t states_step = direction * params.states.chunk, dstates_step = direction * params.dstates.chunk;
+  const std::int64_t dupdate_step = direction * params.dupdate.chunk, decay_step = direction * params.log_decay.chunk;
+  const std::int64_t partial_step = direction * params.heads * params.warps;
+  const Element* states = lane.at(slice_at<Element>(params.states, span.batch, start, task.head), params.states);
+  const Element* dstates = lane.at(slice_at<Element>(params.dstates, span.batch, start, task.head), params.dstates);
   const float* decay = decay_at(params.log_decay, span.batch, start, task.head);
-  Element* dupdate = slice_at<Element>(params.dupdate, span.batch, start, task.head);
+  Element* dupdate = lane.at(slice_at<Element>(params.dupdate, span.batch, start, task.head), params.dupdate);
   float* partial = params.partial + ((span.batch * params.sequences.nchunks + start) * params.heads + task.head) * params.warps + warp;
 
   // A ring of kStages chunks on their way, as in the forward.
@@ -66,13 +69,13 @@ __global__ void __launch_bounds__(Policy::kThreads) state_scan_backward_kernel(c
   float next_decay[kStages];
   auto fetch = [&](int slot) {
     if (lane.inside()) {
-      if (params.partial) next_states[slot] = lane.load_streaming(states, params.states.row, params.states.column);
-      next_dstates[slot] = lane.load_streaming(dstates, params.dstates.row, params.dstates.column);
+      if (params.partial) next_states[slot] = lane.load(states, params.states);
+      next_dstates[slot] = lane.load(dstates, params.dstates);
     }
     next_decay[slot] = *decay;
-    states += direction * params.states.chunk;
-    dstates += direction * params.dstates.chunk;
-    decay += direction * params.log_decay.chunk;
+    states += states_step;
+    dstates += dstates_step;
+    decay += decay_step;
   };
 #pragma unroll
   for (int slot = 0; slot < kStages; ++slot)
@@ -85,20 +88,23 @@ __global__ void __launch_bounds__(Policy::kThreads) state_scan_backward_kernel(c
     for (int slot = 0; slot < kStages; ++slot) {
       if (k + slot >= length) break;
       if (params.dupdate.data) {
-        if (lane.inside()) lane.store(dupdate, params.dupdate.row, params.dupdate.column, cuda::narrow<Element>(adjoint));
-        dupdate += direction * params.dupdate.chunk;
+        if (lane.inside()) lane.store(dupdate, params.dupdate, cuda::narrow<Element>(adjoint));
+        dupdate += dupdate_step;
       }
       if (params.partial) {
-        float product = 0.0f;
+        float state[kVector], product = 0.0f;
+        cuda::widen(next_states[slot], state);
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) product = fmaf(adjoint[i], cuda::widen(next_states[slot].at[i]), product);
+        for (int i = 0; i < kVector; ++i) product = fmaf(adjoint[i], state[i], product);
         product = sum_over_warp(product);
         if (threadIdx.x % kWarp == 0) *partial = product;
-        partial += direction * params.heads * params.warps;
+        partial += partial_step;
       }
       const float scale = expf(next_decay[slot]);
+      float added[kVector];
+      cuda::widen(next_dstates[slot], added);
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) adjoint[i] = fmaf(scale, adjoint[i], cuda::widen(next_dstates[slot].at[i]));
+      for (int i = 0; i < kVector; ++i) adjoint[i] = fmaf(scale, adjoint[i], added[i]);
       if (k + slot + kStages < length) fetch(slot);
     }
   }

@@ -20,9 +20,10 @@ struct Policy {
   // Small blocks spread the few thousand warps of a batch of one evenly over the multiprocessors.
   static constexpr int kThreads = 64;
   // Chunks in flight. An H100 needs about 2.3 MB on the way to reach its bandwidth; b1 h24 p64 n128 in bfloat16 has 24,576
-  // threads of 16 bytes, so 8 chunks of one stream, or 4 of two.
+  // threads of 16 bytes, so 8 chunks of one stream, or 4 of two. Fifth chunks of the 16-bit types save 4% there; sixth ones
+  // cost 6% at b1 c128 h80, where they spread over too many pages of memory (H100, 2026-11-22).
   static constexpr int kForwardStages = access == Access::vector ? 8 : 2;
-  static constexpr int kBackwardStages = access == Access::vector ? 4 : 2;
+  static constexpr int kBackwardStages = access == Access::strided ? 2 : (size_of(dtype) == 2 ? 5 : 4);
 };
 
 inline constexpr int kWarp = 32;

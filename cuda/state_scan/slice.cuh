@@ -31,7 +31,8 @@ inline __device__ Task task_of(const Tasks& tasks) {
   return {slice / tasks.heads, slice % tasks.heads, blockIdx.x % tasks.tiles};
 }
 
-// The elements of a slice that one thread carries: kVector of them from `first` on, as far as the slice reaches.
+// The elements of a slice that one thread carries: kVector of them from `first` on, as far as the slice reaches. at() turns the
+// address of a slice into the one that load() and store() take; it moves from chunk to chunk by the stride of the chunks.
 template <class Policy, Access = Policy::kAccess>
 class Lane;
 
@@ -45,17 +46,17 @@ class Lane<Policy, Access::vector> {
 
   __device__ bool inside() const { return inside_; }
 
-  template <class Element>
-  __device__ cuda::Vector<Element, kVector> load(const Element* slice, std::int64_t row, std::int64_t) const {
-    return cuda::load_vector<Element, kVector>(slice + row_ * row + column_);
+  template <class Element, class View>
+  __device__ Element* at(Element* slice, const View& t) const {
+    return slice + row_ * t.row + column_;
   }
-  template <class Element>
-  __device__ cuda::Vector<Element, kVector> load_streaming(const Element* slice, std::int64_t row, std::int64_t) const {
-    return cuda::load_streaming<Element, kVector>(slice + row_ * row + column_);
+  template <class Element, class View>
+  __device__ cuda::Vector<Element, kVector> load(const Element* from, const View&) const {
+    return cuda::load_vector<Element, kVector>(from);
   }
-  template <class Element>
-  __device__ void store(Element* slice, std::int64_t row, std::int64_t, const cuda::Vector<Element, kVector>& v) const {
-    cuda::store_vector(slice + row_ * row + column_, v);
+  template <class Element, class View>
+  __device__ void store(Element* to, const View&, const cuda::Vector<Element, kVector>& v) const {
+    cuda::store_vector(to, v);
   }
 
  private:
@@ -73,33 +74,33 @@ class Lane<Policy, Access::strided> {
 
   __device__ bool inside() const { return left_ > 0; }
 
-  template <class Element>
-  __device__ cuda::Vector<Element, kVector> load(const Element* slice, std::int64_t row, std::int64_t column) const {
+  template <class Element, class View>
+  __device__ Element* at(Element* slice, const View&) const {
+    return slice;
+  }
+  template <class Element, class View>
+  __device__ cuda::Vector<Element, kVector> load(const Element* slice, const View& t) const {
     cuda::Vector<Element, kVector> v{};
-    walk(row, column, [&](int i, std::int64_t offset) { v.at[i] = slice[offset]; });
+    walk(t, [&](int i, std::int64_t offset) { cuda::set_element(v, i, slice[offset]); });
     return v;
   }
-  template <class Element>
-  __device__ cuda::Vector<Element, kVector> load_streaming(const Element* slice, std::int64_t row, std::int64_t column) const {
-    return load(slice, row, column);  // neighbouring lanes touch the same sectors: these stay in the cache
-  }
-  template <class Element>
-  __device__ void store(Element* slice, std::int64_t row, std::int64_t column, const cuda::Vector<Element, kVector>& v) const {
-    walk(row, column, [&](int i, std::int64_t offset) { slice[offset] = v.at[i]; });
+  template <class Element, class View>
+  __device__ void store(Element* slice, const View& t, const cuda::Vector<Element, kVector>& v) const {
+    walk(t, [&](int i, std::int64_t offset) { slice[offset] = cuda::element_of(v, i); });
   }
 
  private:
   std::int64_t row_, column_, columns_, left_;
 
-  template <class Visit>
-  __device__ void walk(std::int64_t row, std::int64_t column, Visit visit) const {
-    std::int64_t r = row_, c = column_;
+  template <class View, class Visit>
+  __device__ void walk(const View& t, Visit visit) const {
+    std::int64_t row = row_, column = column_;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      if (i < left_) visit(i, r * row + c * column);
-      if (++c == columns_) {
-        c = 0;
-        ++r;
+      if (i < left_) visit(i, row * t.row + column * t.column);
+      if (++column == columns_) {
+        column = 0;
+        ++row;
       }
     }
   }
@@ -114,11 +115,14 @@ inline __device__ float* decay_at(const DecayView& t, std::int64_t batch, std::i
   return static_cast<float*>(t.data) + batch * t.batch + chunk * t.chunk + head * t.head;
 }
 
-template <class Lane, class Element>
+template <class Element>
+__device__ Element* state_at(const StateView& t, const Task& task) {
+  return static_cast<Element*>(t.data) + task.sequence * t.sequence + task.head * t.head;
+}
+
+template <class Element, class Lane>
 __device__ void load_state_as(const Lane& lane, const StateView& t, const Task& task, float (&state)[Lane::kVector]) {
-  const auto v = lane.load(static_cast<const Element*>(t.data) + task.sequence * t.sequence + task.head * t.head, t.row, t.column);
-#pragma unroll
-  for (int i = 0; i < Lane::kVector; ++i) state[i] = cuda::widen(v.at[i]);
+  cuda::widen(lane.load(lane.at(state_at<Element>(t, task), t), t), state);
 }
 
 // The state at one end of a sequence; zero when the tensor is absent.
@@ -127,31 +131,31 @@ __device__ void load_state(const Lane& lane, const StateView& t, const Task& tas
 #pragma unroll
   for (int i = 0; i < Lane::kVector; ++i) state[i] = 0.0f;
   if (!t.data || !lane.inside()) return;
-  if (t.dtype == DType::float32) load_state_as<Lane, float>(lane, t, task, state);
-  else if (t.dtype == DType::float16) load_state_as<Lane, __half>(lane, t, task, state);
-  else load_state_as<Lane, __nv_bfloat16>(lane, t, task, state);
+  if (t.dtype == DType::float32) load_state_as<float>(lane, t, task, state);
+  else if (t.dtype == DType::float16) load_state_as<__half>(lane, t, task, state);
+  else load_state_as<__nv_bfloat16>(lane, t, task, state);
 }
 
-template <class Lane, class Element>
+template <class Element, class Lane>
 __device__ void store_state_as(const Lane& lane, const StateView& t, const Task& task, const float (&state)[Lane::kVector]) {
-  lane.store(static_cast<Element*>(t.data) + task.sequence * t.sequence + task.head * t.head, t.row, t.column,
-             cuda::narrow<Element>(state));
+  lane.store(lane.at(state_at<Element>(t, task), t), t, cuda::narrow<Element>(state));
 }
 
 template <class Lane>
 __device__ void store_state(const Lane& lane, const StateView& t, const Task& task, const float (&state)[Lane::kVector]) {
   if (!t.data || !lane.inside()) return;
-  if (t.dtype == DType::float32) store_state_as<Lane, float>(lane, t, task, state);
-  else if (t.dtype == DType::float16) store_state_as<Lane, __half>(lane, t, task, state);
-  else store_state_as<Lane, __nv_bfloat16>(lane, t, task, state);
+  if (t.dtype == DType::float32) store_state_as<float>(lane, t, task, state);
+  else if (t.dtype == DType::float16) store_state_as<__half>(lane, t, task, state);
+  else store_state_as<__nv_bfloat16>(lane, t, task, state);
 }
 
 // Zeros in the chunks of a span: those past the last packed sequence.
 template <class Element, class Lane>
 __device__ void clear(const Lane& lane, const ChunkView& t, const Span& span, std::int64_t head) {
   if (!lane.inside()) return;
+#pragma unroll 1
   for (std::int64_t c = span.first; c < span.last; ++c)
-    lane.store(slice_at<Element>(t, span.batch, c, head), t.row, t.column, cuda::Vector<Element, Lane::kVector>{});
+    lane.store(lane.at(slice_at<Element>(t, span.batch, c, head), t), t, cuda::Vector<Element, Lane::kVector>{});
 }
 
 }  // namespace statescan::state_scan
