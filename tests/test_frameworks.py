@@ -289,11 +289,13 @@ def test_sparse_tensors(rng, torch):
 
 
 def test_jax_arrays_are_no_outputs(rng):
-    jnp = pytest.importorskip("jax.numpy")
+    jax = pytest.importorskip("jax")
     inputs = cases.causal_conv1d(rng)
+    with jax.default_device(jax.devices("cpu")[0]):
+        x, out = jax.numpy.asarray(inputs["x"]), jax.numpy.zeros(inputs["x"].shape)
     with pytest.raises(TypeError, match=r"causal_conv1d: out is a JAX array, which is immutable"):
-        statescan.causal_conv1d(**inputs, out=jnp.zeros(inputs["x"].shape))
-    y = statescan.causal_conv1d(**{**inputs, "x": jnp.asarray(inputs["x"])})
+        statescan.causal_conv1d(**inputs, out=out)
+    y = statescan.causal_conv1d(**{**inputs, "x": x})
     assert_same_bits(np.asarray(y), statescan.causal_conv1d(**inputs), "y")
 
 

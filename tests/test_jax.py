@@ -12,6 +12,7 @@ from support import NARROW, assert_accurate, assert_same_bits, exact, gate, rela
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
+import statescan  # noqa: E402
 import statescan.jax  # noqa: E402
 
 
@@ -168,6 +169,14 @@ def test_errors_while_tracing(device, rng):
         statescan.jax.state_scan(inputs["log_decay"].astype(jnp.bfloat16), inputs["update"])
     with pytest.raises(TypeError, match="uint8"):
         statescan.jax.state_scan(inputs["log_decay"], inputs["update"].astype(jnp.uint8))
+
+
+def test_gpu_arrays_are_for_statescan_jax(device, rng):
+    _, inputs = inputs_of(rng)
+    if device.platform == "cpu":
+        pytest.skip("JAX arrays on the CPU are inputs like any other")
+    with pytest.raises(TypeError, match="state_scan: update is a JAX array on a GPU; use statescan.jax"):
+        statescan.state_scan(inputs["log_decay"], inputs["update"])
 
 
 def test_importing_statescan_imports_no_jax():

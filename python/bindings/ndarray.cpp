@@ -187,14 +187,21 @@ void Call::import(const char* name, nb::handle object, bool writable, Tensor& te
   } else if (nb::hasattr(object, "__dlpack_device__")) {
     nb::tuple device = nb::cast<nb::tuple>(nb::getattr(object, "__dlpack_device__")());
     // On a GPU -1 asks for no synchronisation: order comes from the stream of the call, and graph capture goes on.
-    if (nb::cast<int>(device[0]) != dlpack::kCPU) source = nb::getattr(object, "__dlpack__")(nb::arg("stream") = -1);
+    if (nb::cast<int>(device[0]) != dlpack::kCPU) {
+      if (traits.is_jax)  // it has no stream to work on, and refuses -1
+        fail<TypeError>(op_, ": ", name, " is a JAX array on a GPU; use statescan.jax");
+      source = nb::getattr(object, "__dlpack__")(nb::arg("stream") = -1);
+    }
   }
   if (import_count_ == kMaxImports) fail<ValueError>(op_, ": more than ", kMaxImports, " arrays");
   nb::ndarray<nb::ro>& array = imports_[import_count_++];
-  bool taken = nb::try_cast(source, array, false);
-  if (taken && writable && !traits.is_numpy) {  // NumPy's flag is read above; others refuse to be imported as writable
+  bool taken;
+  if (writable && !traits.is_numpy) {  // NumPy's flag is read above; others refuse to be imported as writable
     nb::ndarray<> as_writable;
     taken = nb::try_cast(source, as_writable, false);
+    if (taken) array = nb::ndarray<nb::ro>(as_writable);  // one import: a DLPack capsule can be taken once
+  } else {
+    taken = nb::try_cast(source, array, false);
   }
   if (!taken)
     fail<TypeError>(op_, ": ", name, " is ", nb::type_name(object.type()).c_str(), "; expected ",

@@ -21,7 +21,7 @@ for (_target, _platform), _handler in _C.xla_handlers.items():
 def _call(op: str, operands: list[jax.Array], results: list[jax.ShapeDtypeStruct], **attributes: bool) -> list[jax.Array]:
     """The op on XLA's arrays. Raises for wrong shapes and dtypes while tracing; scratch memory is one result more."""
     workspace = getattr(_C, f"xla_check_{op}")([(a.dtype.name, list(a.shape)) for a in operands])
-    scratch = jax.ShapeDtypeStruct((workspace,), jnp.int8)
+    scratch = jax.ShapeDtypeStruct((-(-workspace // 4),), jnp.int32)
     call = jax.ffi.ffi_call(f"statescan_{op}", [*results, scratch], vmap_method="broadcast_all")
     return call(*operands, **attributes)[:-1]
 
