@@ -1,0 +1,318 @@
+"""What only a GPU can show: streams, graph capture, other frameworks, launch limits, offsets past 2^31. What a call computes is
+tested by test_<op>.py, whose tests run on the GPU as well."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+import reference.state_scan
+import statescan
+from support import DEVICES, assert_accurate, assert_same_bits, exact
+
+needs_gpu = pytest.mark.skipif(len(DEVICES) < 2, reason="needs a CUDA device")
+
+
+def on_gpu(made):
+    import torch
+
+    return {name: torch.from_numpy(value).cuda() for name, value in made.items()}
+
+
+def expected(made, **options):
+    return reference.state_scan.state_scan(**{name: exact(value) for name, value in made.items()}, **options)
+
+
+def check(made, results, **options):
+    for name, got, value in zip(("states", "final_state"), results, expected(made, **options), strict=True):
+        assert_accurate(got.cpu().numpy(), value, name)
+
+
+# ---- the build ---------------------------------------------------------------------------------------------------------------
+def test_info_says_why_cuda_is_off_or_on():
+    found = statescan.info()
+    on = found["backends"]["cuda"].startswith("on")
+    assert on == (found["cuda_devices"] > 0)
+    assert on or found["backends"]["cuda"].startswith("off: ")
+
+
+def test_native_program(tmp_path):
+    """Forward and backward from C++, first inside a graph capture; without a device, the error that says so."""
+    if not shutil.which("cmake") or not (shutil.which("nvcc") or Path("/usr/local/cuda").exists()):
+        pytest.skip("needs cmake and the CUDA toolkit")
+    source = Path(__file__).parent / "cpp" / "cuda"
+    folder = subprocess.run([sys.executable, "-m", "statescan", "--cmake-dir"], check=True, capture_output=True, text=True).stdout
+    for command in (["cmake", "-S", source, "-B", tmp_path, f"-Dstatescan_DIR={folder.strip()}"], ["cmake", "--build", tmp_path]):
+        subprocess.run(command, check=True, capture_output=True)
+    printed = subprocess.run([tmp_path / "state_scan_test"], check=True, capture_output=True, text=True).stdout
+    assert ("in a graph" in printed) == (len(DEVICES) > 1)
+
+
+# ---- dispatch ------------------------------------------------------------------------------------------------------------------
+@needs_gpu
+def test_every_row_is_reachable(rng):
+    import torch
+
+    even = on_gpu(cases.state_scan(rng, headdim=4, dstate=8))
+    odd = on_gpu(cases.state_scan(rng, headdim=3, dstate=5))
+    rows = {
+        "vector": even,
+        "strided": odd,
+    }
+    for row, inputs in rows.items():
+        assert statescan.plan("state_scan", **inputs) == ("cuda", row, 0)
+        states = statescan.state_scan(**inputs)[0]
+        backward = (inputs["log_decay"], states, torch.randn_like(states))
+        assert statescan.plan("state_scan_backward", *backward)[:2] == ("cuda", row)
+
+
+@needs_gpu
+def test_views_keep_the_vector_row(rng):
+    """Slices of wider tensors, as long as their rows are aligned."""
+    wide = on_gpu(cases.state_scan(rng, nheads=6, headdim=10, dstate=24))
+    made = dict(log_decay=wide["log_decay"][:, ::2, ::2], update=wide["update"][:, ::2, ::2, 1:, 8:16])
+    assert statescan.plan("state_scan", **made).kernel == "vector"
+    check({name: value.cpu().numpy() for name, value in made.items()}, statescan.state_scan(**made))
+    shifted = wide["update"][:, ::2, ::2, 1:, 7:15]
+    assert statescan.plan("state_scan", made["log_decay"], shifted).kernel == "strided"
+    check(dict(log_decay=made["log_decay"].cpu().numpy(), update=shifted.cpu().numpy()),
+          statescan.state_scan(made["log_decay"], shifted))
+
+
+@needs_gpu
+def test_both_rows_give_the_same_bits(rng):
+    import torch
+
+    inputs = on_gpu(cases.state_scan(rng, seqlen=9, headdim=16, dstate=24))
+    gapped = {name: torch.empty([2 * size for size in value.shape], device="cuda")[tuple([slice(None, None, 2)] * value.ndim)]
+              for name, value in inputs.items()}
+    for name, value in inputs.items():
+        gapped[name].copy_(value)
+    assert statescan.plan("state_scan", **gapped).kernel == "strided"
+    for one, other in zip(statescan.state_scan(**inputs), statescan.state_scan(**gapped)):
+        assert_same_bits(other.cpu().numpy(), one.cpu().numpy(), "forward")
+    states, dstates = inputs["update"], inputs["update"].cos()
+    plain = statescan.state_scan_backward(inputs["log_decay"], states, dstates)
+    views = statescan.state_scan_backward(gapped["log_decay"], gapped["update"], dstates)
+    for one, other in zip(plain, views):
+        assert_same_bits(other.cpu().numpy(), one.cpu().numpy(), "backward")
+
+
+@needs_gpu
+def test_ops_without_kernels_say_so():
+    import torch
+
+    x = torch.randn(3, 8, device="cuda")
+    with pytest.raises(NotImplementedError, match="gated_rms_norm: no CUDA kernel yet"):
+        statescan.gated_rms_norm(x)
+
+
+@needs_gpu
+def test_float64_is_for_the_cpu(rng):
+    with pytest.raises(TypeError, match="state_scan: update is float64; on CUDA use float32"):
+        statescan.state_scan(**on_gpu(cases.state_scan(rng, "float64")))
+
+
+# ---- streams and graphs --------------------------------------------------------------------------------------------------------
+@needs_gpu
+def test_runs_on_the_callers_stream(rng):
+    import torch
+
+    made = cases.state_scan(rng)
+    inputs = on_gpu(made)
+    late = {name: torch.full_like(value, float("nan")) for name, value in inputs.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for how in ("current", "given"):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)  # the inputs arrive late, on this stream alone
+            for name, value in inputs.items():
+                late[name].copy_(value)
+            if how == "current":
+                results = statescan.state_scan(**late)
+        if how == "given":
+            results = statescan.state_scan(**late, stream=side)
+        side.synchronize()
+        check(made, results)
+        for value in late.values():
+            value.fill_(float("nan"))
+        torch.cuda.synchronize()
+
+
+FIRST_CALL_IN_A_CAPTURE = """
+import numpy as np, torch, statescan
+log_decay = -torch.rand(2, 6, 3, device="cuda")
+update = torch.randn(2, 6, 3, 4, {dstate}, device="cuda")
+out = torch.full_like(update, float("nan"))
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    states, final = statescan.state_scan(log_decay, update, out=out)
+    gradients = statescan.state_scan_backward(log_decay, states, update, dfinal_state=final)
+assert torch.isnan(out).all(), "a captured call ran"
+for seed in range(2):  # new values in the same memory
+    update.copy_(torch.randn_like(update))
+    graph.replay()
+    again = statescan.state_scan(log_decay, update)
+    for one, other in zip(again, (states, final)):
+        assert torch.equal(one, other)
+    for one, other in zip(statescan.state_scan_backward(log_decay, again[0], update, dfinal_state=again[1]), gradients):
+        assert torch.equal(one, other)
+"""
+
+
+@needs_gpu
+@pytest.mark.parametrize("dstate", (8, 7), ids=("vector", "strided"))
+def test_first_call_of_a_process_can_be_captured(dstate):
+    """known_bugs 39, with the lazy loading of kernels that CUDA defaults to."""
+    subprocess.run([sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE.format(dstate=dstate)], check=True)
+
+
+@needs_gpu
+def test_other_current_device(rng):
+    """known_bugs 38."""
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    made = cases.state_scan(rng)
+    inputs = {name: torch.from_numpy(value).to("cuda:1") for name, value in made.items()}
+    with torch.cuda.device(0):
+        results = statescan.state_scan(**inputs)
+        assert torch.cuda.current_device() == 0
+    check(made, results)
+    with pytest.raises(ValueError, match="log_decay is on cuda:0 but update is on cuda:1"):
+        statescan.state_scan(**{**inputs, "log_decay": inputs["log_decay"].to("cuda:0")})
+
+
+# ---- CuPy ----------------------------------------------------------------------------------------------------------------------
+@needs_gpu
+def test_cupy(rng):
+    cupy = pytest.importorskip("cupy")
+    made = cases.state_scan(rng, headdim=4, dstate=8)
+    inputs = {name: cupy.asarray(value) for name, value in made.items()}
+    values = expected(made)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        results = statescan.state_scan(**inputs)
+        dstates = cupy.cos(results[0])
+        gradients = statescan.state_scan_backward(inputs["log_decay"], results[0], dstates)
+    stream.synchronize()
+    for got, value in zip(results, values):
+        assert isinstance(got, cupy.ndarray)
+        assert_accurate(cupy.asnumpy(got), value, "result")
+    for got, value in zip(gradients, reference.state_scan.state_scan_backward(
+            exact(made["log_decay"]), exact(cupy.asnumpy(results[0])), exact(cupy.asnumpy(dstates)))):
+        assert_accurate(cupy.asnumpy(got), value, "gradient")
+
+
+@needs_gpu
+def test_cupy_graph(rng):
+    cupy = pytest.importorskip("cupy")
+    made = cases.state_scan(rng, headdim=4, dstate=8)
+    inputs = {name: cupy.asarray(value) for name, value in made.items()}
+    out = cupy.full_like(inputs["update"], np.nan)
+    final = cupy.empty((2, 3, 4, 8), np.float32)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        statescan.state_scan(**inputs, out=out, final_state_out=final)
+        graph = stream.end_capture()
+        graph.launch(stream)
+    stream.synchronize()
+    for got, value in zip((out, final), expected(made)):
+        assert_accurate(cupy.asnumpy(got), value, "result")
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------------------
+@needs_gpu
+@pytest.mark.parametrize("sizes", (dict(batch=10923, nheads=6), dict(batch=1, nheads=65_538), dict(batch=65_538, nheads=1)), ids=str)
+def test_more_slices_than_a_grid_axis(rng, sizes):
+    """known_bugs 7 and 8."""
+    made = cases.state_scan(rng, seqlen=2, headdim=1, dstate=3, **sizes)
+    check(made, statescan.state_scan(**on_gpu(made)))
+
+
+@needs_gpu
+def test_more_sequences_than_a_grid_axis(rng):
+    made = cases.state_scan(rng, batch=1, seqlen=65_540, nheads=2, headdim=1, dstate=3, sequences=65_540)
+    cu_seqlens = np.arange(65_541, dtype=np.int64)
+    inputs = on_gpu(made | dict(cu_seqlens=cu_seqlens))
+    check(made, statescan.state_scan(**inputs), cu_seqlens=cu_seqlens)
+
+
+@needs_gpu
+@pytest.mark.parametrize("cu_seqlens", ([0, 100, -5, 7], [-9, 4, 2, 1], [2**31 - 1, -(2**31), 3, 0]))
+def test_wrong_cu_seqlens_reach_no_other_memory(rng, cu_seqlens):
+    """On a device they cannot be checked without waiting; compute-sanitizer watches this test."""
+    import torch
+
+    made = cases.state_scan(rng, batch=1, sequences=3)
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device="cuda")
+    states, _ = statescan.state_scan(**on_gpu(made), cu_seqlens=cu_seqlens)
+    statescan.state_scan_backward(on_gpu(made)["log_decay"], states, states, cu_seqlens=cu_seqlens)
+    torch.cuda.synchronize()
+
+
+# Large tensors are checked slice by slice: each (batch, head) is a scan of its own.
+def check_slice(log_decay, update, states, batch, head):
+    import torch
+
+    state = torch.zeros(update.shape[3:], dtype=torch.float64, device="cuda")
+    for c in range(update.shape[1]):
+        assert torch.equal(states[batch, c, head], state.to(update.dtype)) or torch.allclose(
+            states[batch, c, head].double(), state, rtol=1e-2, atol=1e-2), f"chunk {c} of head {head}"
+        state = state * torch.exp(log_decay[batch, c, head].double()) + update[batch, c, head].double()
+    return state
+
+
+@needs_gpu
+@pytest.mark.large_memory
+@pytest.mark.parametrize("batch, nchunks", ((3, 11), (1, 33)))
+def test_past_2_31_elements(batch, nchunks):
+    """known_bugs 1, 4: 33 * 8192 * 8192 = 2.2e9 elements, in the forward and the backward."""
+    import torch
+
+    torch.manual_seed(1)
+    nheads, headdim, dstate = 8192, 64, 128
+    log_decay = -torch.rand(batch, nchunks, nheads, device="cuda")
+    update = torch.randn(batch, nchunks, nheads, headdim, dstate, dtype=torch.bfloat16, device="cuda")
+    assert update.numel() > 2**31
+    states, final_state = statescan.state_scan(log_decay, update)
+    for b, h in ((0, 0), (batch - 1, nheads - 1), (batch // 2, 4097)):
+        last = check_slice(log_decay, update, states, b, h)
+        assert torch.allclose(final_state[b, h].double(), last, rtol=1e-3, atol=1e-3)
+    dlog_decay, dupdate, _ = statescan.state_scan_backward(log_decay, states, update)
+    for b, h in ((0, 0), (batch - 1, nheads - 1)):  # the adjoint runs from the last chunk; update stands in for dstates
+        adjoint = torch.zeros(headdim, dstate, dtype=torch.float64, device="cuda")
+        for c in reversed(range(nchunks)):
+            assert torch.allclose(dupdate[b, c, h].double(), adjoint, rtol=1e-2, atol=1e-2)
+            decay = torch.exp(log_decay[b, c, h].double())
+            expected_gradient = decay * (adjoint * states[b, c, h].double()).sum()
+            assert torch.allclose(dlog_decay[b, c, h].double(), expected_gradient, rtol=1e-3, atol=1e-2)
+            adjoint = adjoint * decay + update[b, c, h].double()
+
+
+@needs_gpu
+@pytest.mark.large_memory
+@pytest.mark.parametrize("dstate", (32, 31), ids=("vector", "strided"))
+def test_strides_past_2_31(dstate):
+    """known_bugs 5: few elements, far apart; a stride of 2^32 elements truncates to zero."""
+    import torch
+
+    torch.manual_seed(2)
+    far = 2**32
+    memory = torch.empty(far + 2**31 + 4096, dtype=torch.float16, device="cuda")
+    update = memory.as_strided((1, 2, 2, 4, dstate), (0, far, 2**31, 64, 1))
+    update.copy_(torch.randn(update.shape, device="cuda"))
+    log_decay = -torch.rand(1, 2, 2, device="cuda")
+    states, final_state = statescan.state_scan(log_decay, update)
+    packed = statescan.state_scan(log_decay, update.contiguous())
+    assert torch.equal(states, packed[0]) and torch.equal(final_state, packed[1])
+    memory.zero_()
+    out = memory.as_strided((1, 2, 2, 4, dstate), (0, far, 2**31, 64, 1))
+    statescan.state_scan(log_decay, packed[0], out=out)
+    assert torch.equal(out, statescan.state_scan(log_decay, packed[0])[0])
