@@ -96,7 +96,8 @@ def _calls(shape: tuple[int, ...], dtype: str) -> list[tuple[str, str, int, Call
         log_decay, states, dstates = decays().transpose(1, 2).contiguous(), chunks().flatten(3), chunks().flatten(3)
         dfinal = ends().flatten(2)
         kept: list[Any] = []
-        return lambda: kept.append(peer._state_passing_bwd(states, log_decay, dstates, dfinal_states=dfinal, has_initial_states=True))
+        options = {"dfinal_states": dfinal, "has_initial_states": True}
+        return lambda: kept.append(peer._state_passing_bwd(states, log_decay, dstates, **options))
 
     size, end = batch * nchunks * nheads * headdim * dstate * kind.itemsize, 4 * batch * nheads * headdim * dstate
     calls = [
@@ -148,8 +149,9 @@ def main() -> None:
     headers = ("shape", "dtype", "what", "by", "us", "+-", "GB/s", "floor us", "share", "of copy")
     print(f"{device.label()}, torch {torch.__version__}")
     print(tabulate([(
-        r["shape"], r["dtype"], r["what"], f"{r['by']} {r.get('kernel', '')}".strip(), f"{r['median_us']:.1f}", f"{r['spread_us']:.1f}",
-        f"{r['gbps']:.0f}", f"{r['floor_us']:.1f}", f"{r['share_of_floor']:.0%}", f"{r['of_copy']:.0%}",
+        r["shape"], r["dtype"], r["what"], f"{r['by']} {r.get('kernel', '')}".strip(),
+        f"{r['median_us']:.1f}", f"{r['spread_us']:.1f}", f"{r['gbps']:.0f}", f"{r['floor_us']:.1f}",
+        f"{r['share_of_floor']:.0%}", f"{r['of_copy']:.0%}",
     ) for r in rows], headers, tablefmt="github", disable_numparse=True))  # fmt: skip
     if args.json:
         facts = {"machine": device.label(), "torch": torch.__version__, **harness.environment(), "rows": rows}

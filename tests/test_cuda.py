@@ -229,7 +229,8 @@ def test_cupy_graph(rng):
 
 # ---- limits --------------------------------------------------------------------------------------------------------------------
 @needs_gpu
-@pytest.mark.parametrize("sizes", (dict(batch=10923, nheads=6), dict(batch=1, nheads=65_538), dict(batch=65_538, nheads=1)), ids=str)
+@pytest.mark.parametrize("sizes", (
+    dict(batch=10923, nheads=6), dict(batch=1, nheads=65_538), dict(batch=65_538, nheads=1)), ids=str)
 def test_more_slices_than_a_grid_axis(rng, sizes):
     """known_bugs 7 and 8."""
     made = cases.state_scan(rng, seqlen=2, headdim=1, dstate=3, **sizes)

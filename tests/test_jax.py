@@ -61,7 +61,8 @@ def test_forward(device, rng, dtype, reverse, wrap):
             assert_accurate(np.asarray(result), expected, name)
 
 
-@pytest.mark.parametrize("sizes", (dict(batch=0), dict(seqlen=0), dict(headdim=16, dstate=32), dict(state_dtype="bfloat16")), ids=str)
+@pytest.mark.parametrize("sizes", (
+    dict(batch=0), dict(seqlen=0), dict(headdim=16, dstate=32), dict(state_dtype="bfloat16")), ids=str)
 def test_sizes(device, rng, sizes):
     made, inputs = inputs_of(rng, **sizes)
     states, final_state = jax.jit(statescan.jax.state_scan)(inputs["log_decay"], inputs["update"],

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(Policy::kThreads) state_scan_backward_kernel(c
   const Element* dstates = lane.at(slice_at<Element>(params.dstates, span.batch, start, task.head), params.dstates);
   const float* decay = decay_at(params.log_decay, span.batch, start, task.head);
   Element* dupdate = lane.at(slice_at<Element>(params.dupdate, span.batch, start, task.head), params.dupdate);
-  float* partial = params.partial + ((span.batch * params.sequences.nchunks + start) * params.heads + task.head) * params.warps + warp;
+  const std::int64_t row = (span.batch * params.sequences.nchunks + start) * params.heads + task.head;
+  float* partial = params.partial + row * params.warps + warp;
 
   // A ring of kStages chunks on their way, as in the forward.
   cuda::Vector<Element, kVector> next_states[kStages] = {}, next_dstates[kStages] = {};
