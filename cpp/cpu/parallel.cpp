@@ -34,6 +34,7 @@ int default_threads() {
 }
 
 std::atomic<int> thread_limit{0};  // 0: not asked for yet
+thread_local int frozen_threads = 0;  // 0: not frozen
 
 // One loop at a time; a second caller meanwhile runs its tasks on its own thread.
 class Pool {
@@ -155,6 +156,7 @@ Pool& pool() {
 }  // namespace
 
 int max_threads() {
+  if (frozen_threads > 0) return frozen_threads;
   const int limit = thread_limit.load(std::memory_order_relaxed);
   if (limit > 0) return limit;
   const int found = default_threads();
@@ -162,6 +164,9 @@ int max_threads() {
   thread_limit.compare_exchange_strong(unset, found, std::memory_order_relaxed);
   return thread_limit.load(std::memory_order_relaxed);
 }
+
+FrozenThreads::FrozenThreads() : former_(frozen_threads) { frozen_threads = max_threads(); }
+FrozenThreads::~FrozenThreads() { frozen_threads = former_; }
 
 void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context) {
   const int threads = static_cast<int>(std::min<std::int64_t>(tasks, max_threads()));

@@ -10,6 +10,19 @@ namespace statescan::cpu {
 // The most threads that a parallel_for may use now; the `thread` index that tasks see is below it.
 int max_threads();
 
+// Holds max_threads() at its value, for this thread, while an op runs: its workspace was measured by it, and another thread may
+// call set_num_threads() meanwhile.
+class FrozenThreads {
+ public:
+  FrozenThreads();
+  ~FrozenThreads();
+  FrozenThreads(const FrozenThreads&) = delete;
+  FrozenThreads& operator=(const FrozenThreads&) = delete;
+
+ private:
+  int former_;
+};
+
 // The pool's entry point: calls body(context, task, thread) for every task in 0..tasks-1, in any order, and returns when all
 // are done. The first exception of a task is rethrown here. Nested calls run on the calling thread.
 void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context);

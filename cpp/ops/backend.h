@@ -17,6 +17,8 @@
 #include <statescan/ssd_scan.h>
 #include <statescan/state_scan.h>
 
+#include "../cpu/parallel.h"
+
 // Expands `apply(namespace, args type)` for every op.
 #define STATESCAN_FOR_EACH_OP(apply)      \
   apply(state_scan, Args)                 \
@@ -62,6 +64,7 @@ Plan plan_on(const Args& args, const Dims& dims, Device device) {
 
 template <class Args, class Dims>
 void run_on(const char* op, const Args& args, const Dims& dims, Device device, Stream stream) {
+  const cpu::FrozenThreads frozen;
   require_workspace(op, args.workspace, plan_on(args, dims, device));
   if (device.type == DeviceType::cuda) run_cuda(args, dims, stream);
   else run_cpu(args, dims);

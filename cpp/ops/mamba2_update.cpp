@@ -33,8 +33,9 @@ Dims validate(const Args& args) {
 
 Plan plan(const Args& args, const Dims& dims) { return plan_on(args, dims, args.zxbcdt.device); }
 
-void run(const Args& args, Stream stream) {
-  const Dims dims = validate(args);
+void run(const Args& args, Stream stream) { run_validated(args, validate(args), stream); }
+
+void run_validated(const Args& args, const Dims& dims, Stream stream) {
   if (!args.y) fail<ValueError>("mamba2_update: y, the output, is required");
   run_on("mamba2_update", args, dims, args.zxbcdt.device, stream);
 }

@@ -75,8 +75,9 @@ Dims validate(const Args& args) {
 
 Plan plan(const Args& args, const Dims& dims) { return plan_on(args, dims, args.x.device); }
 
-void run(const Args& args, Stream stream) {
-  const Dims dims = validate(args);
+void run(const Args& args, Stream stream) { run_validated(args, validate(args), stream); }
+
+void run_validated(const Args& args, const Dims& dims, Stream stream) {
   if (!args.y) fail<ValueError>("selective_state_update: y, the output, is required");
   run_on("selective_state_update", args, dims, args.x.device, stream);
 }

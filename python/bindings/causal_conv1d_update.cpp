@@ -18,10 +18,11 @@ nb::object update(nb::handle x, nb::handle state, nb::handle weight, nb::handle 
   args.bias = call.in("bias", bias);
   args.state_indices = call.in("state_indices", state_indices);
   args.activation = read_activation("causal_conv1d_update", activation);
+  args.y = call.given("out", out);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.y = call.out_like("out", out, args.x, args.x.dtype);
-  return call.run(args, d);
+  if (!args.y) args.y = call.out_like("out", nb::none(), args.x, args.x.dtype);
+  return call.run_validated(args, d);
 }
 
 }  // namespace

@@ -30,11 +30,13 @@ nb::object update(nb::handle zxbcdt, nb::handle conv_state, nb::handle state, nb
   args.norm_before_gate = norm_before_gate;
   args.dt_softplus = dt_softplus;
   read_limit("mamba2_update", dt_limit, args.dt_min, args.dt_max);
+  args.y = call.given("out", out);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.y = d.has_token_axis ? call.out("out", out, {d.batch, d.ntokens, d.d_inner}, args.zxbcdt.dtype)
-                            : call.out("out", out, {d.batch, d.d_inner}, args.zxbcdt.dtype);
-  return call.run(args, d);
+  if (!args.y)
+    args.y = d.has_token_axis ? call.out("out", nb::none(), {d.batch, d.ntokens, d.d_inner}, args.zxbcdt.dtype)
+                              : call.out("out", nb::none(), {d.batch, d.d_inner}, args.zxbcdt.dtype);
+  return call.run_validated(args, d);
 }
 
 }  // namespace

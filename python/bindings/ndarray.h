@@ -16,10 +16,14 @@ namespace nb = nanobind;
 
 namespace statescan::python {
 
-// The op's own run() by argument-dependent lookup, which Call's member of that name would hide.
+// The op's own run() and run_validated() by argument-dependent lookup, which Call's members of those names would hide.
 template <class Args>
 void run_op(const Args& args, Stream stream) {
   run(args, stream);
+}
+template <class Args, class Dims>
+void run_validated_op(const Args& args, const Dims& dims, Stream stream) {
+  run_validated(args, dims, stream);
 }
 
 // One call of an op. The main array decides the framework of the outputs, the device and the stream. Arguments are handles
@@ -39,7 +43,11 @@ class __attribute__((visibility("hidden"))) Call {
   // An output: the caller's array, or a new one of the main array's framework when `object` is None. It becomes the next
   // result().
   Tensor out(const char* name, nb::handle object, std::initializer_list<std::int64_t> shape, DType dtype);
-  // The same, with the shape of another tensor.
+  // An output that the caller gave, to be validated with the inputs; absent when `object` is None. Becomes the next result().
+  Tensor given(const char* name, nb::handle object) {
+    return object.is_none() ? Tensor{} : output(name, object, nullptr, 0, DType::float32);
+  }
+  // The same as out(), with the shape of another tensor.
   Tensor out_like(const char* name, nb::handle object, const Tensor& like, DType dtype);
 
   // A new output of the shape and dtype of what it differentiates; the next result() is None when that was not given.
@@ -52,13 +60,13 @@ class __attribute__((visibility("hidden"))) Call {
   // Runs the op and returns its outputs: none as None, one alone, several as a tuple.
   template <class Args, class Dims>
   nb::object run(Args& args, const Dims& dims) {
-    lend_workspace(plan(args, dims).workspace_bytes, args.workspace);
-    const Stream stream = find_stream();
-    {
-      nb::gil_scoped_release unlocked;
-      run_op(args, stream);
-    }
-    return results();
+    return lend_and_run(args, dims, [](const Args& a, const Dims&, Stream stream) { run_op(a, stream); });
+  }
+
+  // The same for a decode op, whose outputs were given before validate() or made to measure after it.
+  template <class Args, class Dims>
+  nb::object run_validated(Args& args, const Dims& dims) {
+    return lend_and_run(args, dims, [](const Args& a, const Dims& d, Stream stream) { run_validated_op(a, d, stream); });
   }
 
   // What statescan.plan() shows of the call.
@@ -92,6 +100,17 @@ class __attribute__((visibility("hidden"))) Call {
   Tensor tensor_from(const char* name, const dlpack_abi::TensorDescriptor& descriptor) const;
   Tensor allocate(const std::int64_t* shape, int ndim, DType dtype, nb::object& array);
   Tensor output(const char* name, nb::handle object, const std::int64_t* shape, int ndim, DType dtype);
+  template <class Args, class Dims, class Run>
+  nb::object lend_and_run(Args& args, const Dims& dims, Run run) {
+    lend_workspace(plan(args, dims).workspace_bytes, args.workspace);
+    const Stream stream = find_stream();
+    {
+      nb::gil_scoped_release unlocked;
+      run(args, dims, stream);
+    }
+    return results();
+  }
+
   void lend_workspace(std::size_t bytes, Workspace& workspace);
   Stream find_stream() const;
   nb::object results();

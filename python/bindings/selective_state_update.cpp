@@ -26,10 +26,11 @@ nb::object update(nb::handle state, nb::handle x, nb::handle dt, nb::handle A, n
   args.out_state_indices = call.in("out_state_indices", out_state_indices);
   args.dt_softplus = dt_softplus;
   read_limit("selective_state_update", dt_limit, args.dt_min, args.dt_max);
+  args.y = call.given("out", out);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.y = call.out_like("out", out, args.x, args.x.dtype);
-  return call.run(args, d);
+  if (!args.y) args.y = call.out_like("out", nb::none(), args.x, args.x.dtype);
+  return call.run_validated(args, d);
 }
 
 }  // namespace

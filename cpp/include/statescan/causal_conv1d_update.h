@@ -23,5 +23,7 @@ struct Dims {
 STATESCAN_API Dims validate(const Args& args);
 STATESCAN_API Plan plan(const Args& args, const Dims& dims);
 STATESCAN_API void run(const Args& args, Stream stream = nullptr);
+// The same for arguments, y among them, that validate() has accepted with these Dims: a decode loop need not ask again.
+STATESCAN_API void run_validated(const Args& args, const Dims& dims, Stream stream = nullptr);
 
 }  // namespace statescan::causal_conv1d_update

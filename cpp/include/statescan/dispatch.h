@@ -31,7 +31,7 @@ STATESCAN_API const char* version();
 STATESCAN_API const char* cpu_isa();
 
 // Threads that the CPU kernels use: by default the cores this process may run on, or STATESCAN_NUM_THREADS. Results never
-// depend on it.
+// depend on it. A workspace is measured by it: raise it before plan(), not between plan() and run().
 STATESCAN_API int num_threads();
 STATESCAN_API void set_num_threads(int count);
 
