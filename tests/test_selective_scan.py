@@ -146,6 +146,16 @@ def test_steps_of_every_size_in_one_sequence(device, rng):
     OP.check(device, inputs)
 
 
+@pytest.mark.parametrize("complex_A", (False, True))
+@pytest.mark.parametrize("dt", (1e-4, 1e-3, 1e-2))
+def test_long_memories_of_a_constant_step(device, rng, dt, complex_A):
+    """As in S4: the decay is the same at every token, so its rounding error would add up over the memory, to 3e-5 at 1e-3."""
+    sizes = dict(seqlen=2000, complex_A=complex_A, varying_B=False, varying_C=False)
+    inputs = cases.selective_scan(rng, omit=("dt_bias",), **sizes)
+    inputs["dt"][:] = dt
+    OP.check(device, inputs)
+
+
 @pytest.mark.parametrize("v", (-80.0, -40.0, -20.0, -17.0, -16.0, -10.0))
 def test_softplus_of_very_negative_steps(device, rng, v):
     inputs = cases.selective_scan(rng, omit=("D", "dt_bias", "initial_state"))

@@ -12,9 +12,16 @@ inline constexpr T kRateScale = T(1);
 template <>
 inline constexpr float kRateScale<float> = 1.44269504f;
 
-// 2^v within 1 ulp: v = k + f with |f| <= 1/2, 2^f = 1 + f q(f) with q minimax, so that the error vanishes with f and slow
-// decays, the long memories, are the most exact.
-STATESCAN_INLINE Vec<float> decay_of(Vec<float> v) {
+// A decay as what is added to a state: state' = factor state (+ state in the lanes of from_one). Near one it is kept as decay - 1,
+// since rounding the decay itself would be the same error at every token of a constant dt, and add up over a long memory.
+template <class T>
+struct Decay {
+  Vec<T> factor;
+  IntVec<T> from_one;  // all bits or none
+};
+
+// 2^v within 1 ulp: v = k + f with |f| <= 1/2, 2^f = 1 + f q(f) with q minimax; from one where k = 0.
+STATESCAN_INLINE Decay<float> decay_of(Vec<float> v) {
   using V = Vec<float>;
 #if defined(__AVX512F__)
   // Below 2^-150 all is zero; this operand order keeps NaN. vscalefps does the rest: gradual underflow and infinity.
@@ -33,23 +40,33 @@ STATESCAN_INLINE Vec<float> decay_of(Vec<float> v) {
   q = fma(q, f, splat(5.5503324e-2f));
   q = fma(q, f, splat(2.4022648e-1f));
   q = fma(q, f, splat(6.9314718e-1f));
-  const V e = fma(q, f, splat(1.0f));
+  const IntVec<float> from_one = k == 0.0f;
+  const V e = fma(q, f, from_one ? V{} : splat(1.0f));
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(e, k);
+  return {_mm512_scalef_ps(e, k), from_one};
 #else
   using I = IntVec<float>;
   const I n = bits_as<I>(shifted) - std::int32_t(0x4B400000);  // the integer k
   const I half = n >> 1;                                       // two factors, so that neither under- nor overflows alone
   const V result = e * bits_as<V>((half + 127) << 23) * bits_as<V>((n - half + 127) << 23);
-  return v == v ? result : v;
+  return {v == v ? result : v, from_one};
 #endif
 }
 
-STATESCAN_INLINE Vec<double> decay_of(Vec<double> v) { return exp(v); }
+STATESCAN_INLINE Decay<double> decay_of(Vec<double> v) { return {exp(v), IntVec<double>{}}; }
+
+// The decay itself.
+template <class T>
+STATESCAN_INLINE Vec<T> whole_decay(Vec<T> v) {
+  const Decay<T> decay = decay_of(v);
+  return decay.from_one ? decay.factor + T(1) : decay.factor;
+}
 
 template <class T>
 struct SinCos {
   Vec<T> sin, cos;
+  Vec<T> cos_minus_one;  // where small
+  IntVec<T> small;       // the angle lies in the first quadrant about zero
 };
 
 // sin and cos of x + tail, a product and its rounding error. pi/2 is taken off in three parts: exact for |x| up to about 1e4
@@ -75,10 +92,11 @@ STATESCAN_INLINE SinCos<float> sincos(Vec<float> x, Vec<float> tail) {
   V c = fma(r2, splat(2.443315711809948e-5f), splat(-1.388731625493765e-3f));
   c = fma(c, r2, splat(4.166664568298827e-2f));
   c = fma(c, r2, splat(-0.5f));
+  const V cos_minus_one = c * r2;
   c = fma(c, r2, splat(1.0f));
   const I odd = (quadrant & 1) != 0;
   const V sine = odd ? c : s, cosine = odd ? s : c;
-  return {(quadrant & 2) != 0 ? -sine : sine, ((quadrant + 1) & 2) != 0 ? -cosine : cosine};
+  return {(quadrant & 2) != 0 ? -sine : sine, ((quadrant + 1) & 2) != 0 ? -cosine : cosine, cos_minus_one, k == V{}};
 }
 
 STATESCAN_INLINE SinCos<double> sincos(Vec<double> x, Vec<double> tail) {
@@ -107,10 +125,11 @@ STATESCAN_INLINE SinCos<double> sincos(Vec<double> x, Vec<double> tail) {
   c = fma(c, r2, splat(-1.38888888888741095749e-03));
   c = fma(c, r2, splat(4.16666666666666019037e-02));
   c = fma(c, r2, splat(-0.5));
+  const V cos_minus_one = c * r2;
   c = fma(c, r2, splat(1.0));
   const I odd = (quadrant & 1) != 0;
   const V sine = odd ? c : s, cosine = odd ? s : c;
-  return {(quadrant & 2) != 0 ? -sine : sine, ((quadrant + 1) & 2) != 0 ? -cosine : cosine};
+  return {(quadrant & 2) != 0 ? -sine : sine, ((quadrant + 1) & 2) != 0 ? -cosine : cosine, cos_minus_one, k == V{}};
 }
 
 // A real or complex vector: kParts is 1 or 2.
@@ -119,30 +138,43 @@ struct Parts {
   Vec<T> part[kParts];
 };
 
-// exp(dt A), from the parts of A: the real one scaled by kRateScale, the imaginary one as it is. The rounding error of
-// dt Im A is kept, for phases add up over a sequence.
+// exp(dt A) and the lanes in which its real part is kept as decay - 1.
 template <class T, int kParts>
-STATESCAN_INLINE Parts<T, kParts> decay(Vec<T> dt, const Parts<T, kParts>& rate) {
-  const Vec<T> size = decay_of(dt * rate.part[0]);
+struct Step {
+  Parts<T, kParts> factor;
+  IntVec<T> from_one;
+};
+
+// From the parts of A: the real one scaled by kRateScale, the imaginary one as it is. The rounding error of dt Im A is kept, for
+// phases add up over a sequence.
+template <class T, int kParts>
+STATESCAN_INLINE Step<T, kParts> decay(Vec<T> dt, const Parts<T, kParts>& rate) {
+  const Decay<T> size = decay_of(dt * rate.part[0]);
   if constexpr (kParts == 1) {
-    return {{size}};
+    return {{{size.factor}}, size.from_one};
   } else {
     const Vec<T> angle = dt * rate.part[1];
     const SinCos<T> turn = sincos(angle, fma(dt, rate.part[1], -angle));
-    return {{size * turn.cos, size * turn.sin}};
+    const IntVec<T> from_one = size.from_one & turn.small;
+    const Vec<T> whole = size.from_one ? size.factor + T(1) : size.factor;
+    // |decay| cos - 1 = (|decay| - 1) cos + (cos - 1)
+    const Vec<T> real = from_one ? fma(size.factor, turn.cos, turn.cos_minus_one) : whole * turn.cos;
+    return {{{real, whole * turn.sin}}, from_one};
   }
 }
 
 // state = decay state + u B, one rounding a term.
 template <class T, int kParts>
-STATESCAN_INLINE Parts<T, kParts> advance(const Parts<T, kParts>& decay, const Parts<T, kParts>& state, Vec<T> u,
+STATESCAN_INLINE Parts<T, kParts> advance(const Step<T, kParts>& step, const Parts<T, kParts>& state, Vec<T> u,
                                           const Parts<T, kParts>& B) {
+  const Parts<T, kParts>& factor = step.factor;
   if constexpr (kParts == 1) {
-    return {{fma(decay.part[0], state.part[0], u * B.part[0])}};
+    const Vec<T> added = fma(factor.part[0], state.part[0], u * B.part[0]);
+    return {{step.from_one ? added + state.part[0] : added}};
   } else {
-    const Vec<T> real = fma(decay.part[0], state.part[0], u * B.part[0]);
-    const Vec<T> imag = fma(decay.part[0], state.part[1], u * B.part[1]);
-    return {{fma(-decay.part[1], state.part[1], real), fma(decay.part[1], state.part[0], imag)}};
+    const Vec<T> real = fma(-factor.part[1], state.part[1], fma(factor.part[0], state.part[0], u * B.part[0]));
+    const Vec<T> imag = fma(factor.part[1], state.part[0], fma(factor.part[0], state.part[1], u * B.part[1]));
+    return {{step.from_one ? real + state.part[0] : real, step.from_one ? imag + state.part[1] : imag}};
   }
 }
 

@@ -250,7 +250,7 @@ class Update {
     for (std::int64_t token = 0; token < d_.ntokens; ++token) {
       const Vec<T> x = load_lanes<T>(args_.x, at(args_.x, row, token, head, first), row_stride(args_.x), count);
       const Vec<T> dt = step(load_lanes<T>(args_.dt, at_head(args_.dt, row, token, head), 0, count), bias);
-      const Vec<T> decay = decay_of(dt * rate);
+      const Vec<T> decay = whole_decay<T>(dt * rate);
       alignas(kVectorBytes) T u[kLanes<T>];
       store<T>(u, dt * x);
       Vec<T> sums[kLanes<T>] = {};
