@@ -78,8 +78,10 @@ def test_views_keep_the_vector_row(rng):
     check({name: value.cpu().numpy() for name, value in made.items()}, statescan.state_scan(**made))
     shifted = wide["update"][:, ::2, ::2, 1:, 7:15]
     assert statescan.plan("state_scan", made["log_decay"], shifted).kernel == "strided"
-    check(dict(log_decay=made["log_decay"].cpu().numpy(), update=shifted.cpu().numpy()),
-          statescan.state_scan(made["log_decay"], shifted))
+    check(
+        dict(log_decay=made["log_decay"].cpu().numpy(), update=shifted.cpu().numpy()),
+        statescan.state_scan(made["log_decay"], shifted),
+    )
 
 
 @needs_gpu
@@ -87,8 +89,10 @@ def test_both_rows_give_the_same_bits(rng):
     import torch
 
     inputs = on_gpu(cases.state_scan(rng, seqlen=9, headdim=16, dstate=24))
-    gapped = {name: torch.empty([2 * size for size in value.shape], device="cuda")[tuple([slice(None, None, 2)] * value.ndim)]
-              for name, value in inputs.items()}
+    gapped = {
+        name: torch.empty([2 * size for size in value.shape], device="cuda")[tuple([slice(None, None, 2)] * value.ndim)]
+        for name, value in inputs.items()
+    }
     for name, value in inputs.items():
         gapped[name].copy_(value)
     assert statescan.plan("state_scan", **gapped).kernel == "strided"
@@ -101,13 +105,38 @@ def test_both_rows_give_the_same_bits(rng):
         assert_same_bits(other.cpu().numpy(), one.cpu().numpy(), "backward")
 
 
+def gapped(value):
+    """A copy with room between any two elements."""
+    import torch
+
+    view = torch.empty([2 * size for size in value.shape], dtype=value.dtype, device="cuda")[
+        tuple([slice(None, None, 2)] * value.ndim)
+    ]
+    return view.copy_(value)
+
+
+@needs_gpu
+@pytest.mark.parametrize("group_size", (64, 512, 2560, 5120))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_both_rows_of_norms_give_the_same_bits(group_size, dtype):
+    import torch
+
+    x, z = (torch.randn(3, 5, 5120, device="cuda", dtype=getattr(torch, dtype)) for _ in range(2))
+    weight = torch.randn(5120, device="cuda")
+    views = [gapped(value) for value in (x, z, weight)]
+    assert statescan.plan("gated_rms_norm", x, z, weight, group_size=group_size).kernel == "vector"
+    assert statescan.plan("gated_rms_norm", *views, group_size=group_size).kernel == "strided"
+    one, other = (statescan.gated_rms_norm(*arrays, group_size=group_size) for arrays in ((x, z, weight), views))
+    assert torch.equal(one, other)
+
+
 @needs_gpu
 def test_ops_without_kernels_say_so():
     import torch
 
-    x = torch.randn(3, 8, device="cuda")
-    with pytest.raises(NotImplementedError, match="gated_rms_norm: no CUDA kernel yet"):
-        statescan.gated_rms_norm(x)
+    x, weight = torch.randn(1, 3, 8, device="cuda"), torch.randn(8, 4, device="cuda")
+    with pytest.raises(NotImplementedError, match="causal_conv1d: no CUDA kernel yet"):
+        statescan.causal_conv1d(x, weight)
 
 
 @needs_gpu
@@ -204,8 +233,12 @@ def test_cupy(rng):
     for got, value in zip(results, values):
         assert isinstance(got, cupy.ndarray)
         assert_accurate(cupy.asnumpy(got), value, "result")
-    for got, value in zip(gradients, reference.state_scan.state_scan_backward(
-            exact(made["log_decay"]), exact(cupy.asnumpy(results[0])), exact(cupy.asnumpy(dstates)))):
+    for got, value in zip(
+        gradients,
+        reference.state_scan.state_scan_backward(
+            exact(made["log_decay"]), exact(cupy.asnumpy(results[0])), exact(cupy.asnumpy(dstates))
+        ),
+    ):
         assert_accurate(cupy.asnumpy(got), value, "gradient")
 
 
@@ -229,8 +262,9 @@ def test_cupy_graph(rng):
 
 # ---- limits --------------------------------------------------------------------------------------------------------------------
 @needs_gpu
-@pytest.mark.parametrize("sizes", (
-    dict(batch=10923, nheads=6), dict(batch=1, nheads=65_538), dict(batch=65_538, nheads=1)), ids=str)
+@pytest.mark.parametrize(
+    "sizes", (dict(batch=10923, nheads=6), dict(batch=1, nheads=65_538), dict(batch=65_538, nheads=1)), ids=str
+)
 def test_more_slices_than_a_grid_axis(rng, sizes):
     """known_bugs 7 and 8."""
     made = cases.state_scan(rng, seqlen=2, headdim=1, dstate=3, **sizes)
@@ -258,6 +292,18 @@ def test_wrong_cu_seqlens_reach_no_other_memory(rng, cu_seqlens):
     torch.cuda.synchronize()
 
 
+@needs_gpu
+@pytest.mark.parametrize("slots", ([3, 2**31 - 1, 0], [-(2**31), 1, -7]))
+def test_wrong_slots_reach_no_other_memory(rng, slots):
+    """As padding: they cannot be checked on the host either."""
+    import torch
+
+    slots = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    inputs = on_gpu(cases.CAUSAL_CONV1D_UPDATE.inputs(rng, batch=3, slots=3))
+    y = statescan.causal_conv1d_update(**inputs, state_indices=slots)
+    assert not y[(slots < 0) | (slots >= 3)].any()
+
+
 # Large tensors are checked slice by slice: each (batch, head) is a scan of its own.
 def check_slice(log_decay, update, states, batch, head):
     import torch
@@ -265,7 +311,8 @@ def check_slice(log_decay, update, states, batch, head):
     state = torch.zeros(update.shape[3:], dtype=torch.float64, device="cuda")
     for c in range(update.shape[1]):
         assert torch.equal(states[batch, c, head], state.to(update.dtype)) or torch.allclose(
-            states[batch, c, head].double(), state, rtol=1e-2, atol=1e-2), f"chunk {c} of head {head}"
+            states[batch, c, head].double(), state, rtol=1e-2, atol=1e-2
+        ), f"chunk {c} of head {head}"
         state = state * torch.exp(log_decay[batch, c, head].double()) + update[batch, c, head].double()
     return state
 

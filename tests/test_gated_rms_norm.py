@@ -33,14 +33,15 @@ def test_forward(device, rng, dtype, omit, norm_before_gate):
 
 
 @pytest.mark.parametrize("norm_before_gate", (False, True))
-@pytest.mark.parametrize("dim", (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 257, 1024, 1031, 5120))
+@pytest.mark.parametrize("dim", (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 257, 1024, 1031, 5120, 10001))
 def test_dims(device, rng, dim, norm_before_gate):
     check(device, make(rng, dim=dim), norm_before_gate=norm_before_gate)
 
 
 @pytest.mark.parametrize("norm_before_gate", (False, True))
 @pytest.mark.parametrize(
-    "dim,group_size", ((24, 24), (24, 12), (24, 8), (24, 3), (24, 1), (120, 40), (130, 65), (96, 48), (1024, 256))
+    "dim,group_size",
+    ((24, 24), (24, 12), (24, 8), (24, 3), (24, 1), (120, 40), (130, 65), (96, 48), (1024, 256), (3840, 1920), (40000, 20000)),
 )
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_groups(device, rng, dtype, dim, group_size, norm_before_gate):

@@ -1,0 +1,141 @@
+// gated_rms_norm forward
+// Math     y = rms(x) weight silu(z), or rms(x silu(z)) weight; rms(v) = v / sqrt(mean(v^2) + eps), the mean over a group
+// Shapes   x, z, y [..., d]; weight [d]
+// Traffic  read x and z, write y: 3*rows*d*sizeof(Element); floor: that over 3.0 TB/s. A group of up to 16,384 16-bit elements
+//          (8,192 of float32) stays in registers between its sum and its output; a longer one is read twice
+// Launch   one axis of groups x rows. Up to 1,024 elements (512) a warp takes a group and a block four of them; else a block a
+//          group, with a thread for every 4 runs of 16 bytes
+// Numerics float32; a thread adds its squares in order, a warp as a tree, the warps in order: the bits depend on the group alone
+#pragma once
+
+#include "../common/element.cuh"
+#include "policy.h"
+
+namespace statescan::gated_rms_norm {
+
+inline constexpr int kMaxLeading = kMaxDims - 1;
+
+// Strides in bytes. data is null where the tensor is absent.
+struct View {
+  char* data;
+  DType dtype;
+  std::int64_t leading[kMaxLeading], column;
+};
+
+struct ForwardParams {
+  std::uint32_t groups;                    // of a row
+  std::int64_t teams;                      // groups of all rows: each has a team of threads
+  std::int64_t group_size, chunks;         // chunks: of what a team holds at once
+  int leading_axes;
+  std::int64_t leading_size[kMaxLeading];  // the last varies fastest
+  View x, z, weight, y;
+  float eps, mean_scale;
+  bool norm_before_gate;
+};
+
+inline __device__ char* row_of(const View& t, const ForwardParams& p, std::int64_t row) {
+  std::int64_t offset = 0;
+#pragma unroll 1
+  for (int axis = p.leading_axes - 1; axis > 0; --axis) {
+    offset += row % p.leading_size[axis] * t.leading[axis];
+    row /= p.leading_size[axis];
+  }
+  return t.data + (offset + row * t.leading[0]);
+}
+
+// The sum over a team: a warp, or all of the block.
+inline __device__ float sum_over_team(float v, bool is_block) {
+  __shared__ float of_warp[kWarp];
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffffu, v, distance);
+  if (!is_block) return v;
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  float sum = 0.0f;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) sum += of_warp[w];
+  return sum;
+}
+
+template <class Policy, bool kTeamIsBlock>
+__global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_kernel(const __grid_constant__ ForwardParams p) {
+  constexpr int kRun = Policy::kRun, kRuns = Policy::kRuns;
+  constexpr DType kDType = Policy::kDType;
+  using Run = cuda::Run<Policy::kAccess, kRun>;
+  const int threads = kTeamIsBlock ? blockDim.x : kWarp, thread = threadIdx.x % threads;
+  const std::int64_t team = kTeamIsBlock ? blockIdx.x : std::int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (team >= p.teams) return;  // a whole warp
+  const std::int64_t row = team / p.groups, first = team % p.groups * p.group_size;
+  const char* const x = row_of(p.x, p, row) + first * p.x.column;
+  const char* const z = p.z.data ? row_of(p.z, p, row) + first * p.z.column : nullptr;
+  char* const y = row_of(p.y, p, row) + first * p.y.column;
+  const char* const weight = p.weight.data ? p.weight.data + first * p.weight.column : nullptr;
+
+  const auto column_of = [&](std::int64_t chunk, int v) { return ((chunk * kRuns + v) * threads + thread) * kRun; };
+  const auto count_of = [&](std::int64_t column) {
+    const std::int64_t left = p.group_size - column;
+    return left < 0 ? 0 : (left < kRun ? static_cast<int>(left) : kRun);
+  };
+
+  // What is normed: x, or x gated. The gate of norm_before_gate waits as it came from memory.
+  float held[kRuns][kRun];
+  Run packed_z[kRuns];
+  const auto load_chunk = [&](std::int64_t chunk) {
+    Run packed_x[kRuns];
+#pragma unroll
+    for (int v = 0; v < kRuns; ++v) {
+      const std::int64_t column = column_of(chunk, v);
+      const int count = count_of(column);
+      packed_x[v].load(x + column * p.x.column, kDType, p.x.column, count);
+      if (z) packed_z[v].load(z + column * p.z.column, kDType, p.z.column, count);
+    }
+#pragma unroll
+    for (int v = 0; v < kRuns; ++v) {
+      packed_x[v].widen(kDType, held[v]);
+      if (!z || p.norm_before_gate) continue;
+      float gate[kRun];
+      packed_z[v].widen(kDType, gate);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) held[v][i] *= cuda::fast_silu(gate[i]);
+    }
+  };
+
+  float sum = 0.0f;
+#pragma unroll 1
+  for (std::int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+    load_chunk(chunk);
+#pragma unroll
+    for (int v = 0; v < kRuns; ++v)
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) sum = fmaf(held[v][i], held[v][i], sum);
+  }
+  sum = sum_over_team(sum, kTeamIsBlock);
+  const float scale = 1.0f / sqrtf(fmaf(sum, p.mean_scale, p.eps));
+
+#pragma unroll 1
+  for (std::int64_t chunk = p.chunks - 1; chunk >= 0; --chunk) {  // the last is still held
+    if (chunk + 1 < p.chunks) load_chunk(chunk);
+#pragma unroll
+    for (int v = 0; v < kRuns; ++v) {
+      const std::int64_t column = column_of(chunk, v);
+      const int count = count_of(column);
+      float factor[kRun], values[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) values[i] = held[v][i] * scale;
+      if (weight) {
+        Run packed;
+        packed.load(weight + column * p.weight.column, p.weight.dtype, p.weight.column, count);
+        packed.widen(p.weight.dtype, factor);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) values[i] *= factor[i];
+      }
+      if (z && p.norm_before_gate) {
+        packed_z[v].widen(kDType, factor);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) values[i] *= cuda::fast_silu(factor[i]);
+      }
+      Run::store(y + column * p.y.column, kDType, p.y.column, count, values);
+    }
+  }
+}
+
+}  // namespace statescan::gated_rms_norm
