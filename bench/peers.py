@@ -77,6 +77,24 @@ def selective_scan_loop(a: Arrays) -> torch.Tensor:
     return ((y + a["D"] * x) * F.silu(z)).to(a["x"].dtype)
 
 
+def selective_scan_discretised(a: Arrays) -> torch.Tensor:
+    """The same loop in the form of the published reference: exp(dt A) and dt B x of all tokens are made first, as tensors of
+    [batch, seqlen, dim, dstate]."""
+    x, z, B, C = (a[k].float() for k in ("x", "z", "B", "C"))
+    batch, seqlen, dim = x.shape
+    B, C = (v.repeat_interleave(dim // v.shape[2], dim=2) for v in (B, C))
+    dt = F.softplus(a["dt"].float() + a["dt_bias"])
+    decay = torch.exp(torch.einsum("bld,dn->bldn", dt, a["A"]))
+    update = torch.einsum("bld,bldn,bld->bldn", dt, B, x)
+    state = torch.zeros_like(update[:, 0])
+    outputs = []
+    for t in range(seqlen):
+        state = decay[:, t] * state + update[:, t]
+        outputs.append(torch.einsum("bdn,bdn->bd", state, C[:, t]))
+    y = torch.stack(outputs, dim=1)
+    return ((y + a["D"] * x) * F.silu(z)).to(a["x"].dtype)
+
+
 # ---- mamba-ssm and causal-conv1d, on a GPU -----------------------------------------------------------------------------
 def _mamba_ssd(a: Arrays) -> torch.Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -123,7 +141,10 @@ def _mamba_update(a: Arrays) -> torch.Tensor:
 
 PLAIN = tuple(
     Peer("ssd_scan", f"torch, chunks of {chunk}", lambda a, chunk=chunk: chunked_ssd(a, chunk)) for chunk in (64, 128, 256)
-) + (Peer("selective_scan", "torch, a loop", selective_scan_loop),)
+) + (
+    Peer("selective_scan", "torch, a loop", selective_scan_loop),
+    Peer("selective_scan", "torch, a loop after discretising", selective_scan_discretised),
+)
 
 INSTALLED = {
     "mamba_ssm": (
