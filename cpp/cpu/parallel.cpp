@@ -5,13 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <memory>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #include <statescan/dispatch.h>
 
@@ -36,45 +33,32 @@ int default_threads() {
 std::atomic<int> thread_limit{0};  // 0: not asked for yet
 thread_local int frozen_threads = 0;  // 0: not frozen
 
-// One loop at a time; a second caller meanwhile runs its tasks on its own thread.
+// One loop at a time; a second caller meanwhile runs its tasks on its own thread. Waiting is std::atomic's, on a futex: no
+// condition variable, whose symbol would ask for a newer C++ library.
 class Pool {
  public:
-  ~Pool() {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
   bool try_run(std::int64_t tasks, int threads, void (*body)(void*, std::int64_t, int), void* context) {
     std::unique_lock only(busy_, std::try_to_lock);
     if (!only.owns_lock()) return false;
-    while (static_cast<int>(workers_.size()) < threads - 1)
-      workers_.emplace_back([this, index = static_cast<int>(workers_.size()) + 1] { work(index); });
-    {
-      std::lock_guard lock(mutex_);
-      body_ = body, context_ = context, tasks_ = tasks, threads_ = threads;
-      next_.store(0, std::memory_order_relaxed);
-      error_ = nullptr;
-      pending_.store(threads - 1, std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    for (; workers_ < threads - 1; ++workers_) std::thread([this, index = workers_ + 1] { work(index); }).detach();
+    body_ = body, context_ = context, tasks_ = tasks;
+    next_.store(0, std::memory_order_relaxed);
+    error_ = nullptr;
+    pending_.store(threads - 1, std::memory_order_relaxed);
+    const std::uint64_t generation = (job_.load(std::memory_order_relaxed) >> kThreadBits) + 1;
+    job_.store(generation << kThreadBits | static_cast<std::uint64_t>(threads), std::memory_order_release);
+    job_.notify_all();
     take_tasks(0);
     // The helpers finish soon after the last task is taken: spin briefly, then sleep.
     for (int i = 0; i < kSpins && pending_.load(std::memory_order_acquire) > 0; ++i) pause();
-    if (pending_.load(std::memory_order_acquire) > 0) {
-      std::unique_lock lock(mutex_);
-      done_.wait(lock, [this] { return pending_.load(std::memory_order_acquire) == 0; });
-    }
+    for (int left; (left = pending_.load(std::memory_order_acquire)) > 0;) pending_.wait(left, std::memory_order_acquire);
     if (error_) std::rethrow_exception(error_);
     return true;
   }
 
  private:
   static constexpr int kSpins = 2000;  // about 20 us
+  static constexpr int kThreadBits = 16;
 
   static void pause() {
 #if defined(__x86_64__)
@@ -90,30 +74,22 @@ class Pool {
         body_(context_, task, thread);
       }
     } catch (...) {
-      std::lock_guard lock(mutex_);
+      std::lock_guard lock(error_mutex_);
       if (!error_) error_ = std::current_exception();
       next_.store(tasks_, std::memory_order_relaxed);
     }
   }
 
+  // Only the threads of a job, which the caller waits for, look at more of it than the one word that tells who they are.
   void work(int index) {
-    std::uint64_t seen = 0;
-    for (;;) {
-      for (int i = 0; i < kSpins && generation_.load(std::memory_order_acquire) == seen; ++i) pause();
-      {
-        std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stopping_ || generation_.load(std::memory_order_relaxed) != seen; });
-        if (stopping_) return;
-        seen = generation_.load(std::memory_order_relaxed);
-        if (index >= threads_) continue;
-      }
-      inside_task = true;
+    inside_task = true;
+    for (std::uint64_t seen = 0;;) {
+      for (int i = 0; i < kSpins && job_.load(std::memory_order_acquire) == seen; ++i) pause();
+      job_.wait(seen, std::memory_order_acquire);
+      seen = job_.load(std::memory_order_acquire);
+      if (index >= static_cast<int>(seen & ((1u << kThreadBits) - 1))) continue;
       take_tasks(index);
-      inside_task = false;
-      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        std::lock_guard lock(mutex_);
-        done_.notify_one();
-      }
+      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
     }
   }
 
@@ -121,24 +97,21 @@ class Pool {
   static thread_local bool inside_task;
 
  private:
-  std::mutex busy_, mutex_;
-  std::condition_variable wake_, done_;
-  std::vector<std::thread> workers_;
-  std::atomic<std::uint64_t> generation_{0};
+  std::mutex busy_, error_mutex_;
+  int workers_ = 0;
+  std::atomic<std::uint64_t> job_{0};  // generation and number of threads, in one word
   std::atomic<std::int64_t> next_{0};
   std::atomic<int> pending_{0};
-  bool stopping_ = false;
   void (*body_)(void*, std::int64_t, int) = nullptr;
   void* context_ = nullptr;
   std::int64_t tasks_ = 0;
-  int threads_ = 0;
   std::exception_ptr error_;
 };
 
 thread_local bool Pool::inside_task = false;
 
 // A forked child has none of the parent's threads: it drops the pool it inherited and makes its own. The pool is never
-// destroyed at exit, when its threads could not be joined safely.
+// destroyed: its threads sleep until the process ends.
 std::atomic<Pool*> the_pool{nullptr};
 std::mutex creation;
 
