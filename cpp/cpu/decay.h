@@ -12,8 +12,9 @@ inline constexpr T kRateScale = T(1);
 template <>
 inline constexpr float kRateScale<float> = 1.44269504f;
 
-// A decay as what is added to a state: state' = factor state (+ state in the lanes of from_one). Near one it is kept as decay - 1,
-// since rounding the decay itself would be the same error at every token of a constant dt, and add up over a long memory.
+// A decay as what is added to a state: state' = factor state (+ state in the lanes of from_one). Near one the factor is
+// decay - 1, since rounding the decay itself would be the same error at every token of a constant dt, and add up over a long
+// memory.
 template <class T>
 struct Decay {
   Vec<T> factor;
@@ -145,8 +146,8 @@ struct Step {
   IntVec<T> from_one;
 };
 
-// From the parts of A: the real one scaled by kRateScale, the imaginary one as it is. The rounding error of dt Im A is kept, for
-// phases add up over a sequence.
+// From the parts of A: the real one scaled by kRateScale, the imaginary one as it is. The rounding error of dt Im A is kept,
+// for phases add up over a sequence.
 template <class T, int kParts>
 STATESCAN_INLINE Step<T, kParts> decay(Vec<T> dt, const Parts<T, kParts>& rate) {
   const Decay<T> size = decay_of(dt * rate.part[0]);

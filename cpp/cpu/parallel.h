@@ -31,7 +31,9 @@ template <class Body>
 void parallel_for(std::int64_t tasks, Body&& body) {
   parallel_for_impl(
       tasks,
-      [](void* context, std::int64_t task, int thread) { (*static_cast<std::remove_reference_t<Body>*>(context))(task, thread); },
+      [](void* context, std::int64_t task, int thread) {
+        (*static_cast<std::remove_reference_t<Body>*>(context))(task, thread);
+      },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

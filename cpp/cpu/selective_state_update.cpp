@@ -258,8 +258,8 @@ class Update {
       if (narrow)
         advance_narrow(slots, within, count, decay, u, b, c, sums);
       else
-        advance_head<T, kDTypeOf<T>>(block.from.part[0], block.from.step, block.to[0], block.to_step, count, d_.dstate, decay, u,
-                                     b, c, sums);
+        advance_head<T, kDTypeOf<T>>(block.from.part[0], block.from.step, block.to[0], block.to_step, count, d_.dstate, decay,
+                                     u, b, c, sums);
       finish(sums, x, D, row, token, head, first, count);
       block.next_token();
     }

@@ -75,8 +75,8 @@ struct Slots {
 
 // `within`: the offset of the block's first row in its slot.
 template <class T, int kParts>
-inline StateBlock<T, kParts> open_block(const Tensor& state, Slots slots, std::int64_t within, std::int64_t row_stride, int rows,
-                                        bool any_token, T* const (&scratch)[kParts]) {
+inline StateBlock<T, kParts> open_block(const Tensor& state, Slots slots, std::int64_t within, std::int64_t row_stride,
+                                        int rows, bool any_token, T* const (&scratch)[kParts]) {
   const std::int64_t first = slots.from * state.stride[0] + within;
   StateBlock<T, kParts> block;
   block.n = state.shape[state.ndim - 1], block.rows = rows;

@@ -98,7 +98,8 @@ void forward(const state_scan::Args& args, const state_scan::Dims& d) {
       const std::int64_t c = args.reverse ? span.first + span.last - 1 - k : k;
       store_slice<T>(args.states, offset_of(args.states, span.batch, c, h), d.headdim, d.dstate, state);
       load_slice<T>(update, args.update, offset_of(args.update, span.batch, c, h), d.headdim, d.dstate);
-      const T log_decay = load_element<T>(args.log_decay.data, args.log_decay.dtype, offset_of(args.log_decay, span.batch, c, h));
+      const T log_decay =
+          load_element<T>(args.log_decay.data, args.log_decay.dtype, offset_of(args.log_decay, span.batch, c, h));
       scale_add<T>(state, exp_scalar<T>(log_decay), update, size);
     }
     if (args.final_state) store_slice<T>(args.final_state, offset_of(args.final_state, s, h), d.headdim, d.dstate, state);

@@ -21,7 +21,8 @@ Dims validate(const Args& args) {
                      causal_conv1d::kMinWidth, " and ", causal_conv1d::kMaxWidth);
   check.required("state", args.state);
   check.output("state", args.state,
-               {{"slots", args.state_indices ? kAny : d.batch}, {"dim", d.dim}, {"width - 1", d.width - 1}}, check.main_or_parameter());
+               {{"slots", args.state_indices ? kAny : d.batch}, {"dim", d.dim}, {"width - 1", d.width - 1}},
+               check.main_or_parameter());
   d.slots = args.state.shape[0];
   check.optional("bias", args.bias, {{"dim", d.dim}}, just(args.weight.dtype));
   check.slot_indices("state_indices", args.state_indices, d.batch, d.slots);

@@ -20,7 +20,8 @@ void validate_mamba2_block(const Contract& check, const Inputs& in, Dims& d) {
   d.d_inner = total - d.conv_dim - d.nheads;
   if (d.d_inner <= 0 || d.nheads == 0 || d.d_inner % d.nheads != 0)
     fail<ValueError>(check.op(), ": the last axis of zxbcdt, ", total, ", must be d_inner + conv_dim + nheads with d_inner a ",
-                     "positive multiple of nheads; conv_dim=", d.conv_dim, " and nheads=", d.nheads, " leave d_inner=", d.d_inner);
+                     "positive multiple of nheads; conv_dim=", d.conv_dim, " and nheads=", d.nheads,
+                     " leave d_inner=", d.d_inner);
   d.headdim = d.d_inner / d.nheads;
   d.ngroups = in.ngroups;
   check.divides("ngroups", d.ngroups, "A", in.A, "nheads", d.nheads);

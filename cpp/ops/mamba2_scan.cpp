@@ -18,7 +18,8 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
                  {{rows, d.num_sequences}, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}}, check.main_or_parameter());
   check.optional("initial_state", in.initial_state,
                  {{rows, d.num_sequences}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}}, check.state());
-  if (in.chunk_size < 0) fail<ValueError>(check.op(), ": chunk_size=", in.chunk_size, " must be positive, or 0 to let the library pick");
+  if (in.chunk_size < 0)
+    fail<ValueError>(check.op(), ": chunk_size=", in.chunk_size, " must be positive, or 0 to let the library pick");
   return d;
 }
 
@@ -27,9 +28,11 @@ Dims validate(const Args& args) {
   const Dims d = validate_inputs(check, args);
   check.output("y", args.y, {{"batch", d.batch}, {"seqlen", d.seqlen}, {"d_inner", d.d_inner}}, just(check.main_dtype()));
   check.output("final_conv_state", args.final_conv_state,
-               {{"num_sequences", d.num_sequences}, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}}, check.main_or_parameter());
+               {{"num_sequences", d.num_sequences}, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}},
+               check.main_or_parameter());
   check.output("final_state", args.final_state,
-               {{"num_sequences", d.num_sequences}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}}, check.state());
+               {{"num_sequences", d.num_sequences}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}},
+               check.state());
   return d;
 }
 
@@ -44,12 +47,14 @@ Dims validate(const BackwardArgs& args) {
   check.optional("dfinal_conv_state", args.dfinal_conv_state, conv_state, check.main_or_parameter());
   check.optional("dfinal_state", args.dfinal_state, state, check.state());
   check.output("dzxbcdt", args.dzxbcdt,
-               {{"batch", d.batch}, {"seqlen", d.seqlen}, {"d_inner + conv_dim + nheads", args.zxbcdt.shape[2]}}, just(check.main_dtype()));
+               {{"batch", d.batch}, {"seqlen", d.seqlen}, {"d_inner + conv_dim + nheads", args.zxbcdt.shape[2]}},
+               just(check.main_dtype()));
   check.output("dconv_weight", args.dconv_weight, {{"conv_dim", d.conv_dim}, {"width", d.width}}, check.main_or_parameter());
   check.output("dconv_bias", args.dconv_bias, {{"conv_dim", d.conv_dim}}, check.main_or_parameter());
   check.output("ddt_bias", args.ddt_bias, {{"nheads", d.nheads}}, check.parameter());
   check.output("dA", args.dA, {{"nheads", d.nheads}}, check.parameter());
-  if (args.dD && args.dD.ndim == 2) check.output("dD", args.dD, {{"nheads", d.nheads}, {"headdim", d.headdim}}, check.parameter());
+  if (args.dD && args.dD.ndim == 2)
+    check.output("dD", args.dD, {{"nheads", d.nheads}, {"headdim", d.headdim}}, check.parameter());
   else check.output("dD", args.dD, {{"nheads", d.nheads}}, check.parameter());
   check.output("dnorm_weight", args.dnorm_weight, {{"d_inner", d.d_inner}}, check.main_or_parameter());
   check.output("dinitial_conv_state", args.dinitial_conv_state, conv_state, check.main_or_parameter());

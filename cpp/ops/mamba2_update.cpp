@@ -20,10 +20,12 @@ Dims validate(const Args& args) {
   validate_mamba2_block(check, args, d);
   const Axis slots{"slots", args.state_indices ? kAny : d.batch};
   check.required("conv_state", args.conv_state);
-  check.output("conv_state", args.conv_state, {slots, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}}, check.main_or_parameter());
+  check.output("conv_state", args.conv_state, {slots, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}},
+               check.main_or_parameter());
   d.slots = args.conv_state.shape[0];
   check.required("state", args.state);
-  check.output("state", args.state, {{"slots", d.slots}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}}, check.state());
+  check.output("state", args.state, {{"slots", d.slots}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}},
+               check.state());
   check.slot_indices("state_indices", args.state_indices, d.batch, d.slots);
   const Axis inner{"d_inner", d.d_inner};
   if (d.has_token_axis) check.output("y", args.y, {batch, tokens, inner}, main);

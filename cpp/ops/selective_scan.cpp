@@ -54,7 +54,9 @@ Dims validate(const Args& args) {
 static void validate_projection_gradient(const Contract& check, const char* name, const Tensor& t, const Tensor& of) {
   if (!t) return;
   if (of.ndim == 2) check.output(name, t, {{"dim", of.shape[0]}, {"dstate", of.shape[1]}}, just(of.dtype));
-  else check.output(name, t, {{"batch", of.shape[0]}, {"seqlen", of.shape[1]}, {"ngroups", of.shape[2]}, {"dstate", of.shape[3]}}, just(of.dtype));
+  else
+    check.output(name, t, {{"batch", of.shape[0]}, {"seqlen", of.shape[1]}, {"ngroups", of.shape[2]}, {"dstate", of.shape[3]}},
+                 just(of.dtype));
 }
 
 Dims validate(const BackwardArgs& args) {

@@ -22,7 +22,8 @@ static bool validate_projection(const Contract& check, const char* name, const T
                                 bool groups_known) {
   check.required(name, t);
   if (d.mamba1 && t.ndim == 2) {
-    check.input(name, t, {{"dim", d.nheads}, {"dstate", d.dstate}}, d.complex_A ? check.complex_parameter() : check.parameter());
+    check.input(name, t, {{"dim", d.nheads}, {"dstate", d.dstate}},
+                d.complex_A ? check.complex_parameter() : check.parameter());
     return false;
   }
   per_token(check, name, t, d, {"ngroups", groups_known ? d.ngroups : kAny}, {"dstate", d.dstate},

@@ -37,7 +37,8 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
                  {{in.cu_seqlens ? "num_sequences" : "batch", d.num_sequences}, {"nheads", d.nheads},
                   {"headdim", d.headdim}, {"dstate", d.dstate}},
                  check.state());
-  if (in.chunk_size < 0) fail<ValueError>(check.op(), ": chunk_size=", in.chunk_size, " must be positive, or 0 to let the library pick");
+  if (in.chunk_size < 0)
+    fail<ValueError>(check.op(), ": chunk_size=", in.chunk_size, " must be positive, or 0 to let the library pick");
   return d;
 }
 

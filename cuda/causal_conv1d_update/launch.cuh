@@ -21,7 +21,8 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
   params.silu = args.activation == causal_conv1d::Activation::silu;
   params.x = tokens(args.x);
   params.y = tokens(args.y);
-  params.state = {static_cast<char*>(args.state.data), args.state.dtype, step(args.state, 0), 0, step(args.state, 1), step(args.state, 2)};
+  params.state = {
+      static_cast<char*>(args.state.data), args.state.dtype, step(args.state, 0), 0, step(args.state, 1), step(args.state, 2)};
   params.weight = {static_cast<char*>(args.weight.data), args.weight.dtype, 0, 0, step(args.weight, 0), step(args.weight, 1)};
   if (args.bias) params.bias = {static_cast<char*>(args.bias.data), args.bias.dtype, 0, 0, step(args.bias, 0), 0};
   if (args.state_indices) {
@@ -29,8 +30,8 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
     params.indices_are_int64 = args.state_indices.dtype == DType::int64;
     params.index_stride = args.state_indices.stride[0];
   }
-  cuda::launch("causal_conv1d_update_kernel", causal_conv1d_update_kernel<Policy>, {dims.batch * params.tiles, Policy::kThreads},
-               stream, params);
+  cuda::launch("causal_conv1d_update_kernel", causal_conv1d_update_kernel<Policy>,
+               {dims.batch * params.tiles, Policy::kThreads}, stream, params);
 }
 
 }  // namespace statescan::causal_conv1d_update

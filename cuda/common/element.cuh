@@ -14,7 +14,8 @@
 namespace statescan::cuda {
 
 inline __device__ std::uint32_t load_bits(const char* from, DType dtype) {
-  return dtype == DType::float32 ? *reinterpret_cast<const std::uint32_t*>(from) : *reinterpret_cast<const std::uint16_t*>(from);
+  return dtype == DType::float32 ? *reinterpret_cast<const std::uint32_t*>(from)
+                                 : *reinterpret_cast<const std::uint16_t*>(from);
 }
 
 inline __device__ float widen_bits(std::uint32_t bits, DType dtype) {

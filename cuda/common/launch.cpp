@@ -15,7 +15,8 @@ void launch_kernel(const char* name, const void* kernel, const LaunchShape& shap
   if (shape.blocks > std::numeric_limits<std::int32_t>::max())
     fail<NotImplementedError>(name, " would need ", shape.blocks, " thread blocks; CUDA launches at most 2^31 - 1");
   if (shape.shared_bytes > kDefaultSharedBytes)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
+          "cudaFuncSetAttribute");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));

@@ -5,7 +5,8 @@
 //          (8,192 of float32) stays in registers between its sum and its output; a longer one is read twice
 // Launch   one axis of groups x rows. Up to 1,024 elements (512) a warp takes a group and a block four of them; else a block a
 //          group, with a thread for every 4 runs of 16 bytes
-// Numerics float32; a thread adds its squares in order, a warp as a tree, the warps in order: the bits depend on the group alone
+// Numerics float32; a thread adds its squares in order, a warp as a tree, the warps in order: the bits depend on the group
+// alone
 #pragma once
 
 #include "../common/element.cuh"

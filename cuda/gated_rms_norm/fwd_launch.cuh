@@ -55,7 +55,8 @@ void launch_forward(const Args& args, const Dims& dims, Stream stream) {
   const std::int64_t wanted = divide_up(dims.group_size, kWarp * kHeld) * kWarp;
   const int threads = static_cast<int>(wanted < Policy::kMaxThreads ? wanted : Policy::kMaxThreads);
   params.chunks = divide_up(dims.group_size, threads * kHeld);
-  cuda::launch("gated_rms_norm_forward_kernel", gated_rms_norm_forward_kernel<Policy, true>, {params.teams, threads}, stream, params);
+  cuda::launch("gated_rms_norm_forward_kernel", gated_rms_norm_forward_kernel<Policy, true>, {params.teams, threads}, stream,
+               params);
 }
 
 }  // namespace statescan::gated_rms_norm

@@ -12,9 +12,19 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   const std::int64_t warps = warps_per_slice(dims, Policy::kDType);
   float* const partial = args.dlog_decay ? static_cast<float*>(args.workspace.data) : nullptr;
   if (tasks.blocks() > 0) {
-    const BackwardParams params{tasks, layout.slice(), layout.sequences(), args.reverse, layout.decay(args.log_decay),
-                                layout.chunks(args.states), layout.chunks(args.dstates), layout.chunks(args.dupdate),
-                                layout.state(args.dfinal_state), layout.state(args.dinitial_state), partial, dims.nheads, warps};
+    const BackwardParams params{tasks,
+                                layout.slice(),
+                                layout.sequences(),
+                                args.reverse,
+                                layout.decay(args.log_decay),
+                                layout.chunks(args.states),
+                                layout.chunks(args.dstates),
+                                layout.chunks(args.dupdate),
+                                layout.state(args.dfinal_state),
+                                layout.state(args.dinitial_state),
+                                partial,
+                                dims.nheads,
+                                warps};
     cuda::launch("state_scan_backward_kernel", state_scan_backward_kernel<Policy>, {tasks.blocks(), Policy::kThreads}, stream,
                  params);
   }

@@ -8,8 +8,8 @@ namespace statescan::python {
 namespace {
 
 // The inputs that both directions share.
-void read_inputs(Call& call, selective_scan::Inputs& args, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D,
-                 nb::handle z, nb::handle dt_bias, nb::handle initial_state, nb::handle cu_seqlens) {
+void read_inputs(Call& call, selective_scan::Inputs& args, nb::handle dt, nb::handle A, nb::handle B, nb::handle C,
+                 nb::handle D, nb::handle z, nb::handle dt_bias, nb::handle initial_state, nb::handle cu_seqlens) {
   args.x = call.main();
   args.dt = call.in("dt", dt);
   args.A = call.in("A", A);

@@ -27,8 +27,8 @@ namespace {
 namespace xla = xla_ffi_abi;
 
 // ---- ops, as a list of operands ------------------------------------------------------------------------------------------
-// Each op has: the rank of every argument and result, and its Args made of them. Absent tensors are optional arguments that were
-// not given, or results that a check does not have.
+// Each op has: the rank of every argument and result, and its Args made of them. Absent tensors are optional arguments that
+// were not given, or results that a check does not have.
 template <std::size_t kCount>
 using Tensors = std::array<Tensor, kCount>;
 

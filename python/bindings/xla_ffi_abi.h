@@ -1,6 +1,6 @@
 // The part of XLA's foreign-function C ABI (version 0.1) that the JAX handlers speak. Declared here, in our words, from the
-// published ABI, so that building needs no jaxlib. Every struct starts with its size and a list of extensions; later versions of
-// the ABI append fields. https://openxla.org/xla/custom_call
+// published ABI, so that building needs no jaxlib. Every struct starts with its size and a list of extensions; later versions
+// of the ABI append fields. https://openxla.org/xla/custom_call
 #pragma once
 
 #include <cstddef>

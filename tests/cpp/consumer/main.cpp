@@ -71,7 +71,8 @@ int main() {
   run(args);
 
   std::int64_t shape[] = {1, kSeqlen, kHeads, kHeaddim};
-  DLTensor in{x.data(), {1, 0}, 4, {2, 32, 1}, shape, nullptr, 0}, out{y_dlpack.data(), {1, 0}, 4, {2, 32, 1}, shape, nullptr, 0};
+  DLTensor in{x.data(), {1, 0}, 4, {2, 32, 1}, shape, nullptr, 0},
+      out{y_dlpack.data(), {1, 0}, 4, {2, 32, 1}, shape, nullptr, 0};
   args.x = statescan::from_dlpack(in);
   args.y = statescan::from_dlpack(out);
   run(args);

@@ -1,5 +1,6 @@
 // A native program on a GPU: state_scan forward and backward on the caller's own stream, first of all inside the capture of a
-// CUDA graph, against the recurrence written out. The program brings its own CUDA runtime. Without a device it checks the error.
+// CUDA graph, against the recurrence written out. The program brings its own CUDA runtime. Without a device it checks the
+// error.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -82,15 +83,19 @@ static int without_device() {
 }
 
 static void run() {
-  const std::int64_t count = kBatch * kChunks * kHeads * kSlice, steps = kBatch * kChunks * kHeads, ends = kBatch * kHeads * kSlice;
+  const std::int64_t count = kBatch * kChunks * kHeads * kSlice, steps = kBatch * kChunks * kHeads,
+                     ends = kBatch * kHeads * kSlice;
   std::vector<float> log_decay = numbers(steps, 0.1f);
   for (float& v : log_decay) v = -std::fabs(v);
-  const std::vector<float> update = numbers(count, 1), initial = numbers(ends, 2), dstates = numbers(count, 3), dfinal = numbers(ends, 4);
+  const std::vector<float> update = numbers(count, 1), initial = numbers(ends, 2), dstates = numbers(count, 3),
+                           dfinal = numbers(ends, 4);
 
   auto chunked = [](const Buffer& b) {
     return Tensor::contiguous(b.data, DType::float32, {kBatch, kChunks, kHeads, kHeaddim, kDstate}, kGpu);
   };
-  auto state = [](const Buffer& b) { return Tensor::contiguous(b.data, DType::float32, {kBatch, kHeads, kHeaddim, kDstate}, kGpu); };
+  auto state = [](const Buffer& b) {
+    return Tensor::contiguous(b.data, DType::float32, {kBatch, kHeads, kHeaddim, kDstate}, kGpu);
+  };
   auto scalars = [](const Buffer& b) { return Tensor::contiguous(b.data, DType::float32, {kBatch, kChunks, kHeads}, kGpu); };
 
   const Buffer log_decay_gpu(log_decay), update_gpu(update), initial_gpu(initial), dstates_gpu(dstates), dfinal_gpu(dfinal);
@@ -129,7 +134,8 @@ static void run() {
   cuda(cudaGraphLaunch(replay, stream));
   cuda(cudaStreamSynchronize(stream));
 
-  std::vector<double> states(update.size()), dupdate(update.size()), dlog_decay(log_decay.size()), last(initial.size()), first(initial.size());
+  std::vector<double> states(update.size()), dupdate(update.size()), dlog_decay(log_decay.size()), last(initial.size()),
+      first(initial.size());
   for (std::int64_t b = 0; b < kBatch; ++b)
     for (std::int64_t h = 0; h < kHeads; ++h)
       for (std::int64_t i = 0; i < kSlice; ++i) {
