@@ -1,7 +1,9 @@
 # CUTLASS and CuTe headers: STATESCAN_CUTLASS_INCLUDE_DIR (CMake or environment), else the nvidia-cutlass package of the build
 # interpreter, pinned in python/build_backend/statescan_build.py. Defines the target statescan_cutlass.
-set(STATESCAN_CUTLASS_INCLUDE_DIR "$ENV{STATESCAN_CUTLASS_INCLUDE_DIR}" CACHE PATH "Directory that holds cute/tensor.hpp")
 set(_cutlass "${STATESCAN_CUTLASS_INCLUDE_DIR}")
+if(NOT _cutlass)
+  set(_cutlass "$ENV{STATESCAN_CUTLASS_INCLUDE_DIR}")
+endif()
 if(NOT _cutlass AND Python_EXECUTABLE)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c
