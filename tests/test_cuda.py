@@ -116,6 +116,26 @@ def gapped(value):
 
 
 @needs_gpu
+@pytest.mark.parametrize("op", (cases.MAMBA1_STATE_UPDATE, cases.MAMBA2_STATE_UPDATE), ids=("mamba1", "mamba2"))
+@pytest.mark.parametrize("dstate", (16, 128, 200, 1200))
+@pytest.mark.parametrize("ntokens", (None, 3))
+@pytest.mark.parametrize("state_dtype", ("float32", "float16", "bfloat16"))
+def test_both_rows_of_state_updates_give_the_same_bits(rng, op, dstate, ntokens, state_dtype):
+    made = op.inputs(rng, dstate=dstate, ntokens=ntokens, state_dtype=state_dtype)
+    gpu = DEVICES[1]
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    views = {name: gapped(value) for name, value in inputs.items()}
+    assert statescan.plan("selective_state_update", **inputs).kernel == "vector"
+    assert statescan.plan("selective_state_update", **views).kernel == "strided"
+    one, other = (statescan.selective_state_update(**arrays, dt_softplus=True) for arrays in (inputs, views))
+    assert_same_bits(gpu.get(other), gpu.get(one), "y")
+    assert_same_bits(gpu.get(views["state"]), gpu.get(inputs["state"]), "state")
+    values = op.expected(made, dt_softplus=True)
+    assert_accurate(gpu.get(one), values["y"], "y")
+    assert_accurate(gpu.get(inputs["state"]), values["state"], "state")
+
+
+@needs_gpu
 @pytest.mark.parametrize("group_size", (64, 512, 2560, 5120))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_both_rows_of_norms_give_the_same_bits(group_size, dtype):
@@ -299,9 +319,33 @@ def test_wrong_slots_reach_no_other_memory(rng, slots):
     import torch
 
     slots = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    inputs = on_gpu(cases.MAMBA2_STATE_UPDATE.inputs(rng, batch=3, slots=3))
+    y = statescan.selective_state_update(**inputs, state_indices=slots, out_state_indices=slots, dt_softplus=True)
+    assert not y[(slots < 0) | (slots >= 3)].any()
     inputs = on_gpu(cases.CAUSAL_CONV1D_UPDATE.inputs(rng, batch=3, slots=3))
     y = statescan.causal_conv1d_update(**inputs, state_indices=slots)
     assert not y[(slots < 0) | (slots >= 3)].any()
+
+
+@needs_gpu
+@pytest.mark.large_memory
+def test_slots_past_2_31(rng):
+    """known_bugs 1: the last slot of a cache of 2.7e9 states."""
+    import torch
+
+    nheads, headdim, dstate, slots = 80, 64, 128, 4100
+    made = cases.MAMBA2_STATE_UPDATE.inputs(rng, batch=2, nheads=nheads, headdim=headdim, ngroups=1, dstate=dstate)
+    inputs = on_gpu(made)
+    cache = torch.zeros(slots, nheads, headdim, dstate, dtype=torch.bfloat16, device="cuda")
+    assert cache.numel() > 2**31
+    at = torch.tensor([slots - 1, 7], dtype=torch.int64, device="cuda")
+    cache[at] = inputs["state"].to(torch.bfloat16)
+    small = cache[at]
+    y = statescan.selective_state_update(**{**inputs, "state": cache}, state_indices=at, dt_softplus=True)
+    assert torch.equal(y, statescan.selective_state_update(**{**inputs, "state": small}, dt_softplus=True))
+    assert torch.equal(cache[at], small)
+    cache[at] = 0
+    assert not cache.any()
 
 
 # Large tensors are checked slice by slice: each (batch, head) is a scan of its own.

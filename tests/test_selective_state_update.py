@@ -50,6 +50,8 @@ class TestTimeInvariant(UpdateContract):
         dict(dstate=0),
         dict(headdim=0),
         dict(nheads=80, headdim=3, ngroups=1),
+        dict(headdim=2, dstate=300),
+        dict(headdim=3, dstate=1100),
     ),
     ids=str,
 )
@@ -72,6 +74,7 @@ def test_mamba2_sizes(device, rng, row, dtype):
         dict(dstate=256),
         dict(dstate=0),
         dict(dim=0, ngroups=1),
+        dict(dim=6, dstate=1100),
     ),
     ids=str,
 )
@@ -86,8 +89,9 @@ def test_mamba1_sizes(device, rng, row, dtype, complex_A):
 @pytest.mark.parametrize("state_dtype", ("float32", *NARROW))
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 @pytest.mark.parametrize("ntokens", (None, 4))
-def test_dtypes_of_states(device, rng, op, dtype, state_dtype, ntokens):
-    op.check(device, op.inputs(rng, dtype, ntokens=ntokens, state_dtype=state_dtype), dt_softplus=True)
+@pytest.mark.parametrize("dstate", (7, 16, 128, 300))
+def test_dtypes_of_states(device, rng, op, dtype, state_dtype, ntokens, dstate):
+    op.check(device, op.inputs(rng, dtype, ntokens=ntokens, state_dtype=state_dtype, dstate=dstate), dt_softplus=True)
 
 
 @pytest.mark.parametrize("op", (MAMBA1, MAMBA2), ids=("mamba1", "mamba2"))

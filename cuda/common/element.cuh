@@ -13,6 +13,9 @@
 
 namespace statescan::cuda {
 
+// Of a real dtype that kernels take.
+inline constexpr __device__ int bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
 inline __device__ std::uint32_t load_bits(const char* from, DType dtype) {
   return dtype == DType::float32 ? *reinterpret_cast<const std::uint32_t*>(from)
                                  : *reinterpret_cast<const std::uint16_t*>(from);

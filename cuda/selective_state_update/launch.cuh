@@ -1,0 +1,60 @@
+#pragma once
+
+#include <bit>
+#include <limits>
+
+#include "../common/launch.h"
+#include "kernel.cuh"
+
+namespace statescan::selective_state_update {
+
+template <class Policy, int kRunsOfRow, bool kOneToken>
+void launch_rows(Params params, const Dims& dims, std::int64_t bands, Stream stream) {
+  constexpr std::int64_t kRows = Policy::kRuns / kRunsOfRow;
+  const std::int64_t runs = std::min<std::int64_t>(divide_up(dims.dstate, Policy::kRun * kRunsOfRow), kWarp);
+  params.lanes = std::bit_ceil(static_cast<std::uint32_t>(std::max(runs, kRows)));
+  const std::int64_t units_of_band = divide_up(params.band_rows, kRows), units = units_of_band * bands;
+  params.units = static_cast<std::uint32_t>(units);
+  params.units_of_band = static_cast<std::uint32_t>(units_of_band);
+  params.tiles = static_cast<std::uint32_t>(divide_up(units, Policy::kThreads / params.lanes));
+  cuda::launch("selective_state_update_kernel", selective_state_update_kernel<Policy, kRunsOfRow, kOneToken>,
+               {dims.batch * params.tiles, Policy::kThreads}, stream, params);
+}
+
+template <class Policy>
+void launch(const Args& args, const Dims& dims, Stream stream) {
+  const Axes axes(dims);
+  if (dims.batch == 0 || axes.bands() == 0 || axes.rows() == 0) return;
+  if (dims.nheads * dims.headdim > std::numeric_limits<std::int32_t>::max())
+    fail<NotImplementedError>("selective_state_update: the CUDA kernels take at most 2^31 - 1 rows of states a slot, got ",
+                              dims.nheads * dims.headdim);
+  Params params{};
+  params.band_rows = static_cast<std::uint32_t>(axes.rows());
+  params.bands_of_group = static_cast<std::uint32_t>(dims.mamba1 ? 1 : dims.nheads / dims.ngroups);
+  params.dstate = dims.dstate;
+  params.ntokens = dims.ntokens;
+  params.slots = dims.slots;
+  params.pieces = std::max<std::int64_t>(divide_up(dims.dstate, held_states<Policy>(dims)), 1);
+  params.from = indices_of(args.state_indices);
+  params.to = indices_of(args.out_state_indices);
+  params.dt_softplus = args.dt_softplus;
+  params.dt_min = static_cast<float>(args.dt_min);
+  params.dt_max = static_cast<float>(args.dt_max);
+  params.state = axes.state(args.state);
+  params.x = axes.channels(args.x);
+  params.dt = axes.steps(args.dt);
+  params.A = axes.rates(args.A);
+  params.B = axes.projection(args.B, dims.varying_B);
+  params.C = axes.projection(args.C, dims.varying_C);
+  params.D = axes.of_channels(args.D);
+  params.z = axes.channels(args.z);
+  params.dt_bias = axes.of_heads(args.dt_bias);
+  params.y = axes.channels(args.y);
+  params.partial = static_cast<float*>(args.workspace.data);
+  constexpr bool kVector = Policy::kAccess == Access::vector;
+  if (dims.dstate > kWarp * Policy::kRun) launch_rows<Policy, Policy::kLongRuns, false>(params, dims, axes.bands(), stream);
+  else if (kVector && dims.ntokens == 1) launch_rows<Policy, 1, kVector>(params, dims, axes.bands(), stream);
+  else launch_rows<Policy, 1, false>(params, dims, axes.bands(), stream);
+}
+
+}  // namespace statescan::selective_state_update

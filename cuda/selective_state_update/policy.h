@@ -1,0 +1,47 @@
+// What the selective_state_update kernels are compiled for, as plain C++: the table, the launcher and the kernel read the same
+// numbers.
+#pragma once
+
+#include <statescan/selective_state_update.h>
+
+#include "../common/access.h"
+
+namespace statescan::selective_state_update {
+
+enum class Form {
+  mamba1,  // A, and with it the decay, differs along dstate; dt from row to row
+  mamba2,  // one decay for a head
+};
+
+using cuda::Access;
+
+// Both ways of access give a lane the same states, so they sum in the same order and give the same bits.
+template <DType state, Form form, Access access>
+struct Policy {
+  static constexpr DType kState = state;
+  static constexpr Form kForm = form;
+  static constexpr Access kAccess = access;
+  static constexpr int kParts = is_complex(state) ? 2 : 1;
+  static constexpr int kRun = 16 / size_of(state);  // consecutive states of a lane: one 16-byte access
+  static constexpr int kRuns = 4;                   // runs of a lane, all on their way at once
+  static constexpr int kThreads = 64;               // small blocks spread a batch of one evenly over the multiprocessors
+  // The runs of a lane belong to 4 rows, or, when a row is longer than a warp's 32 runs, to 1 row (2 of 16-bit states, whose
+  // runs widen to twice as many registers).
+  static constexpr int kLongRuns = size_of(state) == 2 ? 2 : 4;
+};
+
+template <class Policy>
+void launch(const Args& args, const Dims& dims, Stream stream);
+
+inline constexpr int kWarp = 32;
+
+constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// States of a row that are held at once. Longer rows go through in pieces, with a partial sum for each output between them.
+template <class Policy>
+constexpr std::int64_t held_states(const Dims& dims) {
+  const std::int64_t one_run_a_lane = kWarp * Policy::kRun;
+  return dims.dstate <= one_run_a_lane ? one_run_a_lane : Policy::kLongRuns * one_run_a_lane;
+}
+
+}  // namespace statescan::selective_state_update
