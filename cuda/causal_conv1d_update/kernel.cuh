@@ -2,7 +2,7 @@
 // Math     y = act(bias + sum_k weight[k] window[k]), the window being the state and the new token; then the state shifts
 // Shapes   x, y [b,t,d]; state [slots,d,w-1]; weight [d,w]
 // Traffic  read x and state, write y and state: b*d*(2t + 2(w-1)) elements; floor: that over 3.0 TB/s. Weights come from L2
-// Launch   one axis of channel tiles x batch blocks of 128 threads; a thread takes one channel of one row
+// Launch   one axis of channel tiles x runs of 4 rows, blocks of 128 threads; a thread takes one channel of the rows
 // Numerics float32, taps in order; a window holds inputs, which every state dtype keeps exactly: several tokens equal one at a
 //          time, bit for bit
 #pragma once
@@ -21,7 +21,7 @@ struct View {
 
 struct Params {
   std::uint32_t tiles;
-  std::int64_t dim, ntokens, slots;
+  std::int64_t batch, dim, ntokens, slots;
   int width;
   bool silu;
   View x, y, state, weight, bias;
@@ -40,55 +40,71 @@ inline __device__ std::int64_t slot_of(const Params& p, std::int64_t row) {
 
 template <class Policy>
 __global__ void __launch_bounds__(Policy::kThreads) causal_conv1d_update_kernel(const __grid_constant__ Params p) {
-  constexpr int kTaps = Policy::kTaps;
-  const std::int64_t row = blockIdx.x / p.tiles;
+  constexpr int kTaps = Policy::kTaps, kRows = Policy::kRows;
+  constexpr DType kDType = Policy::kDType;
+  const std::int64_t first_row = std::int64_t{blockIdx.x / p.tiles} * kRows;
   const std::int64_t channel = std::int64_t{blockIdx.x % p.tiles} * Policy::kThreads + threadIdx.x;
-  if (channel >= p.dim) return;
-  const char* x = p.x.data + (row * p.x.row + channel * p.x.channel);
-  char* y = p.y.data + (row * p.y.row + channel * p.y.channel);
-  const std::int64_t slot = slot_of(p, row);
-  if (slot < 0) {
-    for (std::int64_t t = 0; t < p.ntokens; ++t) cuda::store_element(y + t * p.y.token, Policy::kDType, 0.0f);
-    return;
-  }
-  if (p.ntokens == 0) return;
+  if (channel >= p.dim || p.ntokens == 0) return;
+  const char* const x = p.x.data + (first_row * p.x.row + channel * p.x.channel);
+  char* const y = p.y.data + (first_row * p.y.row + channel * p.y.channel);
+  char* const state = p.state.data + channel * p.state.channel;
 
-  // Window and weight end at the registers' end; what is before `first` is not used.
-  const int first = kTaps - p.width;
-  char* const state = p.state.data + (slot * p.state.row + channel * p.state.channel);
-  const char* const weight = p.weight.data + channel * p.weight.channel;
-  std::uint32_t window_bits[kTaps] = {}, weight_bits[kTaps] = {};
+  // Window and weight end at the registers' end; what is before `unused` does not count. All rows are loaded before the first
+  // is worked on.
+  const int unused = kTaps - p.width;
+  std::int64_t slot[kRows];
+  std::uint32_t window_bits[kRows][kTaps] = {}, weight_bits[kTaps] = {};
 #pragma unroll
-  for (int k = 0; k < kTaps - 1; ++k)
-    if (k >= first) window_bits[k] = cuda::load_bits(state + (k - first) * p.state.tap, p.state.dtype);
-  window_bits[kTaps - 1] = cuda::load_bits(x, Policy::kDType);
+  for (int r = 0; r < kRows; ++r) slot[r] = first_row + r < p.batch ? slot_of(p, first_row + r) : -1;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (slot[r] < 0) continue;
+#pragma unroll
+    for (int k = 0; k < kTaps - 1; ++k)
+      if (k >= unused)
+        window_bits[r][k] = cuda::load_bits(state + slot[r] * p.state.row + (k - unused) * p.state.tap, p.state.dtype);
+    window_bits[r][kTaps - 1] = cuda::load_bits(x + r * p.x.row, kDType);
+  }
+  const char* const weight = p.weight.data + channel * p.weight.channel;
 #pragma unroll
   for (int k = 0; k < kTaps; ++k)
-    if (k >= first) weight_bits[k] = cuda::load_bits(weight + (k - first) * p.weight.tap, p.weight.dtype);
+    if (k >= unused) weight_bits[k] = cuda::load_bits(weight + (k - unused) * p.weight.tap, p.weight.dtype);
   const float bias = p.bias.data ? cuda::load_element(p.bias.data + channel * p.bias.channel, p.bias.dtype) : 0.0f;
-  float window[kTaps], taps[kTaps];
+  float taps[kTaps];
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) {
-    window[k] = cuda::widen_bits(window_bits[k], k < kTaps - 1 ? p.state.dtype : Policy::kDType);
-    taps[k] = cuda::widen_bits(weight_bits[k], p.weight.dtype);
-  }
+  for (int k = 0; k < kTaps; ++k) taps[k] = cuda::widen_bits(weight_bits[k], p.weight.dtype);
 
-  for (std::int64_t t = 0;;) {
-    float sum = bias;
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k)
-      if (k >= first) sum = fmaf(taps[k], window[k], sum);
-    cuda::store_element(y, Policy::kDType, p.silu ? cuda::fast_silu(sum) : sum);
+  for (int r = 0; r < kRows; ++r) {
+    if (first_row + r >= p.batch) break;
+    char* y_at = y + r * p.y.row;
+    if (slot[r] < 0) {
+      for (std::int64_t t = 0; t < p.ntokens; ++t, y_at += p.y.token) cuda::store_element(y_at, kDType, 0.0f);
+      continue;
+    }
+    float window[kTaps];
 #pragma unroll
-    for (int k = 0; k < kTaps - 1; ++k) window[k] = window[k + 1];
-    if (++t == p.ntokens) break;
-    x += p.x.token;
-    y += p.y.token;
-    window[kTaps - 1] = cuda::load_element(x, Policy::kDType);
+    for (int k = 0; k < kTaps; ++k) window[k] = cuda::widen_bits(window_bits[r][k], k < kTaps - 1 ? p.state.dtype : kDType);
+    const char* x_at = x + r * p.x.row;
+#pragma unroll 1
+    for (std::int64_t t = 0;;) {
+      float sum = bias;
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k)
+        if (k >= unused) sum = fmaf(taps[k], window[k], sum);
+      cuda::store_element(y_at, kDType, p.silu ? cuda::fast_silu(sum) : sum);
+#pragma unroll
+      for (int k = 0; k < kTaps - 1; ++k) window[k] = window[k + 1];
+      if (++t == p.ntokens) break;
+      x_at += p.x.token;
+      y_at += p.y.token;
+      window[kTaps - 1] = cuda::load_element(x_at, kDType);
+    }
+#pragma unroll
+    for (int k = 0; k < kTaps - 1; ++k)
+      if (k >= unused)
+        cuda::store_element(state + slot[r] * p.state.row + (k - unused) * p.state.tap, p.state.dtype, window[k]);
   }
-#pragma unroll
-  for (int k = 0; k < kTaps - 1; ++k)
-    if (k >= first) cuda::store_element(state + (k - first) * p.state.tap, p.state.dtype, window[k]);
 }
 
 }  // namespace statescan::causal_conv1d_update

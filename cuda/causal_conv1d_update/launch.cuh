@@ -14,6 +14,7 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
   };
   Params params{};
   params.tiles = static_cast<std::uint32_t>(divide_up(dims.dim, Policy::kThreads));
+  params.batch = dims.batch;
   params.dim = dims.dim;
   params.ntokens = dims.ntokens;
   params.slots = dims.slots;
@@ -31,7 +32,7 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
     params.index_stride = args.state_indices.stride[0];
   }
   cuda::launch("causal_conv1d_update_kernel", causal_conv1d_update_kernel<Policy>,
-               {dims.batch * params.tiles, Policy::kThreads}, stream, params);
+               {divide_up(dims.batch, Policy::kRows) * params.tiles, Policy::kThreads}, stream, params);
 }
 
 }  // namespace statescan::causal_conv1d_update

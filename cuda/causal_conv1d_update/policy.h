@@ -9,6 +9,7 @@ template <DType dtype, int taps>
 struct Policy {
   static constexpr DType kDType = dtype;
   static constexpr int kTaps = taps;  // the widest filter that the kernel's registers hold; narrower ones lie at their end
+  static constexpr int kRows = 4;     // of the batch, which share a thread's weights
   static constexpr int kThreads = 128;
 };
 

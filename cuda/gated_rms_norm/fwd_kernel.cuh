@@ -1,10 +1,11 @@
 // gated_rms_norm forward
 // Math     y = rms(x) weight silu(z), or rms(x silu(z)) weight; rms(v) = v / sqrt(mean(v^2) + eps), the mean over a group
 // Shapes   x, z, y [..., d]; weight [d]
-// Traffic  read x and z, write y: 3*rows*d*sizeof(Element); floor: that over 3.0 TB/s. A group of up to 16,384 16-bit elements
-//          (8,192 of float32) stays in registers between its sum and its output; a longer one is read twice
-// Launch   one axis of groups x rows. Up to 1,024 elements (512) a warp takes a group and a block four of them; else a block a
-//          group, with a thread for every 4 runs of 16 bytes
+// Traffic  read x and z, write y: 3*rows*d*sizeof(Element); floor: that over 3.0 TB/s. A group of up to 8,192 elements stays
+//          in registers between its sum and its output; a longer one is read twice
+// Launch   one axis of groups x rows. Up to 512 elements a warp takes a group and a block four of them; else a block a group,
+// with
+//          a thread for every 16 elements
 // Numerics float32; a thread adds its squares in order, a warp as a tree, the warps in order: the bits depend on the group
 // alone
 #pragma once
@@ -58,7 +59,8 @@ inline __device__ float sum_over_team(float v, bool is_block) {
 }
 
 template <class Policy, bool kTeamIsBlock>
-__global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::kSmallThreads, kTeamIsBlock ? 2 : 6)
+    gated_rms_norm_forward_kernel(const __grid_constant__ ForwardParams p) {
   constexpr int kRun = Policy::kRun, kRuns = Policy::kRuns;
   constexpr DType kDType = Policy::kDType;
   using Run = cuda::Run<Policy::kAccess, kRun>;
@@ -71,7 +73,14 @@ __global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_ke
   char* const y = row_of(p.y, p, row) + first * p.y.column;
   const char* const weight = p.weight.data ? p.weight.data + first * p.weight.column : nullptr;
 
-  const auto column_of = [&](std::int64_t chunk, int v) { return ((chunk * kRuns + v) * threads + thread) * kRun; };
+  // From one element to the next, in bytes; a constant where it can be.
+  constexpr bool kVector = Policy::kAccess == Access::vector;
+  const auto step_of = [](const View& t) -> std::int64_t { return kVector ? 16 / kRun : t.column; };
+  const std::int64_t x_step = step_of(p.x), z_step = step_of(p.z), y_step = step_of(p.y);
+  const std::int64_t weight_step = kVector ? cuda::bytes_of(p.weight.dtype) : p.weight.column;
+  const auto column_of = [&](std::int64_t chunk, int v) -> std::int64_t {
+    return ((chunk * kRuns + v) * threads + thread) * kRun;
+  };
   const auto count_of = [&](std::int64_t column) {
     const std::int64_t left = p.group_size - column;
     return left < 0 ? 0 : (left < kRun ? static_cast<int>(left) : kRun);
@@ -86,8 +95,8 @@ __global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_ke
     for (int v = 0; v < kRuns; ++v) {
       const std::int64_t column = column_of(chunk, v);
       const int count = count_of(column);
-      packed_x[v].load(x + column * p.x.column, kDType, p.x.column, count);
-      if (z) packed_z[v].load(z + column * p.z.column, kDType, p.z.column, count);
+      packed_x[v].load(x + column * x_step, kDType, x_step, count);
+      if (z) packed_z[v].load(z + column * z_step, kDType, z_step, count);
     }
 #pragma unroll
     for (int v = 0; v < kRuns; ++v) {
@@ -124,7 +133,7 @@ __global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_ke
       for (int i = 0; i < kRun; ++i) values[i] = held[v][i] * scale;
       if (weight) {
         Run packed;
-        packed.load(weight + column * p.weight.column, p.weight.dtype, p.weight.column, count);
+        packed.load(weight + column * weight_step, p.weight.dtype, weight_step, count);
         packed.widen(p.weight.dtype, factor);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) values[i] *= factor[i];
@@ -134,7 +143,7 @@ __global__ void __launch_bounds__(Policy::kMaxThreads) gated_rms_norm_forward_ke
 #pragma unroll
         for (int i = 0; i < kRun; ++i) values[i] *= cuda::fast_silu(factor[i]);
       }
-      Run::store(y + column * p.y.column, kDType, p.y.column, count, values);
+      Run::store(y + column * y_step, kDType, y_step, count, values);
     }
   }
 }

@@ -15,7 +15,7 @@ struct Policy {
   static constexpr DType kDType = dtype;
   static constexpr Access kAccess = access;
   static constexpr int kRun = 16 / size_of(dtype);  // consecutive elements of a thread: one 16-byte access
-  static constexpr int kRuns = 4;                   // runs of a thread in flight; with z twice as many
+  static constexpr int kRuns = 16 / kRun;           // runs of a thread in flight; with z twice as many
   static constexpr int kMaxThreads = 512;
   static constexpr int kSmallThreads = 128;         // of a block whose warps take a group each
 };
