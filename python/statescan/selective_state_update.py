@@ -46,7 +46,7 @@ def selective_state_update(
         state_indices: [batch] int32 or int64, the slot that each row reads; -1 marks padding: y is zero and no state is
             touched. None: row i is slot i, and slots = batch.
         out_state_indices: [batch] int32 or int64, the slot that each row writes, -1 for none; None: the one it read. No slot
-            may be written twice.
+            may be written twice, nor written by one row and read by another.
         out: array to write y to.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
 

@@ -21,7 +21,9 @@ struct Args {
   Tensor z;                  // as x, optional
   Tensor dt_bias;            // [d]                or [h]         float32, optional
   Tensor state_indices;      // [b] int32 or int64: the slot to read, -1 for padding; optional: row i in slot i
-  Tensor out_state_indices;  // [b] int32 or int64: the slot to write; -1: not written; optional: where it was read
+  // [b] int32 or int64: the slot to write; -1: not written; optional: where it was read. No slot may be written twice, nor
+  // written by one row and read by another.
+  Tensor out_state_indices;
   bool dt_softplus = false;
   double dt_min = -std::numeric_limits<double>::infinity();
   double dt_max = std::numeric_limits<double>::infinity();
