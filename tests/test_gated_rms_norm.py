@@ -188,3 +188,179 @@ def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         device.call(statescan.gated_rms_norm, **arguments)
     assert text in str(raised.value)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+GRADIENTS = ("dx", "dz", "dweight")
+
+
+def make_backward(rng, dtype="float32", leading=(3, 5), dim=24, **rest):
+    inputs = make(rng, dtype, leading, dim, **rest)
+    return {**inputs, "dy": normal(rng, dtype, *leading, dim)}
+
+
+def run_backward(device, inputs, **options):
+    given = {name: device.put(value) for name, value in inputs.items()}
+    results = device.call(statescan.gated_rms_norm_backward, **given, **options)
+    return dict(zip(GRADIENTS, (device.get(result) for result in results), strict=True))
+
+
+def expected_backward(inputs, **options):
+    exact_inputs = {name: exact(value) for name, value in inputs.items()}
+    return dict(zip(GRADIENTS, reference.gated_rms_norm.gated_rms_norm_backward(**exact_inputs, **options), strict=True))
+
+
+def check_backward(device, inputs, **options):
+    got, expected = run_backward(device, inputs, **options), expected_backward(inputs, **options)
+    for name in GRADIENTS:
+        if expected[name] is None:
+            assert got[name] is None
+            continue
+        assert got[name].dtype == inputs[name[1:]].dtype
+        assert_accurate(got[name], expected[name], name)
+    return got
+
+
+@pytest.mark.parametrize("norm_before_gate", (False, True))
+@pytest.mark.parametrize("omit", ((), ("z",), ("weight",), ("z", "weight")))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward(device, rng, dtype, omit, norm_before_gate):
+    check_backward(device, make_backward(rng, dtype, omit=omit), norm_before_gate=norm_before_gate)
+
+
+@pytest.mark.parametrize("norm_before_gate", (False, True))
+@pytest.mark.parametrize("dim", (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 257, 1031, 5120, 10001))
+def test_backward_dims(device, rng, dim, norm_before_gate):
+    # One channel alone is normed to 1: without an eps of its size the exact gradient is what rounding leaves of 1 - 1.
+    eps = 0.5 if dim == 1 else 1e-5
+    check_backward(device, make_backward(rng, dim=dim), eps=eps, norm_before_gate=norm_before_gate)
+
+
+@pytest.mark.parametrize("norm_before_gate", (False, True))
+@pytest.mark.parametrize("dim,group_size", ((24, 12), (24, 3), (24, 2), (120, 40), (130, 65), (1024, 256)))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_groups(device, rng, dtype, dim, group_size, norm_before_gate):
+    check_backward(device, make_backward(rng, dtype, dim=dim), group_size=group_size, norm_before_gate=norm_before_gate)
+
+
+@pytest.mark.parametrize("leading", ((), (1,), (7,), (2, 3, 5), (2, 1, 3, 2, 2), (0,), (3, 0), (1367,)))
+def test_backward_leading_axes(device, rng, leading):
+    got = check_backward(device, make_backward(rng, leading=leading))
+    assert 0 not in leading or not np.any(got["dweight"])
+
+
+@pytest.mark.parametrize("weight_dtype", ("float32", "same"))
+@pytest.mark.parametrize("dtype", NARROW)
+def test_backward_dtypes_of_weight(device, rng, dtype, weight_dtype):
+    check_backward(device, make_backward(rng, dtype, weight_dtype=dtype if weight_dtype == "same" else "float32"))
+
+
+@pytest.mark.parametrize("options", (dict(), dict(norm_before_gate=True), dict(group_size=8)), ids=str)
+def test_backward_float64(rng, options):
+    check_backward(Cpu(), make_backward(rng, "float64", dim=48), **options)
+
+
+@pytest.mark.parametrize("eps", (0.0, 1e-12, 1e-5, 0.5))
+def test_backward_eps(device, rng, eps):
+    inputs = make_backward(rng)
+    inputs["x"] *= np.float32(1e-2)
+    check_backward(device, inputs, eps=eps)
+
+
+@pytest.mark.parametrize("scale", (1e-15, 1e-6, 1e6, 1e15))
+def test_backward_scales(device, rng, scale):
+    inputs = make_backward(rng, omit=("z",))
+    inputs["x"] *= np.float32(scale)
+    check_backward(device, inputs, eps=0.0 if scale < 1 else 1e-5)
+
+
+def test_backward_gates_far_from_zero(device, rng):
+    inputs = make_backward(rng, dim=40)
+    inputs["z"] *= np.float32(60)
+    check_backward(device, inputs)
+    check_backward(device, inputs, norm_before_gate=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_layouts(device, rng, layout, dtype):
+    """known_bugs 33: a dy with strides, like everything else."""
+    inputs = make_backward(rng, dtype)
+    plain = run_backward(device, inputs)
+    got = check_backward(device, {name: laid_out(value, layout) for name, value in inputs.items()})
+    for name in GRADIENTS:
+        assert_same_bits(got[name], plain[name], name)
+
+
+def test_backward_same_bits(device, rng, threads):
+    inputs = make_backward(rng, leading=(37,), dim=2000)
+    first = run_backward(device, inputs, group_size=50)
+    for count in (1, 2, 3):
+        threads(count)
+        again = run_backward(device, inputs, group_size=50)
+        for name in GRADIENTS:
+            assert_same_bits(again[name], first[name], name)
+    for i in range(37):
+        row = {name: value[i : i + 1] if name != "weight" else value for name, value in inputs.items()}
+        alone = run_backward(device, row, group_size=50)
+        for name in ("dx", "dz"):
+            assert_same_bits(alone[name], first[name][i : i + 1], f"{name} of row {i}")
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf))
+def test_backward_bad_row_and_group_stay_alone(device, rng, bad):
+    clean = make_backward(rng, leading=(7,))
+    expected = run_backward(device, clean, group_size=8)
+    for name in ("x", "z", "dy"):
+        spoiled = {**clean, name: clean[name].copy()}
+        spoiled[name][3, 9] = bad
+        got = run_backward(device, spoiled, group_size=8)
+        good = np.ones((7, 24), bool)
+        good[3, 8:16] = False
+        for gradient in ("dx", "dz"):
+            assert_same_bits(got[gradient][good], expected[gradient][good], f"{gradient} beside a bad {name}")
+        assert_same_bits(got["dweight"][good[3]], expected["dweight"][good[3]], f"dweight beside a bad {name}")
+
+
+@pytest.mark.parametrize(
+    "change,error,text",
+    (
+        (dict(dy=None), ValueError, "gated_rms_norm_backward: dy is required"),
+        (
+            dict(dy=np.zeros((3, 5, 23), np.float32)),
+            ValueError,
+            "gated_rms_norm_backward: dy has shape (3, 5, 23); expected (leading=3, leading=5, dim=24)",
+        ),
+        (dict(dy=np.zeros((3, 5, 24), np.float16)), TypeError, "gated_rms_norm_backward: dy is float16; expected float32"),
+        (dict(group_size=7), ValueError, "gated_rms_norm_backward: group_size=7 must divide dim=24"),
+    ),
+    ids=lambda v: None if not isinstance(v, dict) else "-".join(v),
+)
+def test_backward_errors(device, rng, change, error, text):
+    arguments = {name: device.put(value) for name, value in {**make_backward(rng), **change}.items()}
+    with pytest.raises(error) as raised:
+        device.call(statescan.gated_rms_norm_backward, **arguments)
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("norm_before_gate", (False, True))
+@pytest.mark.parametrize("omit", ((), ("z",), ("weight",)))
+def test_backward_beside_torch(rng, omit, norm_before_gate):
+    torch = pytest.importorskip("torch")
+    import torch_gradients
+
+    def forward(x, z=None, weight=None):
+        gate = 1.0 if z is None else torch.nn.functional.silu(z)
+        v = (x if norm_before_gate else x * gate).unflatten(-1, (-1, 8))
+        y = (v / torch.sqrt((v**2).mean(-1, keepdim=True) + 1e-5)).flatten(-2) * (1.0 if weight is None else weight)
+        return (y * gate if norm_before_gate else y,)
+
+    inputs = make(rng, "float64", omit=omit)
+    options = dict(group_size=8, norm_before_gate=norm_before_gate)
+    dy = normal(rng, "float64", 3, 5, 24)
+    expected = torch_gradients.gradients(forward, inputs, [dy])
+    for source in (run_backward(Cpu(), {**inputs, "dy": dy}, **options), expected_backward({**inputs, "dy": dy}, **options)):
+        for name in inputs:
+            assert_accurate(source[f"d{name}"], expected[name], f"d{name}")
+    small = {name: value[:2, :2] if value.ndim > 1 else value for name, value in inputs.items()}
+    torch_gradients.gradcheck("gated_rms_norm", small, ("x", "z", "weight"), **options)

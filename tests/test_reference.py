@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from reference.causal_conv1d import causal_conv1d
 from reference.common import silu, softplus
-from reference.gated_rms_norm import gated_rms_norm
+from reference.gated_rms_norm import gated_rms_norm, gated_rms_norm_backward
 from reference.mamba2_scan import mamba2_scan
 from reference.selective_scan import selective_scan
 from reference.selective_state_update import selective_state_update
@@ -16,6 +16,17 @@ from support import exact
 
 def inputs_of(make, rng, **sizes):
     return {name: exact(value) for name, value in make(rng, "float64", **sizes).items()}
+
+
+def assert_gradients(rng, forward, given, names, gradients):
+    """`gradients`, of the real function `forward` of arrays by name, against central differences along random directions."""
+    for name, gradient in zip(names, gradients, strict=True):
+        direction = rng.standard_normal(given[name].shape)
+        if np.iscomplexobj(given[name]):
+            direction = direction + 1j * rng.standard_normal(given[name].shape)
+        ahead, behind = (forward(**{**given, name: given[name] + side * direction}) for side in (1e-5, -1e-5))
+        along = np.sum((np.conj(gradient) * direction).real)
+        np.testing.assert_allclose(along, (ahead - behind) / 2e-5, rtol=1e-6, err_msg=name)
 
 
 def test_softplus_and_silu():
@@ -94,19 +105,23 @@ def test_gated_rms_norm_has_unit_rows(rng):
 
 def test_state_scan_backward_is_the_difference_of_the_forward(rng):
     given = inputs_of(cases.state_scan, rng, seqlen=5)
-    cu_seqlens = None
     dstates, dfinal_state = rng.standard_normal(given["update"].shape), rng.standard_normal(given["initial_state"].shape)
 
-    def loss(changed):
-        states, final_state = state_scan(**changed, cu_seqlens=cu_seqlens, reverse=True)
+    def loss(**changed):
+        states, final_state = state_scan(**changed, reverse=True)
         return np.sum(states * dstates) + np.sum(final_state * dfinal_state)
 
     states, _ = state_scan(**given, reverse=True)
     gradients = state_scan_backward(given["log_decay"], states, dstates, dfinal_state=dfinal_state, reverse=True)
-    for name, gradient in zip(("log_decay", "update", "initial_state"), gradients):
-        direction = rng.standard_normal(given[name].shape)
-        ahead, behind = ({**given, name: given[name] + side * direction} for side in (1e-5, -1e-5))
-        np.testing.assert_allclose(np.sum(gradient * direction), (loss(ahead) - loss(behind)) / 2e-5, rtol=1e-6)
+    assert_gradients(rng, loss, given, ("log_decay", "update", "initial_state"), gradients)
+
+
+@pytest.mark.parametrize("norm_before_gate", (False, True))
+def test_gated_rms_norm_backward_is_the_difference_of_the_forward(rng, norm_before_gate):
+    x, z, dy = rng.standard_normal((3, 4, 12))
+    given, options = dict(x=x, z=z, weight=rng.standard_normal(12)), dict(group_size=4, norm_before_gate=norm_before_gate)
+    gradients = gated_rms_norm_backward(**given, dy=dy, **options)
+    assert_gradients(rng, lambda **v: np.sum(gated_rms_norm(**v, **options) * dy), given, ("x", "z", "weight"), gradients)
 
 
 def test_mamba2_scan_of_one_token_by_hand(rng):

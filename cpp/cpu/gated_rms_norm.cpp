@@ -16,18 +16,6 @@ using gated_rms_norm::Dims;
 
 constexpr std::int64_t kTaskOutputs = 32768;  // 10 to 50 us of work
 
-// Offset of row `row`, counted over all leading axes.
-std::int64_t row_offset(const Tensor& t, std::int64_t row) {
-  std::int64_t offset = 0;
-  for (int axis = t.ndim - 2; axis >= 0; --axis) {
-    offset += row % t.shape[axis] * t.stride[axis];
-    row /= t.shape[axis];
-  }
-  return offset;
-}
-
-bool has_contiguous_rows(const Tensor& t) { return t.stride[t.ndim - 1] == 1; }
-
 // The rows of T that a thread may want: x, z and y where they don't lie as the kernel reads them, and what the gate makes.
 template <class T>
 struct Buffers {

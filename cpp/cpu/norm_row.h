@@ -5,6 +5,18 @@
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
 
+// Offset of row `row`, counted over all leading axes of t.
+inline std::int64_t row_offset(const Tensor& t, std::int64_t row) {
+  std::int64_t offset = 0;
+  for (int axis = t.ndim - 2; axis >= 0; --axis) {
+    offset += row % t.shape[axis] * t.stride[axis];
+    row /= t.shape[axis];
+  }
+  return offset;
+}
+
+inline bool has_contiguous_rows(const Tensor& t) { return t.stride[t.ndim - 1] == 1; }
+
 // Whole vectors of [0, count) through whole(i), what is left through part(i, lanes).
 template <class T, class Whole, class Part>
 STATESCAN_INLINE void for_vectors(std::int64_t count, Whole&& whole, Part&& part) {

@@ -11,6 +11,11 @@ def silu(v):
     return v * sigmoid(v)
 
 
+def dsilu(v):
+    """The slope of silu."""
+    return sigmoid(v) * (1 + v * sigmoid(-v))
+
+
 def softplus(v):
     return np.logaddexp(0.0, v)
 
