@@ -30,8 +30,9 @@ nb::object forward(nb::handle x, nb::handle weight, nb::handle bias, nb::handle 
 
 nb::object backward(nb::handle x, nb::handle weight, nb::handle dy, nb::handle bias, nb::handle activation,
                     nb::handle initial_state, nb::handle cu_seqlens, bool reverse, nb::handle dfinal_state,
-                    nb::handle stream, bool plan_only) {
+                    nb::handle stream, bool plan_only, std::uint32_t wanted) {
   Call call("causal_conv1d_backward", "x", x, stream);
+  call.want(wanted);
   causal_conv1d::BackwardArgs args;
   args.x = call.main();
   args.weight = call.in("weight", weight);
@@ -62,7 +63,7 @@ void bind_causal_conv1d(nb::module_& m) {
   m.def("causal_conv1d_backward", &backward, nb::arg("x").none(), nb::arg("weight").none(), nb::arg("dy").none(),
         nb::arg("bias") = nb::none(), nb::arg("activation") = nb::none(), nb::arg("initial_state") = nb::none(),
         nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("dfinal_state") = nb::none(),
-        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false, nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python

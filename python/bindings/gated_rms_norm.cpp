@@ -24,8 +24,9 @@ nb::object forward(nb::handle x, nb::handle z, nb::handle weight, std::int64_t g
 }
 
 nb::object backward(nb::handle x, nb::handle dy, nb::handle z, nb::handle weight, std::int64_t group_size, double eps,
-                    bool norm_before_gate, nb::handle stream, bool plan_only) {
+                    bool norm_before_gate, nb::handle stream, bool plan_only, std::uint32_t wanted) {
   Call call("gated_rms_norm_backward", "x", x, stream);
+  call.want(wanted);
   gated_rms_norm::BackwardArgs args;
   args.x = call.main();
   args.z = call.in("z", z);
@@ -50,7 +51,8 @@ void bind_gated_rms_norm(nb::module_& m) {
         nb::arg("out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
   m.def("gated_rms_norm_backward", &backward, nb::arg("x").none(), nb::arg("dy").none(), nb::arg("z") = nb::none(),
         nb::arg("weight") = nb::none(), nb::arg("group_size") = 0, nb::arg("eps") = 1e-5,
-        nb::arg("norm_before_gate") = false, nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("norm_before_gate") = false, nb::arg("stream") = nb::none(), nb::arg("plan_only") = false,
+        nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python

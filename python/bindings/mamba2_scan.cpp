@@ -51,8 +51,10 @@ nb::object backward(nb::handle zxbcdt, nb::handle conv_weight, nb::handle conv_b
                     std::int64_t norm_group_size, double eps, bool norm_before_gate, bool dt_softplus,
                     nb::handle dt_limit, nb::handle initial_conv_state, nb::handle initial_state,
                     nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size, bool batch_invariant,
-                    nb::handle dfinal_conv_state, nb::handle dfinal_state, nb::handle stream, bool plan_only) {
+                    nb::handle dfinal_conv_state, nb::handle dfinal_state, nb::handle stream, bool plan_only,
+                    std::uint32_t wanted) {
   Call call("mamba2_scan_backward", "zxbcdt", zxbcdt, stream);
+  call.want(wanted);
   mamba2_scan::BackwardArgs args;
   args.zxbcdt = call.main();
   args.conv_weight = call.in("conv_weight", conv_weight);
@@ -109,7 +111,8 @@ void bind_mamba2_scan(nb::module_& m) {
         nb::arg("dt_softplus") = true, nb::arg("dt_limit") = nb::none(), nb::arg("initial_conv_state") = nb::none(),
         nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
         nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("dfinal_conv_state") = nb::none(),
-        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false,
+        nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python

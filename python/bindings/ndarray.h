@@ -50,9 +50,17 @@ class __attribute__((visibility("hidden"))) Call {
   // The same as out(), with the shape of another tensor.
   Tensor out_like(const char* name, nb::handle object, const Tensor& like, DType dtype);
 
-  // A new output of the shape and dtype of what it differentiates; the next result() is None when that was not given.
+  // Which gradients a backward makes: bit i is its i-th result. All of them unless said.
+  void want(std::uint32_t gradients) { wanted_ = gradients; }
+  // Whether the next result is wanted; it is None if not.
+  bool wants_next() {
+    if (wanted_ >> result_count_ & 1) return true;
+    results_[result_count_++] = nb::none();
+    return false;
+  }
+  // A new output of the shape and dtype of what it differentiates; None when that was not given or its gradient is not wanted.
   Tensor gradient(const char* name, const Tensor& of) {
-    if (of) return out_like(name, nb::none(), of, of.dtype);
+    if (of) return wants_next() ? out_like(name, nb::none(), of, of.dtype) : Tensor{};
     results_[result_count_++] = nb::none();
     return {};
   }
@@ -92,6 +100,7 @@ class __attribute__((visibility("hidden"))) Call {
   nb::object results_[kMaxResults];
   bool to_finish_[kMaxResults] = {};  // made as a NumPy array, to be handed back in the main array's own type
   int result_count_ = 0;
+  std::uint32_t wanted_ = ~0u;
 
   const dlpack_abi::ExchangeApi* view(const char* name, nb::handle object, bool writable, Tensor& tensor);
   void refuse_dropped_gradient(const char* name, nb::handle object);

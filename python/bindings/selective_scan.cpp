@@ -45,8 +45,9 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
 nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle dy,
                     nb::handle D, nb::handle z, nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit,
                     nb::handle initial_state, nb::handle cu_seqlens, bool reverse, bool batch_invariant,
-                    nb::handle dfinal_state, nb::handle stream, bool plan_only) {
+                    nb::handle dfinal_state, nb::handle stream, bool plan_only, std::uint32_t wanted) {
   Call call("selective_scan_backward", "x", x, stream);
+  call.want(wanted);
   selective_scan::BackwardArgs args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
   args.dy = call.in("dy", dy);
@@ -84,7 +85,7 @@ void bind_selective_scan(nb::module_& m) {
         nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
         nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
         nb::arg("reverse") = false, nb::arg("batch_invariant") = false, nb::arg("dfinal_state") = nb::none(),
-        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("stream") = nb::none(), nb::arg("plan_only") = false, nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python

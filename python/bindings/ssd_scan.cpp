@@ -46,8 +46,9 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
 nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle dy,
                     nb::handle D, nb::handle z, nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit,
                     nb::handle initial_state, nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size,
-                    bool batch_invariant, nb::handle dfinal_state, nb::handle stream, bool plan_only) {
+                    bool batch_invariant, nb::handle dfinal_state, nb::handle stream, bool plan_only, std::uint32_t wanted) {
   Call call("ssd_scan_backward", "x", x, stream);
+  call.want(wanted);
   ssd_scan::BackwardArgs args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
   args.dy = call.in("dy", dy);
@@ -85,7 +86,8 @@ void bind_ssd_scan(nb::module_& m) {
         nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
         nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
         nb::arg("reverse") = false, nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false,
-        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false,
+        nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python

@@ -25,8 +25,10 @@ nb::object forward(nb::handle log_decay, nb::handle update, nb::handle initial_s
 }
 
 nb::object backward(nb::handle log_decay, nb::handle states, nb::handle dstates, nb::handle dfinal_state,
-                    nb::handle initial_state, nb::handle cu_seqlens, bool reverse, nb::handle stream, bool plan_only) {
+                    nb::handle initial_state, nb::handle cu_seqlens, bool reverse, nb::handle stream, bool plan_only,
+                    std::uint32_t wanted) {
   Call call("state_scan_backward", "states", states, stream);
+  call.want(wanted);
   state_scan::BackwardArgs args;
   args.states = call.main();
   args.log_decay = call.in("log_decay", log_decay);
@@ -37,10 +39,11 @@ nb::object backward(nb::handle log_decay, nb::handle states, nb::handle dstates,
   args.reverse = reverse;
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.dlog_decay = call.out_like("dlog_decay", nb::none(), args.log_decay, args.log_decay.dtype);
-  args.dupdate = call.out_like("dupdate", nb::none(), args.states, args.states.dtype);
-  args.dinitial_state = call.out("dinitial_state", nb::none(), {d.num_sequences, d.nheads, d.headdim, d.dstate},
-                                 parameter_dtype(args.states));
+  args.dlog_decay = call.gradient("dlog_decay", args.log_decay);
+  args.dupdate = call.gradient("dupdate", args.states);
+  if (call.wants_next())
+    args.dinitial_state = call.out("dinitial_state", nb::none(), {d.num_sequences, d.nheads, d.headdim, d.dstate},
+                                   parameter_dtype(args.states));
   return call.run(args, d);
 }
 
@@ -54,7 +57,7 @@ void bind_state_scan(nb::module_& m) {
   m.def("state_scan_backward", &backward, nb::arg("log_decay").none(), nb::arg("states").none(),
         nb::arg("dstates").none(), nb::arg("dfinal_state") = nb::none(), nb::arg("initial_state") = nb::none(),
         nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("stream") = nb::none(),
-        nb::arg("plan_only") = false);
+        nb::arg("plan_only") = false, nb::arg("wanted") = ~0u);
 }
 
 }  // namespace statescan::python
