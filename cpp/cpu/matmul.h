@@ -21,10 +21,11 @@ STATESCAN_INLINE constexpr std::int64_t whole_vectors(std::int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// sum[r][v] += sum_k a[r][k] b[k][v], the sum over k in order.
+// sum[r][v] += sum_k a[r][k] b[k][v], the sum over k in order. a[r][k] lies at r * a_stride + k * a_step: a step other than one
+// reads a transposed tile in place.
 template <class T, int R, int V>
 STATESCAN_INLINE void multiply_add(Vec<T> (&sum)[R][V], const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,
-                                   std::int64_t depth) {
+                                   std::int64_t depth, std::int64_t a_step = 1) {
   for (std::int64_t k = 0; k < depth; ++k) {
     Vec<T> row[V];
 #pragma GCC unroll 8
@@ -32,8 +33,40 @@ STATESCAN_INLINE void multiply_add(Vec<T> (&sum)[R][V], const T* a, std::int64_t
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] += a[r * a_stride + k] * row[v];
+      for (int v = 0; v < V; ++v) sum[r][v] += a[r * a_stride + k * a_step] * row[v];
   }
+}
+
+// The rows i.. of L b, for a lower triangle L: sum[r] += sum_{k<=i+r} L[i+r][k] b[k]. The square of the block's own rows is summed
+// as a triangle: zeros above the diagonal would not do, since zero times NaN is NaN.
+template <class T, int R, int V>
+STATESCAN_INLINE void multiply_lower(Vec<T> (&sum)[R][V], const T* L, std::int64_t L_stride, const T* b, std::int64_t b_stride,
+                                     std::int64_t i) {
+  multiply_add<T>(sum, L + i * L_stride, L_stride, b, b_stride, i);
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> row = load<T>(b + (i + k) * b_stride + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = k; r < R; ++r) sum[r][v] += L[(i + r) * L_stride + i + k] * row;
+    }
+}
+
+// The same of L's transpose: sum[r] += sum_{k>=i+r} L[k][i+r] b[k], k < depth.
+template <class T, int R, int V>
+STATESCAN_INLINE void multiply_lower_transposed(Vec<T> (&sum)[R][V], const T* L, std::int64_t L_stride, const T* b,
+                                                std::int64_t b_stride, std::int64_t i, std::int64_t depth) {
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> row = load<T>(b + (i + k) * b_stride + v * kLanes<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r <= k; ++r) sum[r][v] += L[(i + k) * L_stride + i + r] * row;
+    }
+  const std::int64_t next = i + R;
+  multiply_add<T>(sum, L + next * L_stride + i, 1, b + next * b_stride, b_stride, depth - next, L_stride);
 }
 
 template <class T, int R, int V>

@@ -1,0 +1,167 @@
+// What the forward and the backward of ssd_scan share: how a sequence is walked and cut into units of work, and, of a chunk of q
+// tokens, the steps with their prefix sums and the lower triangle of C B^T.
+#pragma once
+
+#include <statescan/ssd_scan.h>
+
+#include "matmul.h"
+#include "simd.h"
+#include "tile.h"
+#include "../ops/contract.h"
+
+namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
+
+STATESCAN_INLINE constexpr std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+STATESCAN_INLINE constexpr std::int64_t most(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+STATESCAN_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Chunks longer than this only cost time and scratch, so a larger chunk_size is cut to it.
+inline constexpr std::int64_t kMaxChunk = 256;
+
+// How a call is cut. Batch, packing and threads have no say, so a row's bits never depend on them.
+struct Tiling {
+  std::int64_t chunk;           // tokens of a chunk, the last of a sequence may be shorter
+  std::int64_t heads;           // heads of a unit of work: they share the loads of B and C and the product C B^T
+  std::int64_t columns;         // headdim of a unit
+  std::int64_t head_blocks;     // in a group
+  std::int64_t column_blocks;
+  std::int64_t units;           // of a sequence
+};
+
+// Up to kHeads heads share C B^T, unless a sequence then has fewer units than kUnits, which feed the threads of a small batch;
+// with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
+inline Tiling cut_units(const ssd_scan::Dims& d, std::int64_t chunk) {
+  constexpr std::int64_t kHeads = 8, kUnits = 8, kColumns = 32;
+  Tiling t{};
+  if (d.nheads == 0 || d.headdim == 0) return t;
+  t.chunk = chunk;
+  const std::int64_t group_heads = d.nheads / d.ngroups;
+  t.heads = least(group_heads, most(1, least(kHeads, d.nheads / kUnits)));
+  t.head_blocks = ceil_div(group_heads, t.heads);
+  const std::int64_t wanted = most(1, least(ceil_div(kUnits, d.ngroups * t.head_blocks), d.headdim / kColumns));
+  t.columns = ceil_div(ceil_div(d.headdim, wanted), kColumns) * kColumns;
+  t.columns = least(t.columns, d.headdim);
+  t.column_blocks = ceil_div(d.headdim, t.columns);
+  t.units = d.ngroups * t.head_blocks * t.column_blocks;
+  return t;
+}
+
+// Units of work, one a sequence and part, that a thread takes at a time: about 20 us of multiply-adds, of which a token costs
+// `passes` times headdim x dstate.
+inline std::int64_t units_per_task(const Tiling& t, const ssd_scan::Dims& d, std::int64_t passes) {
+  constexpr std::int64_t kMultiplyAdds = 1 << 20;
+  const std::int64_t tokens = d.seqlen * d.batch / most(d.num_sequences, 1);
+  return kMultiplyAdds / most(t.heads * t.columns * d.dstate * passes * most(tokens, 1), 1);
+}
+
+// What a unit works on: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence. A group's units follow
+// each other, those of the same heads first.
+struct Unit {
+  Unit(const Tiling& t, const ssd_scan::Dims& d, std::int64_t index) : sequence(index / t.units) {
+    const std::int64_t part = index % t.units, group_heads = d.nheads / d.ngroups;
+    column_block = part % t.column_blocks;
+    head_block = part / t.column_blocks % t.head_blocks;
+    group = part / t.column_blocks / t.head_blocks;
+    h0 = group * group_heads + head_block * t.heads;
+    heads = least(t.heads, group_heads - head_block * t.heads);
+    p0 = column_block * t.columns;
+    columns = least(t.columns, d.headdim - p0);
+  }
+
+  std::int64_t sequence, group, head_block, column_block, h0, heads, p0, columns;
+};
+
+// The tokens of one sequence in the order of the scan.
+struct Walk {
+  std::int64_t batch, first, last;
+  bool reverse;
+
+  std::int64_t length() const { return last - first; }
+  std::int64_t token(std::int64_t i) const { return reverse ? last - 1 - i : first + i; }
+  std::int64_t step(std::int64_t stride) const { return reverse ? -stride : stride; }
+
+  // Element (token, column) of t's axes 1 and 3, from token i of the scan on, at `second` of axis 2 and `first_column` of axis 3.
+  TileView rows(const Tensor& t, std::int64_t i, std::int64_t second, std::int64_t first_column) const {
+    return {t.data, t.dtype, offset_of(t, batch, token(i), second, first_column), step(t.stride[1]), t.stride[3]};
+  }
+
+  // One value a token, of a tensor [b,l,h].
+  TileView row(const Tensor& t, std::int64_t i, std::int64_t h) const {
+    return {t.data, t.dtype, offset_of(t, batch, token(i), h), 0, step(t.stride[1])};
+  }
+};
+
+inline Walk walk_of(const ssd_scan::Inputs& in, const ssd_scan::Dims& d, std::int64_t s) {
+  if (!in.cu_seqlens) return {s, 0, d.seqlen, in.reverse};
+  return {0, index_at(in.cu_seqlens, s), index_at(in.cu_seqlens, s + 1), in.reverse};
+}
+
+inline TileView transposed(const TileView& t) { return {t.data, t.dtype, t.first, t.column_stride, t.row_stride}; }
+
+// A tensor [b,l,...] of three or four axes past the last packed token: zero. Without cu_seqlens there is nothing past it.
+inline void clear_tail(const Tensor& t, const ssd_scan::Inputs& in, const ssd_scan::Dims& d) {
+  if (!t || !in.cu_seqlens) return;
+  for (std::int64_t l = index_at(in.cu_seqlens, d.num_sequences); l < d.seqlen; ++l)
+    for (std::int64_t i = 0; i < t.shape[2]; ++i)
+      for (std::int64_t k = 0; k < (t.ndim == 4 ? t.shape[3] : 1); ++k)
+        store_element<float>(t.data, t.dtype, offset_of(t, 0, l, i) + (t.ndim == 4 ? k * t.stride[3] : 0), 0.0f);
+}
+
+// The steps of one head in a chunk, in rows padded to whole vectors. s is a sum of two T, so that a difference is exact to T even
+// where s is large.
+template <class T>
+struct Steps {
+  Steps(Arena& arena, std::int64_t stride) {
+    for (T** row : {&dt, &sum_high, &sum_low, &from_start, &to_end}) *row = arena.take<T>(stride);
+  }
+
+  // exp(s[i] - s[j]) for the vector of steps at j.
+  STATESCAN_INLINE Vec<T> decay(std::int64_t i, std::int64_t j) const {
+    const Vec<T> high = sum_high[i] - load<T>(sum_high + j), low = sum_low[i] - load<T>(sum_low + j);
+    return exp(high + low);
+  }
+
+  T *dt, *sum_high, *sum_low;  // [q*] the step, and s[i] = sum_{k<=i} dt[k] A as a sum of two
+  T *from_start, *to_end;      // [q*] exp(s[i]), and exp(s[q-1] - s[i])
+};
+
+// Reads dt of q tokens of head h, discretised; s is summed in float64.
+template <class T>
+void load_steps(const Steps<T>& steps, const ssd_scan::Inputs& in, const Walk& walk, std::int64_t start, std::int64_t q,
+                std::int64_t h) {
+  const T A = load_element<T>(in.A.data, in.A.dtype, h * in.A.stride[0]);
+  const T bias = in.dt_bias ? load_element<T>(in.dt_bias.data, in.dt_bias.dtype, h * in.dt_bias.stride[0]) : T(0);
+  load_tile<T>(steps.dt, whole_vectors<T>(q), walk.row(in.dt, start, h), 1, q);
+  for (std::int64_t i = 0; i < q; i += kLanes<T>)
+    store<T>(steps.dt + i, discretise<T>(load<T>(steps.dt + i), splat(bias), in.dt_softplus, T(in.dt_min), T(in.dt_max)));
+  // What a sum in double rounds away counts where T is double too, so it is summed beside it (Knuth's two-sum).
+  double sum = 0, lost = 0;
+  for (std::int64_t i = 0; i < whole_vectors<T>(q); ++i) {
+    if (i < q) {
+      const double term = double(steps.dt[i]) * double(A), next = sum + term, added = next - sum;
+      if constexpr (sizeof(T) == sizeof(double)) lost += (sum - (next - added)) + (term - added);
+      sum = next;
+    }
+    steps.sum_high[i] = T(sum);
+    steps.sum_low[i] = T((sum - double(steps.sum_high[i])) + lost);
+  }
+  for (std::int64_t i = 0; i < q; i += kLanes<T>) {
+    store<T>(steps.from_start + i, exp(load<T>(steps.sum_high + i)));
+    store<T>(steps.to_end + i, steps.decay(q - 1, i));
+  }
+}
+
+// CB[i][j] = C[i].B[j] up to the diagonal, in whole register blocks: B_transposed and CB have rows of `pitch`.
+template <class T>
+void multiply_CB(T* CB, std::int64_t pitch, const T* C, std::int64_t C_stride, const T* B_transposed, std::int64_t q,
+                 std::int64_t dstate) {
+  for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t i) {
+    for_column_blocks<T>(whole_vectors<T>(i + R), [&]<int V>(Constant<V>, std::int64_t j) {
+      Vec<T> sum[R][V] = {};
+      multiply_add<T>(sum, C + i * C_stride, C_stride, B_transposed + j, pitch, dstate);
+      store_block<T>(CB + i * pitch + j, pitch, sum);
+    });
+  });
+}
+
+}  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE
