@@ -2,6 +2,7 @@ import cases
 import numpy as np
 import pytest
 import statescan
+from positions_contract import PositionsContract
 from scan_contract import ScanContract
 from support import NARROW, Cpu, assert_same_bits, poison
 
@@ -18,6 +19,18 @@ class TestComplex(TestSelectiveScan):
 
 
 class TestTimeInvariant(TestSelectiveScan):
+    sizes = dict(varying_B=False, varying_C=False)
+
+
+class TestPositions(PositionsContract):
+    op = OP
+
+
+class TestPositionsComplex(TestPositions):
+    sizes = dict(complex_A=True)
+
+
+class TestPositionsTimeInvariant(TestPositions):
     sizes = dict(varying_B=False, varying_C=False)
 
 

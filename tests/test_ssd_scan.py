@@ -2,6 +2,7 @@ import cases
 import numpy as np
 import pytest
 import statescan
+from positions_contract import PositionsContract
 from scan_contract import ScanContract, cumulative
 from support import NARROW, Cpu, assert_accurate, assert_same_bits, laid_out, poison
 
@@ -11,6 +12,10 @@ OP = cases.SSD_SCAN
 class TestSsdScan(ScanContract):
     op = OP
     optional = ("D", "z", "dt_bias", "initial_state")
+
+
+class TestPositions(PositionsContract):
+    op = OP
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "norm_row.h"
 #include "parallel.h"
+#include "positions.h"
 #include "tile.h"
 #include "../ops/contract.h"
 
@@ -174,6 +175,19 @@ void enter_tile(const Block<T, kParts>& block, const Args& args, std::int64_t co
   }
 }
 
+// Writes the states, [n][width], of `channels` from `channel` on to a tensor [.., d, n].
+template <class T, int kParts>
+void store_states(const Tensor& t, std::int64_t first, std::int64_t channels, const Block<T, kParts>& block) {
+  store_parts<T, kParts>(t, first, t.stride[t.ndim - 1], block.dstate, t.stride[t.ndim - 2], channels, block.state,
+                         block.width);
+}
+
+template <class T, int kParts>
+void clear_states(const Block<T, kParts>& block) {
+  for (T* part : block.state)
+    for (std::int64_t i = 0; i < block.dstate * block.width; ++i) part[i] = T(0);
+}
+
 template <class T, int kParts>
 void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& d, const Tokens& sequence,
                    std::int64_t state_row, std::int64_t group, std::int64_t channel, std::int64_t channels) {
@@ -184,16 +198,27 @@ void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& 
   if (!d.varying_C) load_per_state<T, kParts>(block.C, width, args.C, channel * args.C.stride[0], channels, d.dstate);
   load_per_channel<T>(block.D, width, args.D, channel, channels);
   load_per_channel<T>(block.dt_bias, width, args.dt_bias, channel, channels);
+  Positions positions(args.state_positions, state_row, sequence.count);
+  clear_states(block);
+  positions.for_outside([&](std::int64_t k) {
+    store_states(args.position_states, offset_of(args.position_states, state_row, k, channel), channels, block);
+  });
   if (const Tensor& start = args.initial_state)
     load_per_state<T, kParts>(block.state, width, start, offset_of(start, state_row, channel), channels, d.dstate);
-  else
-    for (T* part : block.state)
-      for (std::int64_t i = 0; i < d.dstate * width; ++i) part[i] = T(0);
+  // Tiles end where a state is wanted; where they end changes no bits.
+  const auto store_wanted = [&](std::int64_t done) {
+    for (; positions.next() == done; positions.pop())
+      store_states(args.position_states, offset_of(args.position_states, state_row, positions.index(), channel), channels,
+                   block);
+  };
 
   const auto scan = d.varying_B ? (d.varying_C ? scan_tile<T, kParts, true, true> : scan_tile<T, kParts, true, false>)
                                 : (d.varying_C ? scan_tile<T, kParts, false, true> : scan_tile<T, kParts, false, false>);
-  for (std::int64_t done = 0; done < sequence.count; done += kTileTokens) {
-    const std::int64_t left = sequence.count - done, count = left < kTileTokens ? left : kTileTokens;
+  store_wanted(0);
+  for (std::int64_t done = 0, count = 0; done < sequence.count; done += count) {
+    const std::int64_t left = sequence.count - done, to_wanted = positions.next() - done;
+    count = left < kTileTokens ? left : kTileTokens;
+    if (to_wanted < count) count = to_wanted;
     const Tokens tokens{sequence.batch, sequence.first + (args.reverse ? left - count : done), count};
     load_tile<T>(block.dt, width, token_tile(args.dt, tokens, channel), count, channels);
     load_tile<T>(block.u, width, token_tile(args.x, tokens, channel), count, channels);
@@ -206,10 +231,9 @@ void scan_sequence(const Block<T, kParts>& block, const Args& args, const Dims& 
       gate_row<T>(block.y, block.y, block.u, count * width);
     }
     store_tile<T>(token_tile(args.y, tokens, channel), count, channels, block.y, width);
+    store_wanted(done + count);
   }
-  if (const Tensor& last = args.final_state)
-    store_parts<T, kParts>(last, offset_of(last, state_row, channel), last.stride[2], d.dstate, last.stride[1], channels,
-                           block.state, width);
+  if (args.final_state) store_states(args.final_state, offset_of(args.final_state, state_row, channel), channels, block);
 }
 
 // Tokens past the last packed sequence.

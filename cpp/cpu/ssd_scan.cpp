@@ -11,6 +11,7 @@
 //          a NaN or an overflow in a token reaches no earlier one
 #include "isa.h"
 #include "parallel.h"
+#include "positions.h"
 #include "ssd_chunk.h"
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
@@ -42,6 +43,7 @@ struct Tiles {
     y = arena.take<T>(q_stride * p_stride);
     z = arena.take<T>(args.z ? q_stride * p_stride : 0);
     D = arena.take<T>(p_stride);
+    wanted = arena.take<T>(args.state_positions ? d.dstate * p_stride : 0);
   }
 
   std::int64_t q_stride, p_stride;
@@ -56,6 +58,7 @@ struct Tiles {
   T* y;             // [q,p*]
   T* z;             // [q,p*]
   T* D;             // [p*]
+  T* wanted;        // [n,p*] a state inside a chunk, for the caller
 };
 
 // scores[i][j] for j <= i; what a row's last vector holds past the diagonal is never read.
@@ -145,7 +148,51 @@ struct Block {
     for (std::int64_t i = 0; i < d.dstate * tiles.p_stride; ++i) state(k)[i] = T(0);
   }
 
+  void store_state(const T* from, const TileView& to) const {
+    store_tile<T>(to, d.dstate, unit.columns, from, tiles.p_stride);
+  }
+
+  // Where the state of head k after a wanted number of tokens goes.
+  TileView position_view(std::int64_t place, std::int64_t k) const {
+    const Tensor& t = args.position_states;
+    return {t.data, t.dtype, offset_of(t, unit.sequence, place, unit.h0 + k, unit.p0), t.stride[4], t.stride[3]};
+  }
+
+  // The state after `count` tokens of the chunk, of which the caller asked for one: as at a chunk's end, but beside it. Takes
+  // tiles.y, which is in memory by now, for the weighted x.
+  void store_state_within(std::int64_t place, std::int64_t k, std::int64_t count, bool from_state) const {
+    const Steps<T>& steps = tiles.steps;
+    const std::int64_t p_stride = tiles.p_stride;
+    T decay = T(0);
+    if (count > 0) {
+      decay = steps.from_start[count - 1];
+      alignas(kVectorBytes) T weights[kMaxChunk];
+      for (std::int64_t j = 0; j < count; j += kLanes<T>)
+        store<T>(weights + j, steps.decay(count - 1, j) * load<T>(steps.dt + j));
+      for (std::int64_t j = 0; j < count; ++j)
+        for (std::int64_t c = 0; c < p_stride; c += kLanes<T>)
+          store<T>(tiles.y + j * p_stride + c, weights[j] * load<T>(tiles.x + j * p_stride + c));
+    }
+    if (count == 0 && from_state) return store_state(state(k), position_view(place, k));
+    if (from_state) std::memcpy(tiles.wanted, state(k), d.dstate * p_stride * sizeof(T));
+    auto add = from_state ? matmul<true, T> : matmul<false, T>;
+    add(tiles.wanted, p_stride, tiles.B_transposed, tiles.q_stride, tiles.y, p_stride, d.dstate, p_stride, count, decay);
+    store_state(tiles.wanted, position_view(place, k));
+  }
+
+  void store_wanted(Positions positions, std::int64_t k, std::int64_t start, std::int64_t q, bool from_state) const {
+    for (; positions.next() < start + q; positions.pop())
+      store_state_within(positions.index(), k, positions.next() - start, from_state);
+  }
+
   void run(std::int64_t chunk) const {
+    Positions positions(args.state_positions, unit.sequence, walk.length());
+    positions.for_outside([&](std::int64_t place) {
+      for (std::int64_t k = 0; k < unit.heads; ++k) {
+        clear_state(k);
+        store_state(state(k), position_view(place, k));
+      }
+    });
     const bool empty = walk.length() == 0;
     for (std::int64_t k = 0; k < unit.heads; ++k) {
       if (args.initial_state) load_tile<T>(state(k), tiles.p_stride, state_view(args.initial_state, k), d.dstate, unit.columns);
@@ -154,7 +201,7 @@ struct Block {
     for (std::int64_t start = 0; start < walk.length(); start += chunk) {
       const std::int64_t q = least(chunk, walk.length() - start);
       const bool from_state = start > 0 || args.initial_state;
-      const bool to_state = start + q < walk.length() || args.final_state;
+      const bool to_state = start + q < walk.length() || args.final_state || args.state_positions;
       load_BC(start, q);
       multiply_CB<T>(tiles.CB, tiles.q_stride, tiles.C, d.dstate, tiles.B_transposed, q, d.dstate);
       for (std::int64_t k = 0; k < unit.heads; ++k) {
@@ -164,15 +211,19 @@ struct Block {
         decay_scores<T>(tiles, q);
         from_state ? multiply_y<T, true>(tiles, state(k), q, d.dstate) : multiply_y<T, false>(tiles, state(k), q, d.dstate);
         finish_y(start, q, h);
+        store_wanted(positions, k, start, q, from_state);
         if (!to_state) continue;
         auto update = from_state ? matmul<true, T> : matmul<false, T>;
         update(state(k), tiles.p_stride, tiles.B_transposed, tiles.q_stride, tiles.x_weighted, tiles.p_stride, d.dstate,
                tiles.p_stride, q, tiles.steps.from_start[q - 1]);
       }
+      while (positions.next() < start + q) positions.pop();
     }
-    if (args.final_state)
-      for (std::int64_t k = 0; k < unit.heads; ++k)
-        store_tile<T>(state_view(args.final_state, k), d.dstate, unit.columns, state(k), tiles.p_stride);
+    for (std::int64_t k = 0; k < unit.heads; ++k) {
+      for (Positions last = positions; last.next() <= walk.length(); last.pop())
+        store_state(state(k), position_view(last.index(), k));
+      if (args.final_state) store_state(state(k), state_view(args.final_state, k));
+    }
   }
 };
 

@@ -127,6 +127,27 @@ std::int64_t Contract::sequences(const Tensor& cu, std::int64_t batch, std::int6
   return count;
 }
 
+std::int64_t Contract::positions(const Tensor& positions, const Tensor& states, const Tensor& cu, std::int64_t sequences,
+                                 std::int64_t seqlen) const {
+  if (!positions) {
+    if (states) fail<ValueError>(op_, ": position_states without state_positions, which say what it is to hold");
+    return 0;
+  }
+  input("state_positions", positions, {{"num_sequences", sequences}, {"npositions", kAny}}, kIndex);
+  if (positions.device.type != DeviceType::cpu) return positions.shape[1];
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    const std::int64_t length = cu ? index_at(cu, s + 1) - index_at(cu, s) : seqlen;
+    for (std::int64_t k = 0, last = 0; k < positions.shape[1]; ++k) {
+      const std::int64_t next = index_at(positions, s, k);
+      if (next < 0 || next > length) continue;
+      if (next < last)
+        fail<ValueError>(op_, ": state_positions must ascend, got ", last, " then ", next, " in sequence ", s);
+      last = next;
+    }
+  }
+  return positions.shape[1];
+}
+
 void Contract::slot_indices(const char* name, const Tensor& t, std::int64_t batch, std::int64_t slots) const {
   if (!t) return;
   input(name, t, {{"batch", batch}}, kIndex);

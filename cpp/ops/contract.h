@@ -53,6 +53,10 @@ class Contract {
   // cu_seqlens [s+1] over `total` tokens (or chunks) of a batch of one: returns s; `batch` when it is absent. On the CPU the
   // values are checked as well: the first is 0, they never decrease, the last is at most total.
   std::int64_t sequences(const Tensor& cu_seqlens, std::int64_t batch, std::int64_t total) const;
+  // state_positions [s,k] and the states at them, both or neither: returns k. On the CPU the values are checked as well: those
+  // inside their sequence never decrease.
+  std::int64_t positions(const Tensor& positions, const Tensor& states, const Tensor& cu_seqlens, std::int64_t sequences,
+                         std::int64_t seqlen) const;
   // Slot indices [b] into `slots`; on the CPU the values are checked: -1 (padding, if allowed) to slots-1.
   void slot_indices(const char* name, const Tensor& t, std::int64_t batch, std::int64_t slots) const;
 
@@ -76,6 +80,12 @@ class Contract {
 inline std::int64_t index_at(const Tensor& t, std::int64_t i) {
   return t.dtype == DType::int64 ? static_cast<const std::int64_t*>(t.data)[i * t.stride[0]]
                                  : static_cast<const std::int32_t*>(t.data)[i * t.stride[0]];
+}
+
+// The same of a matrix.
+inline std::int64_t index_at(const Tensor& t, std::int64_t i, std::int64_t j) {
+  const std::int64_t at = i * t.stride[0] + j * t.stride[1];
+  return t.dtype == DType::int64 ? static_cast<const std::int64_t*>(t.data)[at] : static_cast<const std::int32_t*>(t.data)[at];
 }
 
 }  // namespace statescan

@@ -43,10 +43,14 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
 
 Dims validate(const Args& args) {
   const Contract check("selective_scan", "x", args.x);
-  const Dims d = validate_inputs(check, args);
+  Dims d = validate_inputs(check, args);
   check.output("y", args.y, {{"batch", d.batch}, {"seqlen", d.seqlen}, {"dim", d.dim}}, just(check.main_dtype()));
   check.output("final_state", args.final_state,
                {{"num_sequences", d.num_sequences}, {"dim", d.dim}, {"dstate", d.dstate}},
+               d.complex_A ? check.complex_parameter() : check.state());
+  d.npositions = check.positions(args.state_positions, args.position_states, args.cu_seqlens, d.num_sequences, d.seqlen);
+  check.output("position_states", args.position_states,
+               {{"num_sequences", d.num_sequences}, {"npositions", d.npositions}, {"dim", d.dim}, {"dstate", d.dstate}},
                d.complex_A ? check.complex_parameter() : check.state());
   return d;
 }
@@ -86,6 +90,8 @@ Plan plan(const BackwardArgs& args, const Dims& dims) { return plan_on(args, dim
 void run(const Args& args, Stream stream) {
   const Dims dims = validate(args);
   if (!args.y) fail<ValueError>("selective_scan: y, the output, is required");
+  if (args.state_positions && !args.position_states)
+    fail<ValueError>("selective_scan: position_states, the output, is required with state_positions");
   run_on("selective_scan", args, dims, args.x.device, stream);
 }
 

@@ -44,11 +44,16 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
 
 Dims validate(const Args& args) {
   const Contract check("ssd_scan", "x", args.x);
-  const Dims d = validate_inputs(check, args);
+  Dims d = validate_inputs(check, args);
   check.output("y", args.y, {{"batch", d.batch}, {"seqlen", d.seqlen}, {"nheads", d.nheads}, {"headdim", d.headdim}},
                just(check.main_dtype()));
   check.output("final_state", args.final_state,
                {{"num_sequences", d.num_sequences}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}},
+               check.state());
+  d.npositions = check.positions(args.state_positions, args.position_states, args.cu_seqlens, d.num_sequences, d.seqlen);
+  check.output("position_states", args.position_states,
+               {{"num_sequences", d.num_sequences}, {"npositions", d.npositions}, {"nheads", d.nheads},
+                {"headdim", d.headdim}, {"dstate", d.dstate}},
                check.state());
   return d;
 }
@@ -82,7 +87,11 @@ Plan plan(const BackwardArgs& args, const Dims& dims) { return plan_on(args, dim
 
 void run(const Args& args, Stream stream) {
   const Dims dims = validate(args);
+  if (args.x.device.type == DeviceType::cpu && (args.mode == SsdMode::recurrent || args.mode == SsdMode::quadratic))
+    fail<NotImplementedError>("ssd_scan: the CPU has no kernel of this ssd_mode yet; use None or \"chunked\"");
   if (!args.y) fail<ValueError>("ssd_scan: y, the output, is required");
+  if (args.state_positions && !args.position_states)
+    fail<ValueError>("ssd_scan: position_states, the output, is required with state_positions");
   run_on("ssd_scan", args, dims, args.x.device, stream);
 }
 

@@ -24,8 +24,9 @@ void read_inputs(Call& call, selective_scan::Inputs& args, nb::handle dt, nb::ha
 
 nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D, nb::handle z,
                    nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit, nb::handle initial_state,
-                   bool return_final_state, nb::handle cu_seqlens, bool reverse, bool batch_invariant, nb::handle out,
-                   nb::handle final_state_out, nb::handle stream, bool plan_only) {
+                   bool return_final_state, nb::handle cu_seqlens, bool reverse, bool batch_invariant,
+                   nb::handle state_positions, nb::handle out, nb::handle final_state_out, nb::handle position_states_out,
+                   nb::handle stream, bool plan_only) {
   Call call("selective_scan", "x", x, stream);
   selective_scan::Args args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
@@ -33,12 +34,16 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
   read_limit("selective_scan", dt_limit, args.dt_min, args.dt_max);
   args.reverse = reverse;
   args.batch_invariant = batch_invariant;
+  args.state_positions = call.in("state_positions", state_positions);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
   args.y = call.out_like("out", out, args.x, args.x.dtype);
+  const DType state_dtype = d.complex_A ? args.A.dtype : parameter_dtype(args.x);
   if (return_final_state || !final_state_out.is_none())
-    args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.dim, d.dstate},
-                                d.complex_A ? args.A.dtype : parameter_dtype(args.x));
+    args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.dim, d.dstate}, state_dtype);
+  if (args.state_positions || !position_states_out.is_none())
+    args.position_states = call.out("position_states_out", position_states_out,
+                                    {d.num_sequences, d.npositions, d.dim, d.dstate}, state_dtype);
   return call.run(args, d);
 }
 
@@ -78,8 +83,8 @@ void bind_selective_scan(nb::module_& m) {
         nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(),
         nb::arg("initial_state") = nb::none(), nb::arg("return_final_state") = false,
         nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false, nb::arg("batch_invariant") = false,
-        nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(),
-        nb::arg("plan_only") = false);
+        nb::arg("state_positions") = nb::none(), nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(),
+        nb::arg("position_states_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
   m.def("selective_scan_backward", &backward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(),
         nb::arg("B").none(), nb::arg("C").none(), nb::arg("dy").none(), nb::arg("D") = nb::none(),
         nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,

@@ -1,11 +1,28 @@
 #include <statescan/ssd_scan.h>
 
+#include <string>
+
+#include <nanobind/stl/string.h>
+
 #include "module.h"
 #include "ndarray.h"
 
 namespace statescan::python {
 
 namespace {
+
+ssd_scan::SsdMode read_mode(nb::handle mode) {
+  using ssd_scan::SsdMode;
+  if (mode.is_none()) return SsdMode::automatic;
+  std::string name;
+  if (nb::try_cast(mode, name)) {
+    if (name == "chunked") return SsdMode::chunked;
+    if (name == "recurrent") return SsdMode::recurrent;
+    if (name == "quadratic") return SsdMode::quadratic;
+  }
+  fail<ValueError>("ssd_scan: ssd_mode must be None, \"chunked\", \"recurrent\" or \"quadratic\", got ",
+                   nb::repr(mode).c_str());
+}
 
 // The inputs that both directions share.
 void read_inputs(Call& call, ssd_scan::Inputs& args, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D,
@@ -25,7 +42,8 @@ void read_inputs(Call& call, ssd_scan::Inputs& args, nb::handle dt, nb::handle A
 nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D, nb::handle z,
                    nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit, nb::handle initial_state,
                    bool return_final_state, nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size,
-                   bool batch_invariant, nb::handle out, nb::handle final_state_out, nb::handle stream, bool plan_only) {
+                   bool batch_invariant, nb::handle state_positions, nb::handle ssd_mode, nb::handle out,
+                   nb::handle final_state_out, nb::handle position_states_out, nb::handle stream, bool plan_only) {
   Call call("ssd_scan", "x", x, stream);
   ssd_scan::Args args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
@@ -34,12 +52,18 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
   args.reverse = reverse;
   args.chunk_size = chunk_size;
   args.batch_invariant = batch_invariant;
+  args.state_positions = call.in("state_positions", state_positions);
+  args.mode = read_mode(ssd_mode);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
   args.y = call.out_like("out", out, args.x, args.x.dtype);
   if (return_final_state || !final_state_out.is_none())
     args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.nheads, d.headdim, d.dstate},
                                 parameter_dtype(args.x));
+  if (args.state_positions || !position_states_out.is_none())
+    args.position_states =
+        call.out("position_states_out", position_states_out,
+                 {d.num_sequences, d.npositions, d.nheads, d.headdim, d.dstate}, parameter_dtype(args.x));
   return call.run(args, d);
 }
 
@@ -79,8 +103,9 @@ void bind_ssd_scan(nb::module_& m) {
         nb::arg("C").none(), nb::arg("D") = nb::none(), nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(),
         nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(),
         nb::arg("return_final_state") = false, nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
-        nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("out") = nb::none(),
-        nb::arg("final_state_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+        nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("state_positions") = nb::none(),
+        nb::arg("ssd_mode") = nb::none(), nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(),
+        nb::arg("position_states_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
   m.def("ssd_scan_backward", &backward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(),
         nb::arg("B").none(), nb::arg("C").none(), nb::arg("dy").none(), nb::arg("D") = nb::none(),
         nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,

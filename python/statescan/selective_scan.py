@@ -25,8 +25,10 @@ def selective_scan(
     cu_seqlens: Any = None,
     reverse: bool = False,
     batch_invariant: bool | None = None,
+    state_positions: Any = None,
     out: Any = None,
     final_state_out: Any = None,
+    position_states_out: Any = None,
     stream: Any = None,
 ) -> Any:
     """Mamba-1 scan: ``h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]``, ``y[t] = C[t]·h[t] + D x[t]``, then the gate.
@@ -52,11 +54,17 @@ def selective_scan(
             are zero.
         reverse: scan from the last token to the first, without a copy.
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
-        out, final_state_out: arrays to write the results to; final_state_out may have a narrower dtype.
+        state_positions: [num_sequences, npositions] int32 or int64 on the device of x (without cu_seqlens the sequences are the
+            rows of the batch): after how many tokens of the sequence, counted as the scan meets them, the state is wanted.
+            Ascending; 0 gives the initial state. What lies outside of 0..length gives zeros and may stand anywhere, so that
+            -1 pads rows of unequal length.
+        out, final_state_out, position_states_out: arrays to write the results to; states may have a narrower dtype.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
 
     Returns:
-        y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state).
+        y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state). With state_positions
+        the states at them, [num_sequences, npositions, dim, dstate], come last: (y, states) or
+        (y, final_state, states). The other results do not depend on them.
 
     Raises:
         ValueError: a shape, stride, size, index or device does not fit; the message names the argument.
@@ -69,7 +77,7 @@ def selective_scan(
     """
     return _C.selective_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
-        _batch_invariant(batch_invariant), out, final_state_out, stream,
+        _batch_invariant(batch_invariant), state_positions, out, final_state_out, position_states_out, stream,
     )  # fmt: skip
 
 

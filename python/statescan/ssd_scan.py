@@ -26,8 +26,11 @@ def ssd_scan(
     reverse: bool = False,
     chunk_size: int | None = None,
     batch_invariant: bool | None = None,
+    state_positions: Any = None,
+    ssd_mode: str | None = None,
     out: Any = None,
     final_state_out: Any = None,
+    position_states_out: Any = None,
     stream: Any = None,
 ) -> Any:
     """Mamba-2 scan: ``h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]``, ``y[t] = C[t]·h[t] + D x[t]``, then the gate.
@@ -51,11 +54,19 @@ def ssd_scan(
         reverse: scan from the last token to the first, without a copy.
         chunk_size: tokens that are worked on at a time; None lets the library pick. The result does not depend on it.
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
-        out, final_state_out: arrays to write the results to; final_state_out may have a narrower dtype.
+        state_positions: [num_sequences, npositions] int32 or int64 on the device of x (without cu_seqlens the sequences are the
+            rows of the batch): after how many tokens of the sequence, counted as the scan meets them, the state is wanted.
+            Ascending; 0 gives the initial state. What lies outside of 0..length gives zeros and may stand anywhere, so that
+            -1 pads rows of unequal length.
+        ssd_mode: "chunked" (matrix products inside chunks, a state between them), "recurrent" (token by token), "quadratic"
+            (one chunk, the masked attention form, whose work grows with the square of seqlen), or None: what is fastest.
+        out, final_state_out, position_states_out: arrays to write the results to; states may have a narrower dtype.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
 
     Returns:
-        y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state).
+        y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state). With state_positions
+        the states at them, [num_sequences, npositions, nheads, headdim, dstate], come last: (y, states) or
+        (y, final_state, states). The other results do not depend on them.
 
     Raises:
         ValueError: a shape, stride, size, index or device does not fit; the message names the argument.
@@ -68,7 +79,8 @@ def ssd_scan(
     """
     return _C.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
-        chunk_size or 0, _batch_invariant(batch_invariant), out, final_state_out, stream,
+        chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode, out, final_state_out,
+        position_states_out, stream,
     )  # fmt: skip
 
 

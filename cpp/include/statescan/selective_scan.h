@@ -32,8 +32,12 @@ struct Inputs {
 };
 
 struct Args : Inputs {
-  Tensor y;            // [b,l,d] dtype of x
-  Tensor final_state;  // [b,d,n] or [s,d,n] as initial_state, optional
+  Tensor y;                // [b,l,d] dtype of x
+  Tensor final_state;      // [b,d,n] or [s,d,n] as initial_state, optional
+  Tensor state_positions;  // [b,k] or [s,k] int32 or int64, optional: after how many tokens of the sequence, counted as the scan
+                           // meets them, the state is wanted. Ascending; 0 asks for the initial state, what lies outside of
+                           // 0..its length (-1, say) for zeros, and may stand anywhere.
+  Tensor position_states;  // [b,k,d,n] or [s,k,d,n] as initial_state, given with state_positions
   Workspace workspace;
 };
 
@@ -49,6 +53,7 @@ struct Dims {
   std::int64_t num_sequences;  // s with cu_seqlens, else batch
   bool complex_A;
   bool varying_B, varying_C;  // B, C change with the token; else [d,n]
+  std::int64_t npositions = 0;  // k of state_positions
 };
 
 STATESCAN_API Dims validate(const Args& args);

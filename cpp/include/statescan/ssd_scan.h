@@ -32,9 +32,22 @@ struct Inputs {
   bool batch_invariant = false;  // same bits for a row at any batch size and packing
 };
 
+// How the recurrence is computed; results agree to rounding.
+enum class SsdMode : std::uint8_t {
+  automatic,  // the library picks what is fastest
+  chunked,    // matrix products inside chunks, a state between them
+  recurrent,  // token by token
+  quadratic,  // one chunk: the masked attention form, whose work grows with the square of the sequence
+};
+
 struct Args : Inputs {
-  Tensor y;            // [b,l,h,p] dtype of x
-  Tensor final_state;  // [b,h,p,n] or [s,h,p,n] float32 or narrower, optional
+  Tensor y;                // [b,l,h,p] dtype of x
+  Tensor final_state;      // [b,h,p,n] or [s,h,p,n] float32 or narrower, optional
+  Tensor state_positions;  // [b,k] or [s,k] int32 or int64, optional: after how many tokens of the sequence, counted as the scan
+                           // meets them, the state is wanted. Ascending; 0 asks for the initial state, what lies outside of
+                           // 0..its length (-1, say) for zeros, and may stand anywhere.
+  Tensor position_states;  // [b,k,h,p,n] or [s,k,h,p,n] float32 or narrower, given with state_positions
+  SsdMode mode = SsdMode::automatic;
   Workspace workspace;
 };
 
@@ -49,6 +62,7 @@ struct Dims {
   std::int64_t batch, seqlen, nheads, headdim, ngroups, dstate;
   std::int64_t num_sequences;  // s with cu_seqlens, else batch
   bool D_per_channel;          // D is [h,p]
+  std::int64_t npositions = 0;  // k of state_positions
 };
 
 STATESCAN_API Dims validate(const Args& args);
