@@ -35,5 +35,6 @@ NB_MODULE(_C, m) {
   python::bind_causal_conv1d_update(m);
   python::bind_selective_state_update(m);
   python::bind_mamba2_update(m);
+  python::bind_torch_call(m);
   python::bind_xla(m);
 }

@@ -16,6 +16,7 @@ void bind_mamba2_scan(nb::module_& m);
 void bind_causal_conv1d_update(nb::module_& m);
 void bind_selective_state_update(nb::module_& m);
 void bind_mamba2_update(nb::module_& m);
+void bind_torch_call(nb::module_& m);
 void bind_xla(nb::module_& m);
 
 }  // namespace statescan::python

@@ -1,0 +1,349 @@
+"""What the ops of statescan.torch share: their registration with torch's dispatcher, and the way that a call takes.
+
+A call takes one of three ways. Where torch must see an operator (torch.compile, torch.export, fake tensors, dispatch modes,
+functorch transforms, tensor subclasses) it goes through the dispatcher as ``torch.ops.statescan.<op>``. Elsewhere the dispatcher
+would cost 9 us for nothing: a call whose gradient is wanted goes through an autograd.Function, any other straight to the library.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from .. import _C
+
+Results = dict[str, tuple[Sequence[int], torch.dtype]]
+"""Shape and dtype of each result of an op."""
+
+_library = Library("statescan", "DEF")  # the registrations last as long as this object
+
+_DEVICES = ("CPU", "CUDA")
+# What every call asks, found once.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_autocast_is_active = torch._C._is_any_autocast_enabled
+_any_requires_grad = _C.any_requires_grad
+_Parameter = torch.nn.Parameter
+
+
+def state_dtype(main: Tensor) -> torch.dtype:
+    """The dtype of the states that an op makes for the activations `main`."""
+    return torch.float64 if main.dtype == torch.float64 else torch.float32
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """operator.itemgetter, which gives a tuple of one as well."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda sequence: tuple(sequence[position] for position in positions)
+
+
+def _on_exportable(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` for calls that autograd does not watch.
+
+    Without the DLPack exchange API (torch before 2.10) a tensor exports itself, and refuses when it requires grad.
+    """
+    if hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return kernel
+    return lambda *args: kernel(*(arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args))
+
+
+class _Operator:
+    """An op of the library as an operator of torch: its schema, its fake and what autocast does to its arguments."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        results: Callable[[SimpleNamespace], Results],
+        asked: dict[str, str | None],
+        narrow: str,
+        wide: str,
+        constant: str,
+    ) -> None:
+        self.name = name
+        declared = [argument.split() for argument in arguments.split(", ")]
+        self.types = {argument: kind for kind, argument in declared}
+        self.names = list(self.types)
+        self._results = results
+        self._asked = [(result, option and self.names.index(option)) for result, option in asked.items()]
+        self._narrow, self._wide, self._constant = (
+            [self.names.index(n) for n in group.split()] for group in (narrow, wide, constant)
+        )
+        self._kernel = _on_exportable(getattr(_C, name))
+        returned = ", ".join(["Tensor"] * len(asked))
+        _library.define(f"{name}({arguments}) -> ({returned})", tags=(torch.Tag.pt2_compliant_tag,))
+        self.overload = getattr(torch.ops.statescan, name).default
+        register_fake(f"statescan::{name}", self._fake, lib=_library)
+        for device in _DEVICES:
+            _library.impl(name, self._run, device)
+            _library.impl(name, self._autocast_kernel(device), f"Autocast{device}")
+
+    def _dispatched(self, args: Sequence[Any]) -> Any:
+        """The call through the dispatcher, less the empty tensors that stand for results nobody asked for."""
+        results = self.overload(*args)
+        if len(self._asked) == 1:
+            return results
+        asked = tuple(result for result, wanted in zip(results, self._results_asked(args)) if wanted)
+        return asked[0] if len(asked) == 1 else asked
+
+    def _results_asked(self, args: Sequence[Any]) -> list[bool]:
+        return [option is None or not (args[option] is None or args[option] is False) for _, option in self._asked]
+
+    def _run(self, *args: Any) -> Any:
+        """The kernel as the dispatcher wants it: every result there, an empty tensor for one that nobody asked for."""
+        results = self._kernel(*args)
+        if len(self._asked) == 1:
+            return results
+        made = iter(results if isinstance(results, tuple) else (results,))
+        kinds = self._kinds(args)
+        return tuple(
+            next(made) if wanted else args[self._narrow[0]].new_empty(0, dtype=dtype)
+            for wanted, (_, dtype) in zip(self._results_asked(args), kinds)
+        )
+
+    def _kinds(self, args: Sequence[Any]) -> list[tuple[Sequence[int], torch.dtype]]:
+        kinds = self._results(SimpleNamespace(**dict(zip(self.names, args))))
+        return [kinds[result] for result, _ in self._asked]
+
+    def _fake(self, *args: Any) -> Any:
+        main, kinds = args[self._narrow[0]], self._kinds(args)
+        results = tuple(
+            main.new_empty(shape if wanted else 0, dtype=dtype)
+            for wanted, (shape, dtype) in zip(self._results_asked(args), kinds)
+        )
+        return results if len(results) > 1 else results[0]
+
+    def _autocast(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Activations in autocast's dtype, parameters in float32, where autocast is on for the device of the call."""
+        main = args[self._narrow[0]]
+        device = main.device.type
+        if not torch.is_autocast_enabled(device) or main.dtype == torch.float64:  # which autocast leaves alone everywhere
+            return args
+        constant = [position for position in self._constant if args[position].ndim == 2]
+        wide = [*self._wide, *constant]
+        narrow = [position for position in self._narrow if position not in constant]
+        args = list(args)
+        for positions, dtype in ((narrow, torch.get_autocast_dtype(device)), (wide, torch.float32)):
+            for position in positions:
+                if args[position] is not None and args[position].is_floating_point():
+                    args[position] = args[position].to(dtype)
+        return args
+
+    def _autocast_kernel(self, device: str) -> Callable[..., Any]:
+        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def autocast(*args: Any) -> Any:
+            args = self._autocast(args)
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return self.overload(*args)
+
+        return autocast
+
+
+class Op(_Operator):
+    """A differentiable op.
+
+    Args:
+        name: of the op in the library; its backward is ``<name>_backward`` there.
+        arguments: types and names for torch's schema, in the order in which ``_C.<name>`` takes them.
+        results: given the arguments, shape and dtype of each result.
+        asked: the results by name, and the argument that asks for each; None for one that is always made.
+        backward: the arguments of ``_C.<name>_backward`` in its order: arguments of the op, ``d<result>``, the first result. A
+            result whose ``d<result>`` is missing has no gradient.
+        gradients: the arguments that its results differentiate, in its order.
+        like: of a gradient whose argument the backward does not take, an argument of the same shape and dtype that it takes.
+        narrow, wide: what autocast turns into its dtype, and what into float32; the first of `narrow` decides the device.
+        constant: of `narrow`, what is a parameter, and wide, when it has two axes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        results: Callable[[SimpleNamespace], Results],
+        asked: dict[str, str | None],
+        backward: str,
+        gradients: str,
+        like: dict[str, str] | None = None,
+        narrow: str,
+        wide: str = "",
+        constant: str = "",
+    ) -> None:
+        super().__init__(name, arguments, results, asked, narrow, wide, constant)
+        self._plan_backward(backward.split(), gradients.split(), like or {})
+        self._define_backward()
+        register_autograd(f"statescan::{name}", self._backward_dispatched, setup_context=self._setup_context, lib=_library)
+        self._apply = self._function()
+
+    def __call__(self, *args: Any) -> Any:
+        """The op on the arguments of the schema, by position: one result alone, several as a tuple."""
+        if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
+            return self._dispatched(args)
+        requires_grad = _any_requires_grad(args, Tensor, _Parameter)
+        if requires_grad is None:
+            return self._dispatched(args)
+        if _autocast_is_active():
+            args = self._autocast(args)
+        if requires_grad and _is_grad_enabled():
+            return self._apply(*args)
+        return self._kernel(*args)
+
+    # ---- backward ------------------------------------------------------------------------------------------------------
+    def _plan_backward(self, arguments: list[str], gradients: list[str], like: dict[str, str]) -> None:
+        """Decides what is saved, and from where each argument of the backward comes."""
+        self._cotangents = [f"d{result}" for result, _ in self._asked]
+        self._without_gradient = [result for result, _ in self._asked if f"d{result}" not in arguments]
+        first_result = self._asked[0][0]
+        saved = [n for n in arguments if self.types.get(n, "").startswith("Tensor")]
+        options = [n for n in arguments if n in self.types and n not in saved]
+        self._saved = _picker([self.names.index(n) for n in saved])
+        self._options = _picker([self.names.index(n) for n in options])
+        self._saves_result = first_result in arguments
+        sources = [*saved, *([first_result] if self._saves_result else []), *options, *self._cotangents]
+        self._assembled = _picker([sources.index(n) for n in arguments])
+        self._differentiated = [self.names.index(n) for n in gradients]
+        self._like = [arguments.index(like.get(n, n)) for n in gradients]
+        self._main = arguments.index(like.get(gradients[0], gradients[0]))
+        kinds = {**self.types, first_result: "Tensor", **{n: "Tensor?" for n in self._cotangents}}
+        kinds[self._cotangents[0]] = "Tensor"
+        self._backward_arguments = ", ".join(f"{kinds[n]} {n}" for n in arguments)
+
+    def _define_backward(self) -> None:
+        name = f"{self.name}_backward"
+        kernel = getattr(_C, name)
+        self._backward_kernel = _on_exportable(lambda *args: kernel(*args[:-1], None, False, args[-1]))
+        _library.define(f"{name}({self._backward_arguments}, int wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
+        self._backward_overload = getattr(torch.ops.statescan, name).default
+
+        def run(*args: Any) -> list[Tensor]:
+            return [gradient for gradient in self._backward_kernel(*args) if gradient is not None]
+
+        def fake(*args: Any) -> list[Tensor]:
+            likes = (args[position] for bit, position in enumerate(self._like) if args[-1] >> bit & 1)
+            return [like.new_empty(like.shape) for like in likes]
+
+        def backward(ctx: Any, *_: Any) -> None:
+            raise NotImplementedError(f"{self.name}: second derivatives are not available; its gradient has no gradient")
+
+        for device in _DEVICES:
+            _library.impl(name, run, device)
+        register_fake(f"statescan::{name}", fake, lib=_library)
+        register_autograd(f"statescan::{name}", backward, lib=_library)
+
+    def _remember(self, ctx: Any, args: Sequence[Any], first_result: Tensor) -> None:
+        saved = self._saved(args)
+        ctx.save_for_backward(*saved, first_result) if self._saves_result else ctx.save_for_backward(*saved)
+        ctx.options = self._options(args)
+        ctx.result_shape = first_result.shape
+        ctx.set_materialize_grads(False)
+
+    def _differentiate(self, ctx: Any, cotangents: Sequence[Tensor | None], backward: Callable[..., Any]) -> list[Any]:
+        """The gradient of every argument; None where none was asked for. `cotangents`: one a result."""
+        saved = ctx.saved_tensors
+        wanted = [position for position in self._differentiated if ctx.needs_input_grad[position]]
+        mask = sum(1 << self._differentiated.index(position) for position in wanted)
+        # Autograd may hand over lazy conjugates and negatives, whose memory holds other values.
+        cotangents = [None if c is None else c.resolve_conj().resolve_neg() for c in cotangents]
+        for (result, _), cotangent in zip(self._asked, cotangents):
+            if cotangent is not None and result in self._without_gradient:
+                raise NotImplementedError(f"{self.name}: {result} has no gradient; pass it on as {result}.detach()")
+        if cotangents[0] is None:
+            cotangents[0] = saved[0].new_zeros(ctx.result_shape)
+        made = backward(*self._assembled((*saved, *ctx.options, *cotangents)), mask)
+        gradients: list[Any] = [None] * len(self.names)
+        for position, gradient in zip(wanted, (g for g in made if g is not None)):
+            gradients[position] = gradient
+        return gradients
+
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        self._remember(ctx, inputs, output[0] if isinstance(output, (tuple, list)) else output)
+
+    def _backward_dispatched(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        return tuple(self._differentiate(ctx, cotangents, self._backward_overload))
+
+    def _function(self) -> Callable[..., Any]:
+        """`apply` of the autograd.Function that eager calls go through."""
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            results = self._kernel(*args)
+            several = isinstance(results, tuple)
+            self._remember(ctx, args, results[0] if several else results)
+            if several:
+                ctx.asked = self._results_asked(args)
+            return results
+
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+            if len(cotangents) < len(self._cotangents):
+                given = iter(cotangents)
+                asked = getattr(ctx, "asked", (True,))
+                asked = (*asked, *[False] * (len(self._cotangents) - len(asked)))
+                cotangents = tuple(next(given) if wanted else None for wanted in asked)
+            # With create_graph the result must refuse a second derivative, and compiled autograd must see an operator.
+            watched = _is_grad_enabled() or _is_compiling() or _count_dispatch_modes() > 0
+            call = self._backward_overload if watched else self._backward_kernel
+            return tuple(self._differentiate(ctx, cotangents, call))
+
+        name = "".join(part.capitalize() for part in self.name.split("_"))
+        function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+        # Function.apply first looks for functorch transforms, which cannot be active here: 2.5 us.
+        return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
+
+
+class Update(_Operator):
+    """A decode op, which updates its states in place and has no backward.
+
+    Args:
+        name, arguments, results, narrow, wide, constant: as for Op; what is updated is ``Tensor(a!)`` in `arguments`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        results: Callable[[SimpleNamespace], Results],
+        narrow: str,
+        wide: str = "",
+        constant: str = "",
+    ) -> None:
+        super().__init__(name, arguments, results, {"y": None}, narrow, wide, constant)
+        _library.impl(name, self._below_autograd, "Autograd")
+
+    def __call__(self, *args: Any) -> Tensor:
+        """The op on the arguments of the schema, by position."""
+        if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
+            return self.overload(*args)
+        requires_grad = _any_requires_grad(args, Tensor, _Parameter)
+        if requires_grad is None:
+            return self.overload(*args)
+        if requires_grad:
+            self._refuse_gradient(args)
+        if _autocast_is_active():
+            args = self._autocast(args)
+        return self._kernel(*args)
+
+    def _refuse_gradient(self, args: Sequence[Any]) -> None:
+        if not _is_grad_enabled():
+            return
+        first = next((n for n, arg in zip(self.names, args) if isinstance(arg, Tensor) and arg.requires_grad), None)
+        if first is None:
+            return
+        raise TypeError(
+            f"{self.name}: {first} requires grad, and a decode step has no backward; pass {first}.detach(), or call it under "
+            "torch.no_grad()"
+        )
+
+    def _below_autograd(self, *args: Any) -> Tensor:
+        self._refuse_gradient(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
