@@ -285,6 +285,70 @@ MAMBA2_SCAN = Scan(
 )
 
 
+@dataclass(frozen=True)
+class Backward:
+    """The backward of a scan: the inputs of the scan, dy and the gradients of its final states, to a gradient of each input."""
+
+    scan: Scan
+    gradients: tuple  # the inputs that are differentiated, in the order in which their gradients come
+
+    @property
+    def options(self):
+        return self.scan.options
+
+    @property
+    def carried(self):
+        """The gradient of a final state -> the initial state that it flows back to."""
+        return {f"d{final}": initial for final, initial in self.scan.carried.items()}
+
+    def inputs(self, rng, dtype="float32", omit=(), **sizes):
+        inputs = self.scan.inputs(rng, dtype, **sizes)
+        inputs["dy"] = normal(rng, dtype, *inputs[self.scan.main].shape)
+        for name, initial in self.carried.items():
+            inputs[name] = normal(rng, dtype_name(inputs[initial]), *inputs[initial].shape)
+        return without(inputs, omit)
+
+    def run(self, device, inputs, **options):
+        """Every gradient, by name: d and the input's; None for what was not given."""
+        given = {name: device.put(value) for name, value in (inputs | options).items()}
+        results = device.call(getattr(statescan, f"{self.scan.name}_backward"), **given)
+        return {f"d{name}": device.get(result) for name, result in zip(self.gradients, results, strict=True)}
+
+    def expected(self, inputs, **options):
+        oracle = getattr(getattr(reference, self.scan.name), f"{self.scan.name}_backward")
+        options.pop("batch_invariant", None)
+        with np.errstate(over="ignore", invalid="ignore"):  # poison that no sequence visits
+            results = oracle(**{name: exact(value) for name, value in inputs.items()}, **options)
+        return {f"d{name}": result for name, result in zip(self.gradients, results, strict=True)}
+
+    def check(self, device, inputs, **options):
+        """Runs the op and holds every gradient against the oracle."""
+        got, expected = self.run(device, inputs, **options), self.expected(inputs, **options)
+        coarser = dtype_name(inputs[self.scan.main]) if device.name == "cuda" else None
+        for name, value in expected.items():
+            if value is None:
+                assert got[name] is None, f"{name} of an input that was not given"
+                continue
+            assert got[name].dtype == inputs[name[1:]].dtype
+            assert_accurate(got[name], value, name, coarser)
+        return got
+
+    def has_tokens(self, name, value):
+        return name == "dy" or self.scan.has_tokens(name, value)
+
+    def has_rows(self, name, value):
+        return name == "dy" or name in self.carried or self.scan.has_rows(name, value)
+
+    def tokens(self, inputs, part):
+        return {name: value[:, part] if self.has_tokens(name, value) else value for name, value in inputs.items()}
+
+    def rows(self, inputs, part):
+        return {name: value[part] if self.has_rows(name, value) else value for name, value in inputs.items()}
+
+
+CAUSAL_CONV1D_BACKWARD = Backward(CAUSAL_CONV1D, ("x", "weight", "bias", "initial_state"))
+
+
 # ---- one or a few new tokens ---------------------------------------------------------------------------------------------
 def token_axes(batch, ntokens):
     return (batch,) if ntokens is None else (batch, ntokens)

@@ -2,6 +2,7 @@ import cases
 import numpy as np
 import pytest
 import statescan
+from gradient_contract import GradientContract
 from scan_contract import ScanContract
 from support import NARROW, Cpu, assert_same_bits, laid_out, poison
 
@@ -171,3 +172,85 @@ def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.causal_conv1d(rng), **change})
     assert text in str(raised.value)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+BACKWARD = cases.CAUSAL_CONV1D_BACKWARD
+
+
+class TestBackward(GradientContract):
+    op = BACKWARD
+    optional = ("bias", "initial_state")
+
+    def torch_forward(self, x, weight, bias=None, initial_state=None, activation=None, reverse=False):
+        import torch
+
+        batch, seqlen, dim = x.shape
+        taps = weight.shape[1] - 1
+        past = x.new_zeros(batch, dim, taps) if initial_state is None else initial_state
+        inputs = torch.cat([past, (x.flip(1) if reverse else x).transpose(1, 2)], dim=2)
+        y = torch.nn.functional.conv1d(inputs, weight[:, None], bias, groups=dim).transpose(1, 2)
+        y = torch.nn.functional.silu(y) if activation == "silu" else y
+        return y.flip(1) if reverse else y, inputs[:, :, seqlen:]
+
+
+class TestBackwardWidest(TestBackward):
+    sizes = dict(width=8, dim=37)
+
+
+@pytest.mark.parametrize("activation", (None, "silu"))
+@pytest.mark.parametrize("seqlen", (0, 1, 2, 3, 6, 7, 8, 9, 67, 513, 519))
+@pytest.mark.parametrize("width", (2, 3, 4, 5, 6, 7, 8))
+def test_backward_widths(device, rng, width, seqlen, activation):
+    """known_bugs 11: sequences shorter than the window pass a part of dfinal_state on to the initial state."""
+    BACKWARD.check(device, BACKWARD.inputs(rng, width=width, seqlen=seqlen), activation=activation)
+    BACKWARD.check(device, BACKWARD.inputs(rng, width=width, seqlen=seqlen), activation=activation, reverse=True)
+
+
+@pytest.mark.parametrize("width", (2, 4, 8))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_packed_sequences_shorter_than_the_window(device, rng, width, dtype):
+    lengths = [1, 0, 2, 3, 7, 1, 8, 0, 9]
+    inputs = BACKWARD.inputs(rng, dtype, batch=1, seqlen=sum(lengths), sequences=len(lengths), width=width)
+    for reverse in (False, True):
+        BACKWARD.check(device, inputs, activation="silu", reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
+
+
+@pytest.mark.parametrize("dim", (0, 1, 3, 16, 63, 64, 65, 200))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_dims(device, rng, dim, dtype):
+    BACKWARD.check(device, BACKWARD.inputs(rng, dtype, dim=dim), activation="silu")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_backward_dtypes_of_parameters_and_states(device, rng, dtype):
+    for sizes in (dict(weight_dtype=dtype), dict(state_dtype="float32"), dict(weight_dtype=dtype, state_dtype="float32")):
+        BACKWARD.check(device, BACKWARD.inputs(rng, dtype, **sizes), activation="silu")
+
+
+def test_backward_of_many_sequences(device, rng):
+    """More segments than partial sums."""
+    lengths = [int(n) for n in rng.integers(0, 9, 150)] + [1100]
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=sum(lengths), sequences=len(lengths))
+    BACKWARD.check(device, inputs, activation="silu", cu_seqlens=np.cumsum([0, *lengths]))
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1e-3, 30.0, 1e4))
+def test_backward_silu_at_any_scale(device, rng, scale):
+    inputs = BACKWARD.inputs(rng, omit=("bias",))
+    inputs |= {name: inputs[name] * np.float32(scale) for name in ("x", "initial_state")}
+    BACKWARD.check(device, inputs, activation="silu")
+
+
+def test_backward_bad_channel_stays_alone(device, rng):
+    clean = BACKWARD.inputs(rng, dim=21)
+    expected = BACKWARD.run(device, clean, activation="silu")
+    others = [c for c in range(21) if c != 4]
+    for name in ("x", "dy"):
+        spoiled = {**clean, name: clean[name].copy()}
+        spoiled[name][0, 20, 4] = np.nan
+        got = BACKWARD.run(device, spoiled, activation="silu")
+        assert_same_bits(got["dx"][:, :, others], expected["dx"][:, :, others], f"dx beside a bad {name}")
+        assert_same_bits(got["dx"][:, 24:], expected["dx"][:, 24:], f"dx after a bad {name}")
+        for gradient in ("dweight", "dbias"):
+            assert_same_bits(got[gradient][others], expected[gradient][others], f"{gradient} beside a bad {name}")

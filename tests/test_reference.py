@@ -3,7 +3,7 @@
 import cases
 import numpy as np
 import pytest
-from reference.causal_conv1d import causal_conv1d
+from reference.causal_conv1d import causal_conv1d, causal_conv1d_backward
 from reference.common import silu, softplus
 from reference.gated_rms_norm import gated_rms_norm, gated_rms_norm_backward
 from reference.mamba2_scan import mamba2_scan
@@ -122,6 +122,19 @@ def test_gated_rms_norm_backward_is_the_difference_of_the_forward(rng, norm_befo
     given, options = dict(x=x, z=z, weight=rng.standard_normal(12)), dict(group_size=4, norm_before_gate=norm_before_gate)
     gradients = gated_rms_norm_backward(**given, dy=dy, **options)
     assert_gradients(rng, lambda **v: np.sum(gated_rms_norm(**v, **options) * dy), given, ("x", "z", "weight"), gradients)
+
+
+@pytest.mark.parametrize("seqlen", (2, 6))
+def test_causal_conv1d_backward_is_the_difference_of_the_forward(rng, seqlen):
+    given, options = inputs_of(cases.causal_conv1d, rng, seqlen=seqlen), dict(activation="silu", reverse=True)
+    dy, dfinal_state = rng.standard_normal(given["x"].shape), rng.standard_normal(given["initial_state"].shape)
+
+    def loss(**changed):
+        y, final_state = causal_conv1d(**changed, **options)
+        return np.sum(y * dy) + np.sum(final_state * dfinal_state)
+
+    gradients = causal_conv1d_backward(**given, dy=dy, dfinal_state=dfinal_state, **options)
+    assert_gradients(rng, loss, given, ("x", "weight", "bias", "initial_state"), gradients)
 
 
 def test_mamba2_scan_of_one_token_by_hand(rng):

@@ -37,8 +37,7 @@ template <class T>
 struct Sums {
   T* weight;
   double* dweight;  // [runs][dim]
-  Sums(Arena& arena, const BackwardArgs& args, const Dims& d)
-      : weight(arena.take<T>(d.dim)), dweight(arena.take<double>(args.dweight ? runs_of(d) * d.dim : 0)) {}
+  Sums(Arena& arena, const Dims& d) : weight(arena.take<T>(d.dim)), dweight(arena.take<double>(runs_of(d) * d.dim)) {}
 };
 
 // Rows of one thread: copies of what does not lie as contiguous T, the sigmoid of z, and dweight of a few rows.
@@ -173,7 +172,7 @@ void run_row(const BackwardArgs& args, const Dims& d, std::int64_t row, const T*
 template <class T>
 void backward(const BackwardArgs& args, const Dims& d) {
   Arena arena(args.workspace.data);
-  const Sums<T> sums(arena, args, d);
+  const Sums<T> sums(arena, d);
   if (args.weight) load_row<T>(sums.weight, args.weight.data, args.weight.dtype, 0, args.weight.stride[0], d.dim);
   else
     for (std::int64_t c = 0; c < d.dim; ++c) sums.weight[c] = T(1);
@@ -205,9 +204,9 @@ void backward(const BackwardArgs& args, const Dims& d) {
 }
 
 template <class T>
-std::size_t bytes_of(const BackwardArgs& args, const Dims& d) {
+std::size_t bytes_of(const Dims& d) {
   Arena count(nullptr);
-  Sums<T>(count, args, d);
+  Sums<T>(count, d);
   return count.used() + max_threads() * bytes_per_thread<T>(d);
 }
 
@@ -215,7 +214,7 @@ std::size_t bytes_of(const BackwardArgs& args, const Dims& d) {
 
 std::size_t workspace_bytes(const BackwardArgs& args, const Dims& d) {
   if (d.dim == 0) return 0;
-  return args.x.dtype == DType::float64 ? bytes_of<double>(args, d) : bytes_of<float>(args, d);
+  return args.x.dtype == DType::float64 ? bytes_of<double>(d) : bytes_of<float>(d);
 }
 
 void run(const BackwardArgs& args, const Dims& d) {
