@@ -14,7 +14,8 @@ def activation_of(name: str, activation: str | None) -> str | None:
 
 def as_parameter(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """A, D and dt_bias are float32 (float64 with a float64 x); peers take any dtype."""
-    return None if tensor is None else tensor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def as_weight(tensor: Tensor | None, x: Tensor) -> Tensor | None:
@@ -24,7 +25,7 @@ def as_weight(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 def as_input(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """B, C and z have the dtype of x."""
-    return None if tensor is None else tensor.to(x.dtype)
+    return tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -49,8 +49,9 @@ def packing_of(seq_idx: Tensor | None, name: str, batch: int, seqlen: int) -> Pa
         raise ValueError(f"{name}: seq_idx has shape {tuple(seq_idx.shape)}; expected (batch, seqlen) = {(batch, seqlen)}")
     if batch == 0 or seqlen == 0:
         return None
-    version = None if seq_idx.is_inference() else seq_idx._version
-    if _latest is not None and _latest[0]() is seq_idx and version is not None and _latest[1] == version:
+    remembered = not (seq_idx.is_inference() or torch.compiler.is_compiling())
+    version = seq_idx._version if remembered else -1
+    if remembered and _latest is not None and _latest[0]() is seq_idx and _latest[1] == version:
         return _latest[2]
     with torch.no_grad():
         starts = torch.ones_like(seq_idx, dtype=torch.bool)
@@ -62,6 +63,6 @@ def packing_of(seq_idx: Tensor | None, name: str, batch: int, seqlen: int) -> Pa
         packing = Packing(
             bounds.nonzero().flatten().to(torch.int32), last - count + 1, last, negative if bool(negative.any()) else None
         )
-    if version is not None:
+    if remembered:
         _latest = (weakref.ref(seq_idx), version, packing)
     return packing

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import statescan
-
-from . import _ops as ops
+from .. import torch as ops
 from ._arguments import activation_of, as_weight, wants_gradient
 from ._packing import packing_of
 
@@ -116,7 +114,7 @@ def causal_conv1d_update(
         out = _step(tokens, conv_state, weight, bias, activation, cache_seqlens, differentiable)
     elif state_len == width - 1 and cache_seqlens is None and not differentiable:
         indices = conv_state_indices.clamp(min=-1)
-        out = statescan.causal_conv1d_update(tokens, conv_state, weight, bias, activation=activation, state_indices=indices)
+        out = ops.causal_conv1d_update(tokens, conv_state, weight, bias, activation=activation, state_indices=indices)
     else:
         rows = (conv_state_indices >= 0).nonzero().flatten()
         slots = conv_state_indices[rows].long()
@@ -170,7 +168,7 @@ def _convolve(
 ) -> Tensor:
     """The convolution of tokens after window [batch, dim, width - 1], which becomes the latest inputs."""
     if not differentiable:
-        return statescan.causal_conv1d_update(tokens, window, weight, bias, activation=activation)
+        return ops.causal_conv1d_update(tokens, window, weight, bias, activation=activation)
     out, latest = ops.causal_conv1d(
         tokens, weight, bias, activation=activation, initial_state=window.detach().clone(), return_final_state=True
     )

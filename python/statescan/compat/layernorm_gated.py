@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops as ops
+from .. import torch as ops
 from ._arguments import as_input, as_weight
 
 __all__ = ["RMSNorm", "layernorm_fn", "rmsnorm_fn"]

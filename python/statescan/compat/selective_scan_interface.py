@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops as ops
+from .. import torch as ops
 from ._arguments import as_input, as_parameter, as_weight
 
 __all__ = ["mamba_inner_fn", "selective_scan_fn"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import statescan
-
-from . import _ops as ops
+from .. import torch as ops
 from ._arguments import as_input, as_parameter, wants_gradient
 
 __all__ = ["selective_state_update"]
@@ -91,7 +89,7 @@ def _step(
             state = state[: x.shape[0]]
         else:
             indices = indices.clamp(min=-1)
-        return statescan.selective_state_update(state, x, dt, A, B, C, z=z, state_indices=indices, **options)
+        return ops.selective_state_update(state, x, dt, A, B, C, z=z, state_indices=indices, **options)
     rows = torch.arange(x.shape[0], device=x.device) if indices is None else (indices >= 0).nonzero().flatten()
     slots = rows if indices is None else indices[rows].long()
     scan = ops.selective_scan if state.dim() == 3 else ops.ssd_scan

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _ops as ops
+from .. import torch as ops
 from ._arguments import activation_of, as_input, as_parameter, as_weight
 from ._packing import packing_of
 
