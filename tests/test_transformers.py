@@ -139,6 +139,31 @@ def test_bfloat16(model, ids):
     assert difference(ours, exact) < 1.5 * difference(theirs, exact) + SAME
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@torch.no_grad()
+def test_compiled_without_a_graph_break(name, ids):
+    model = build(name)
+    statescan.compat.install(force=True)
+    try:
+        eager = model(input_ids=ids, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, eager)
+    finally:
+        statescan.compat.uninstall()
+        torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_autocast(model, ids):
+    def forward():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(input_ids=ids, use_cache=True).logits.float()
+
+    exact = model(input_ids=ids, use_cache=False).logits
+    ours, theirs = both_ways(forward)
+    assert difference(ours, exact) < 1.5 * difference(theirs, exact) + SAME
+
+
 def test_a_model_imported_before_install_and_after_uninstall(ids):
     model = build("mamba2")
     with torch.no_grad():
