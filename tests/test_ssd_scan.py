@@ -2,9 +2,10 @@ import cases
 import numpy as np
 import pytest
 import statescan
+from gradient_contract import GradientContract
 from positions_contract import PositionsContract
 from scan_contract import ScanContract, cumulative
-from support import NARROW, Cpu, assert_accurate, assert_same_bits, laid_out, poison
+from support import NARROW, Cpu, assert_accurate, assert_same_bits, exact, laid_out, poison
 
 OP = cases.SSD_SCAN
 
@@ -293,3 +294,249 @@ def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.ssd_scan(rng), **change})
     assert text in str(raised.value)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+BACKWARD = cases.SSD_SCAN_BACKWARD
+
+
+class TestBackward(GradientContract):
+    op = BACKWARD
+    optional = ("D", "z", "dt_bias", "initial_state")
+
+    def torch_forward(self, x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, dt_softplus=False, reverse=False):
+        import torch
+        import torch.nn.functional as F
+
+        batch, seqlen, nheads, headdim = x.shape
+        B, C = (v.repeat_interleave(nheads // v.shape[2], dim=2) for v in (B, C))
+        dt = dt if dt_bias is None else dt + dt_bias
+        dt = F.softplus(dt, threshold=50) if dt_softplus else dt
+        state = x.new_zeros(batch, nheads, headdim, B.shape[3]) if initial_state is None else initial_state
+        y = [None] * seqlen
+        for t in reversed(range(seqlen)) if reverse else range(seqlen):
+            added = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            state = torch.exp(dt[:, t] * A)[..., None, None] * state + added
+            y[t] = torch.einsum("bhpn,bhn->bhp", state, C[:, t])
+            if D is not None:
+                y[t] = y[t] + D[:, None] * x[:, t]
+        y = torch.stack(y, 1)
+        return y if z is None else y * F.silu(z), state
+
+
+def check_backward(device, rng, dtype="float32", omit=(), **row):
+    return BACKWARD.check(device, BACKWARD.inputs(rng, dtype, omit=omit, **row), dt_softplus=True)
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1, ngroups=1),
+        dict(nheads=3, ngroups=1),
+        dict(nheads=3, ngroups=3),
+        dict(nheads=8, ngroups=2),
+        dict(nheads=12, ngroups=4, headdim=3),
+        dict(headdim=1),
+        dict(headdim=40),
+        dict(headdim=80),
+        dict(headdim=128, nheads=2, ngroups=1),  # headdim in two blocks and more
+        dict(headdim=72, nheads=5, ngroups=1),
+        dict(dstate=1),
+        dict(dstate=12),
+        dict(dstate=96),
+        dict(dstate=256, nheads=3, seqlen=31),
+        dict(headdim=64, dstate=128, seqlen=201, nheads=4, ngroups=2, batch=1),
+        dict(headdim=17, dstate=33, seqlen=101),
+        dict(nheads=0, ngroups=1),
+        dict(headdim=0),
+        dict(dstate=0),
+        dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),  # several blocks of heads in a group
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_sizes(device, rng, row, dtype):
+    check_backward(device, rng, dtype, **row)
+
+
+@pytest.mark.parametrize("dt_dtype", ("float32", *NARROW))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_dtypes_of_dt(device, rng, dtype, dt_dtype):
+    check_backward(device, rng, dtype, dt_dtype=dt_dtype)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("state_dtype", ("float32", *NARROW))
+def test_backward_dtypes_of_states(device, rng, dtype, state_dtype):
+    check_backward(device, rng, dtype, state_dtype=state_dtype)
+
+
+def test_backward_of_slices_of_one_projection(device, rng):
+    """The inputs as models pass them, and dy as a split of a wider gradient (known_bugs 33)."""
+    inputs = BACKWARD.inputs(rng)
+    flat = {name: inputs[name].reshape(2, 67, -1) for name in ("z", "x", "B", "C", "dt", "dy")}
+    projection, first, views = np.concatenate(list(flat.values()), axis=2), 0, {}
+    for name, value in flat.items():
+        views[name] = projection[:, :, first : first + value.shape[2]].reshape(inputs[name].shape)
+        assert np.shares_memory(views[name], projection)
+        first += value.shape[2]
+    got = BACKWARD.run(device, {**inputs, **views}, dt_softplus=True)
+    plain = BACKWARD.run(device, inputs, dt_softplus=True)
+    for name in got:
+        assert_same_bits(got[name], plain[name], name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(dt_softplus=True),
+        dict(dt_limit=(0.0, 0.1)),
+        dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+        dict(dt_softplus=True, dt_limit=(0.0, float("inf"))),
+        dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_steps(device, rng, options, dtype):
+    inputs = BACKWARD.inputs(rng, dtype)
+    if "dt_softplus" not in options:
+        inputs["dt"], inputs["dt_bias"] = np.abs(inputs["dt"]) / 8, np.abs(inputs["dt_bias"]) / 8
+    got = BACKWARD.check(device, inputs, **options)
+    if "dt_limit" in options:
+        raw = exact(inputs["dt"]) + inputs["dt_bias"]
+        step = np.logaddexp(0, raw) if "dt_softplus" in options else raw
+        low, high = options["dt_limit"]
+        assert not np.any(got["ddt"][(step < low * 0.999) | (step > high * 1.001)]), "no gradient where the limit holds dt"
+
+
+def test_backward_of_D_of_every_shape(device, rng):
+    for D in (rng.standard_normal(6), rng.standard_normal((6, 5))):
+        inputs = {**BACKWARD.inputs(rng), "D": D.astype(np.float32)}
+        BACKWARD.check(device, inputs, dt_softplus=True)
+        BACKWARD.check(device, {**inputs, "D": laid_out(inputs["D"], "gapped")}, dt_softplus=True)
+    wide = {**BACKWARD.inputs(rng, headdim=72, nheads=2, ngroups=1), "D": rng.standard_normal((2, 72)).astype(np.float32)}
+    BACKWARD.check(device, wide, dt_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("chunk_size", (1, 40, 64, 65, 96, 128, 200, 1024))
+def test_backward_does_not_depend_on_chunk_size(device, rng, chunk_size, dtype):
+    inputs = BACKWARD.inputs(rng, dtype, seqlen=200, nheads=3, ngroups=1)
+    BACKWARD.check(device, inputs, dt_softplus=True, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("around", (-1, 0, 1))
+def test_backward_lengths_around_chunks(device, rng, around):
+    for chunk_size in (64, 96):
+        for chunks in (1, 2, 3):
+            inputs = BACKWARD.inputs(rng, seqlen=chunks * chunk_size + around, nheads=3, ngroups=1)
+            BACKWARD.check(device, inputs, dt_softplus=True, chunk_size=chunk_size)
+
+
+def test_backward_packed_starts_off_the_chunks(device, rng):
+    """known_bugs 17."""
+    lengths = [130, 200, 300]
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=630, sequences=3, nheads=2, ngroups=1)
+    BACKWARD.check(device, inputs, cu_seqlens=cumulative(lengths), dt_softplus=True)
+
+
+def test_backward_without_anything_optional_in_every_dtype(device, rng):
+    omit = ("D", "z", "dt_bias", "initial_state", "dfinal_state")
+    for dtype in ("float32", *NARROW):
+        check_backward(device, rng, dtype, omit=omit, seqlen=130)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("dt", (0.0, 1e-8, 1e-4, 1.0, 19.9, 20.1, 50.0, 1e4))
+def test_backward_extreme_steps(device, rng, dt, dtype):
+    inputs = BACKWARD.inputs(rng, dtype, dt_dtype="float32", seqlen=130)
+    inputs["dt"] = (dt * rng.uniform(0.9, 1.1, inputs["dt"].shape)).astype(np.float32)
+    inputs["dt_bias"][:] = 0
+    BACKWARD.check(device, inputs)
+    BACKWARD.check(device, inputs, dt_softplus=True)
+
+
+def test_backward_steps_of_every_size_in_one_sequence(device, rng):
+    """ddtA of a step beside steps that forget everything: it must not be the small difference of large sums."""
+    inputs = BACKWARD.inputs(rng, seqlen=130, omit=("dt_bias",))
+    inputs["dt"] = np.exp(rng.uniform(np.log(1e-8), np.log(1e4), inputs["dt"].shape)).astype(np.float32)
+    BACKWARD.check(device, inputs)
+
+
+@pytest.mark.parametrize("v", (-80.0, -40.0, -20.0, -16.0))
+def test_backward_softplus_of_very_negative_steps(device, rng, v):
+    inputs = BACKWARD.inputs(rng, omit=("D", "dt_bias", "initial_state", "dfinal_state"))
+    inputs["dt"] = (v * rng.uniform(0.99, 1.01, inputs["dt"].shape)).astype(np.float32)
+    got = BACKWARD.check(device, inputs, dt_softplus=True)
+    assert np.all(got["ddt"])
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("A", (-1e-6, -1.0, -1e2, -1e3, -1e5))
+def test_backward_large_rates(device, rng, A, dtype):
+    inputs = BACKWARD.inputs(rng, dtype, seqlen=257)
+    inputs["A"] = (A * rng.uniform(0.5, 1, 6)).astype(np.float32)
+    BACKWARD.check(device, inputs, dt_softplus=True)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+def test_backward_large_rates_with_small_steps_between(rng, dtype):
+    """Prefix sums reach 1e9 while single decays matter, and A multiplies whatever error ddtA has."""
+    inputs = BACKWARD.inputs(rng, dtype, seqlen=200, omit=("dt_bias",))
+    inputs["A"][:] = -1e5
+    inputs["dt"] = np.where(rng.random(inputs["dt"].shape) < 0.1, 1e2, 1e-5).astype(dtype)
+    inputs["dt"] *= rng.uniform(0.5, 1.5, inputs["dt"].shape).astype(dtype)
+    BACKWARD.check(Cpu(), inputs)
+
+
+@pytest.mark.parametrize("A", (0.0, 0.02, 0.5))
+def test_backward_rates_that_do_not_decay(device, rng, A):
+    inputs = BACKWARD.inputs(rng, seqlen=130)
+    inputs["A"][:] = A
+    inputs["A"][1] = -1
+    BACKWARD.check(device, inputs, dt_softplus=True, dt_limit=(0.0, 1.0))
+
+
+def test_backward_of_a_long_memory(device, rng):
+    """Steps so small that nothing is forgotten, over many chunks."""
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=1500, nheads=2, ngroups=1, omit=("dt_bias",))
+    inputs["dt"] = rng.uniform(1e-4, 2e-4, inputs["dt"].shape).astype(np.float32)
+    BACKWARD.check(device, inputs)
+
+
+def test_backward_bad_head_stays_alone(device, rng):
+    clean = BACKWARD.inputs(rng)
+    expected = BACKWARD.run(device, clean, dt_softplus=True)
+    others = [0, 1, 2, 3, 5]
+    for name in ("x", "dt", "z", "dy"):
+        spoiled = {**clean, name: clean[name].copy()}
+        spoiled[name][0, 20, 4] = np.nan
+        got = BACKWARD.run(device, spoiled, dt_softplus=True)
+        for gradient in ("dx", "ddt", "dz"):
+            assert_same_bits(got[gradient][:, :, others], expected[gradient][:, :, others], f"{gradient} beside a bad {name}")
+        for gradient in ("dA", "dD", "ddt_bias"):
+            assert_same_bits(got[gradient][others], expected[gradient][others], f"{gradient} beside a bad {name}")
+        assert_same_bits(got["dB"][:, :, :2], expected["dB"][:, :, :2], f"dB of another group beside a bad {name}")
+
+
+def test_backward_of_a_bad_dy_reaches_the_past_alone(device, rng):
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=130)
+    expected = BACKWARD.run(device, inputs, dt_softplus=True)
+    for k in (0, 70, 128):
+        spoiled = {**inputs, "dy": inputs["dy"].copy()}
+        spoiled["dy"][:, k] = np.nan
+        got = BACKWARD.run(device, spoiled, dt_softplus=True)
+        for name in ("dx", "ddt", "dB", "dC", "dz"):
+            assert_same_bits(got[name][:, k + 1 :], expected[name][:, k + 1 :], f"{name} after token {k}")
+
+
+def test_backward_takes_no_more_than_its_states(device, rng):
+    """No array of [seqlen, dim, dstate]: the scratch memory is that of a state every 64 tokens and little else."""
+    if device.name != "cpu":
+        pytest.skip("the CPU's plan")
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=4096, nheads=8, ngroups=1, headdim=64, dstate=64)
+    plan = statescan.plan("ssd_scan_backward", **inputs)
+    states = 4096 // 64 * inputs["initial_state"].nbytes
+    assert plan.workspace_bytes < states + inputs["x"].nbytes + 2**20 * statescan.num_threads()

@@ -37,8 +37,8 @@ STATESCAN_INLINE void multiply_add(Vec<T> (&sum)[R][V], const T* a, std::int64_t
   }
 }
 
-// The rows i.. of L b, for a lower triangle L: sum[r] += sum_{k<=i+r} L[i+r][k] b[k]. The square of the block's own rows is summed
-// as a triangle: zeros above the diagonal would not do, since zero times NaN is NaN.
+// The rows i.. of L b, for a lower triangle L: sum[r] += sum_{k<=i+r} L[i+r][k] b[k]. The square of the block's own rows is
+// summed as a triangle: zeros above the diagonal would not do, since zero times NaN is NaN.
 template <class T, int R, int V>
 STATESCAN_INLINE void multiply_lower(Vec<T> (&sum)[R][V], const T* L, std::int64_t L_stride, const T* b, std::int64_t b_stride,
                                      std::int64_t i) {

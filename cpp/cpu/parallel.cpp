@@ -17,6 +17,13 @@ namespace cpu {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kSpins = 2000;  // about 20 us
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 int default_threads() {
   if (const char* text = std::getenv("STATESCAN_NUM_THREADS")) {
@@ -57,14 +64,7 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // about 20 us
   static constexpr int kThreadBits = 16;
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
 
   void take_tasks(int thread) {
     try {
@@ -151,6 +151,18 @@ void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int
     if (pool().try_run(tasks, threads, body, context)) return;
   }
   for (std::int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+}
+
+void wait_for(const int& counter, int value) {
+  const std::atomic_ref shared(const_cast<int&>(counter));
+  for (int i = 0; i < kSpins && shared.load(std::memory_order_acquire) < value; ++i) pause();
+  for (int seen; (seen = shared.load(std::memory_order_acquire)) < value;) shared.wait(seen, std::memory_order_acquire);
+}
+
+void advance_to(int& counter, int value) {
+  const std::atomic_ref shared(counter);
+  shared.store(value, std::memory_order_release);
+  shared.notify_all();
 }
 
 }  // namespace cpu

@@ -23,8 +23,8 @@ class FrozenThreads {
   int former_;
 };
 
-// The pool's entry point: calls body(context, task, thread) for every task in 0..tasks-1, in any order, and returns when all
-// are done. The first exception of a task is rethrown here. Nested calls run on the calling thread.
+// The pool's entry point: calls body(context, task, thread) for every task in 0..tasks-1, which start in this order and may end
+// in any, and returns when all are done. The first exception of a task is rethrown here. Nested calls run on the calling thread.
 void parallel_for_impl(std::int64_t tasks, void (*body)(void*, std::int64_t, int), void* context);
 
 template <class Body>
@@ -46,5 +46,10 @@ void parallel_for_groups(std::int64_t units, std::int64_t group, Body&& body) {
     for (std::int64_t unit = task * group; unit < end; ++unit) body(unit, thread);
   });
 }
+
+// For tasks of one parallel_for that add to the same memory in the order of their indices, which fixes the order of the sum: a
+// counter says how far a task has come. A task may only wait for one of a lower index: that one runs already, or is done.
+void wait_for(const int& counter, int value);  // until the counter is at least `value`
+void advance_to(int& counter, int value);
 
 }  // namespace statescan::cpu

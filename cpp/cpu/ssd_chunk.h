@@ -1,5 +1,5 @@
-// What the forward and the backward of ssd_scan share: how a sequence is walked and cut into units of work, and, of a chunk of q
-// tokens, the steps with their prefix sums and the lower triangle of C B^T.
+// What the forward and the backward of ssd_scan share: how a sequence is walked and cut into units of work, and, of a chunk of
+// q tokens, the steps with their prefix sums and the lower triangle of a product such as C B^T.
 #pragma once
 
 #include <statescan/ssd_scan.h>
@@ -20,21 +20,20 @@ inline constexpr std::int64_t kMaxChunk = 256;
 
 // How a call is cut. Batch, packing and threads have no say, so a row's bits never depend on them.
 struct Tiling {
-  std::int64_t chunk;           // tokens of a chunk, the last of a sequence may be shorter
-  std::int64_t heads;           // heads of a unit of work: they share the loads of B and C and the product C B^T
-  std::int64_t columns;         // headdim of a unit
-  std::int64_t head_blocks;     // in a group
-  std::int64_t column_blocks;
-  std::int64_t units;           // of a sequence
+  std::int64_t chunk = 0;       // tokens of a chunk, the last of a sequence may be shorter
+  std::int64_t heads = 0;       // heads of a unit of work: they share the loads of B and C and the product C B^T
+  std::int64_t columns = 0;     // headdim of a unit
+  std::int64_t head_blocks = 0; // in a group
+  std::int64_t column_blocks = 0;
+  std::int64_t units = 0;       // of a sequence
 };
 
 // Up to kHeads heads share C B^T, unless a sequence then has fewer units than kUnits, which feed the threads of a small batch;
 // with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
 inline Tiling cut_units(const ssd_scan::Dims& d, std::int64_t chunk) {
   constexpr std::int64_t kHeads = 8, kUnits = 8, kColumns = 32;
-  Tiling t{};
+  Tiling t{.chunk = chunk};
   if (d.nheads == 0 || d.headdim == 0) return t;
-  t.chunk = chunk;
   const std::int64_t group_heads = d.nheads / d.ngroups;
   t.heads = least(group_heads, most(1, least(kHeads, d.nheads / kUnits)));
   t.head_blocks = ceil_div(group_heads, t.heads);
@@ -54,8 +53,8 @@ inline std::int64_t units_per_task(const Tiling& t, const ssd_scan::Dims& d, std
   return kMultiplyAdds / most(t.heads * t.columns * d.dstate * passes * most(tokens, 1), 1);
 }
 
-// What a unit works on: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence. A group's units follow
-// each other, those of the same heads first.
+// What a unit works on: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence. A group's units
+// follow each other, those of the same heads side by side.
 struct Unit {
   Unit(const Tiling& t, const ssd_scan::Dims& d, std::int64_t index) : sequence(index / t.units) {
     const std::int64_t part = index % t.units, group_heads = d.nheads / d.ngroups;
@@ -80,9 +79,9 @@ struct Walk {
   std::int64_t token(std::int64_t i) const { return reverse ? last - 1 - i : first + i; }
   std::int64_t step(std::int64_t stride) const { return reverse ? -stride : stride; }
 
-  // Element (token, column) of t's axes 1 and 3, from token i of the scan on, at `second` of axis 2 and `first_column` of axis 3.
-  TileView rows(const Tensor& t, std::int64_t i, std::int64_t second, std::int64_t first_column) const {
-    return {t.data, t.dtype, offset_of(t, batch, token(i), second, first_column), step(t.stride[1]), t.stride[3]};
+  // Rows of a tensor [b,l,h,p] or [b,l,g,n] from token i of the scan on, at one h or g.
+  TileView rows(const Tensor& t, std::int64_t i, std::int64_t head, std::int64_t first_column) const {
+    return {t.data, t.dtype, offset_of(t, batch, token(i), head, first_column), step(t.stride[1]), t.stride[3]};
   }
 
   // One value a token, of a tensor [b,l,h].
@@ -98,17 +97,24 @@ inline Walk walk_of(const ssd_scan::Inputs& in, const ssd_scan::Dims& d, std::in
 
 inline TileView transposed(const TileView& t) { return {t.data, t.dtype, t.first, t.column_stride, t.row_stride}; }
 
-// A tensor [b,l,...] of three or four axes past the last packed token: zero. Without cu_seqlens there is nothing past it.
-inline void clear_tail(const Tensor& t, const ssd_scan::Inputs& in, const ssd_scan::Dims& d) {
-  if (!t || !in.cu_seqlens) return;
-  for (std::int64_t l = index_at(in.cu_seqlens, d.num_sequences); l < d.seqlen; ++l)
-    for (std::int64_t i = 0; i < t.shape[2]; ++i)
-      for (std::int64_t k = 0; k < (t.ndim == 4 ? t.shape[3] : 1); ++k)
-        store_element<float>(t.data, t.dtype, offset_of(t, 0, l, i) + (t.ndim == 4 ? k * t.stride[3] : 0), 0.0f);
+// The tokens of every batch row that belong to a sequence; what lies past them is zero in outputs.
+inline std::int64_t packed_tokens(const ssd_scan::Inputs& in, const ssd_scan::Dims& d) {
+  return in.cu_seqlens ? index_at(in.cu_seqlens, d.num_sequences) : d.seqlen;
 }
 
-// The steps of one head in a chunk, in rows padded to whole vectors. s is a sum of two T, so that a difference is exact to T even
-// where s is large.
+// Zeros from token `first` on, in a tensor [b,l,...] of three or four axes.
+inline void clear_tokens(const Tensor& t, std::int64_t first) {
+  if (!t) return;
+  const std::int64_t last_axis = t.ndim == 4 ? t.shape[3] : 1;
+  for (std::int64_t b = 0; b < t.shape[0]; ++b)
+    for (std::int64_t l = first; l < t.shape[1]; ++l)
+      for (std::int64_t i = 0; i < t.shape[2]; ++i)
+        for (std::int64_t k = 0; k < last_axis; ++k)
+          store_element<float>(t.data, t.dtype, offset_of(t, b, l, i) + (k > 0 ? k * t.stride[3] : 0), 0.0f);
+}
+
+// The steps of one head in a chunk, in rows padded to whole vectors. s is a sum of two T, so that a difference is exact to T
+// even where s is large.
 template <class T>
 struct Steps {
   Steps(Arena& arena, std::int64_t stride) {
@@ -151,15 +157,16 @@ void load_steps(const Steps<T>& steps, const ssd_scan::Inputs& in, const Walk& w
   }
 }
 
-// CB[i][j] = C[i].B[j] up to the diagonal, in whole register blocks: B_transposed and CB have rows of `pitch`.
+// to[i][j] = a[i].b[j] up to the diagonal, in whole register blocks: `to` [q,q*] and the transposed b [depth,q*] have rows of
+// `pitch`.
 template <class T>
-void multiply_CB(T* CB, std::int64_t pitch, const T* C, std::int64_t C_stride, const T* B_transposed, std::int64_t q,
-                 std::int64_t dstate) {
+void multiply_pairs(T* to, std::int64_t pitch, const T* a, std::int64_t a_stride, const T* b_transposed, std::int64_t q,
+                    std::int64_t depth) {
   for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t i) {
     for_column_blocks<T>(whole_vectors<T>(i + R), [&]<int V>(Constant<V>, std::int64_t j) {
       Vec<T> sum[R][V] = {};
-      multiply_add<T>(sum, C + i * C_stride, C_stride, B_transposed + j, pitch, dstate);
-      store_block<T>(CB + i * pitch + j, pitch, sum);
+      multiply_add<T>(sum, a + i * a_stride, a_stride, b_transposed + j, pitch, depth);
+      store_block<T>(to + i * pitch + j, pitch, sum);
     });
   });
 }

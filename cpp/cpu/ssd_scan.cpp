@@ -203,7 +203,7 @@ struct Block {
       const bool from_state = start > 0 || args.initial_state;
       const bool to_state = start + q < walk.length() || args.final_state || args.state_positions;
       load_BC(start, q);
-      multiply_CB<T>(tiles.CB, tiles.q_stride, tiles.C, d.dstate, tiles.B_transposed, q, d.dstate);
+      multiply_pairs<T>(tiles.CB, tiles.q_stride, tiles.C, d.dstate, tiles.B_transposed, q, d.dstate);
       for (std::int64_t k = 0; k < unit.heads; ++k) {
         const std::int64_t h = unit.h0 + k;
         load_steps<T>(tiles.steps, args, walk, start, q, h);
@@ -245,7 +245,7 @@ void scan(const ssd_scan::Args& args, const ssd_scan::Dims& d) {
     const Block<T> block{args, d, tiles, unit, walk_of(args, d, unit.sequence)};
     block.run(t.chunk);
   });
-  clear_tail(args.y, args, d);
+  clear_tokens(args.y, packed_tokens(args, d));
 }
 
 }  // namespace

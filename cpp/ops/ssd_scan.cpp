@@ -60,7 +60,7 @@ Dims validate(const Args& args) {
 
 Dims validate(const BackwardArgs& args) {
   const Contract check("ssd_scan_backward", "x", args.x);
-  const Dims d = validate_inputs(check, args);
+  Dims d = validate_inputs(check, args);
   const std::initializer_list<Axis> like_x = {
       {"batch", d.batch}, {"seqlen", d.seqlen}, {"nheads", d.nheads}, {"headdim", d.headdim}};
   const std::initializer_list<Axis> like_B = {
@@ -68,6 +68,7 @@ Dims validate(const BackwardArgs& args) {
   const std::initializer_list<Axis> like_state = {
       {"num_sequences", d.num_sequences}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}};
   const DTypes main = just(check.main_dtype());
+  if (args.dz && !args.z) fail<ValueError>(check.op(), ": dz needs z, which is absent");
   check.input("dy", args.dy, like_x, main);
   check.optional("dfinal_state", args.dfinal_state, like_state, check.state());
   check.output("dx", args.dx, like_x, main);
@@ -75,6 +76,9 @@ Dims validate(const BackwardArgs& args) {
   check.output("dA", args.dA, {{"nheads", d.nheads}}, check.parameter());
   check.output("dB", args.dB, like_B, main);
   check.output("dC", args.dC, like_B, main);
+  if (!args.D) d.D_per_channel = args.dD.ndim == 2;
+  if (args.D && args.dD && args.dD.ndim != args.D.ndim)
+    fail<ValueError>(check.op(), ": dD has shape ", shape_of(args.dD), "; expected ", shape_of(args.D), ", the shape of D");
   validate_D(check, "dD", args.dD, d, true);
   check.output("dz", args.dz, like_x, main);
   check.output("ddt_bias", args.ddt_bias, {{"nheads", d.nheads}}, check.parameter());

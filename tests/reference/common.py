@@ -31,6 +31,17 @@ def discretise(dt, dt_bias=None, dt_softplus=False, dt_limit=None):
     return dt
 
 
+def discretise_backward(dt, dstep, dt_bias=None, dt_softplus=False, dt_limit=None):
+    """The gradient of the raw value, and of the bias before it is summed: none where the limit holds the step."""
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    step = softplus(dt) if dt_softplus else dt
+    ddt = dstep * sigmoid(dt) if dt_softplus else dstep
+    if dt_limit is not None:
+        ddt = np.where((step < dt_limit[0]) | (step > dt_limit[1]), 0.0, ddt)
+    return ddt
+
+
 def walks(batch, seqlen, cu_seqlens=None, reverse=False):
     """For every sequence: its batch row, and its tokens in the order in which the scan meets them."""
     if cu_seqlens is None:
