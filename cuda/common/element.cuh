@@ -145,4 +145,18 @@ class Run {
 // it is of any size.
 inline __device__ float fast_silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 
+// log(1 + exp(v)) within 4e-7 of itself: max(v, 0) + log1p(exp(-|v|)), and log1p(e) = 2 atanh(e / (2 + e)) as a polynomial.
+inline __device__ float fast_softplus(float v) {
+  constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+  const float size = fabsf(v), scaled = size * kLog2e;
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-scaled));
+  e = fmaf(-kLn2 * fmaf(size, kLog2e, -scaled), e, e);  // what rounding the product took off
+  const float s = __fdividef(e, 2.0f + e), s2 = s * s;
+  float q = fmaf(0.1401382f, s2, 0.13999087f);
+  q = fmaf(q, s2, 0.20010895f);
+  q = fmaf(q, s2, 0.33333205f);
+  return fmaxf(v, 0.0f) + 2.0f * fmaf(q * s2, s, s);
+}
+
 }  // namespace statescan::cuda

@@ -1,11 +1,51 @@
-// CUDA kernels of selective_scan: none yet.
+// CUDA kernels of selective_scan.
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
+#include "params.h"
 
 namespace statescan::selective_scan {
 
-static constexpr cuda::Table<Args, Dims> kForward{"selective_scan", &Args::x};
-static constexpr cuda::Table<BackwardArgs, Dims> kBackward{"selective_scan_backward", &BackwardArgs::x};
+namespace {
+
+std::string why_not_any(const Args& args, const Dims&) {
+  return args.state_positions ? "gives no states at positions" : "";
+}
+std::string why_not_channels(const Args& args, const Dims& dims) {
+  return args.state_positions ? why_not_any(args, dims) : why_not_vectors(args, dims, 2);
+}
+std::string why_not_tokens(const Args& args, const Dims& dims) {
+  return args.state_positions ? why_not_any(args, dims) : why_not_vectors(args, dims, 1);
+}
+
+std::size_t scratch_bytes(const Args& args, const Dims& dims) {
+  return sizeof(float) * forward_scratch(dims, args.batch_invariant).total();
+}
+
+template <Arithmetic arithmetic, int states>
+void forward_with(const Args& args, const Dims& dims, Stream stream) {
+  if (dims.varying_B && dims.varying_C) launch_forward<Policy<arithmetic, states, false>>(args, dims, stream);
+  else launch_forward<Policy<arithmetic, states, true>>(args, dims, stream);
+}
+
+void forward(const Args& args, const Dims& dims, Stream stream) {
+  const bool long_rows = states_per_thread(dims) == 8;
+  if (dims.complex_A) forward_with<Arithmetic::complex_rate, 4>(args, dims, stream);
+  else if (args.x.dtype == DType::float32 && long_rows) forward_with<Arithmetic::precise, 8>(args, dims, stream);
+  else if (args.x.dtype == DType::float32) forward_with<Arithmetic::precise, 4>(args, dims, stream);
+  else if (long_rows) forward_with<Arithmetic::fast, 8>(args, dims, stream);
+  else forward_with<Arithmetic::fast, 4>(args, dims, stream);
+}
+
+// The rows share their kernels and give the same bits; they differ in how x, dt, z and y are reached.
+constexpr cuda::Row<Args, Dims> kForwardRows[] = {
+    {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, forward},
+    {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, forward},
+    {"strided", kReal, cuda::kSm80AndNewer, why_not_any, scratch_bytes, forward},
+};
+constexpr cuda::Table<Args, Dims> kForward{"selective_scan", &Args::x, kForwardRows};
+constexpr cuda::Table<BackwardArgs, Dims> kBackward{"selective_scan_backward", &BackwardArgs::x};
+
+}  // namespace
 
 Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan(args, dims); }
 void run_cuda(const Args& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }

@@ -1,0 +1,94 @@
+// The decay exp(dt A) and the step of a state, for a real or complex A.
+#pragma once
+
+#include "policy.h"
+
+namespace statescan::selective_scan {
+
+// A's real part is scaled by this once, so that the decay is 2^(dt rate).
+inline constexpr float kRateScale = 1.44269504f;
+
+inline __device__ float exp2_fast(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// A decay as what is added to a state: state' = factor state (+ state where from_one). Near one the factor is decay - 1, since
+// rounding the decay itself would be the same error at every token of a constant dt, and add up over a long memory.
+struct Decay {
+  float factor;
+  bool from_one;
+};
+
+// 2^v: from one below 2^-3, by a polynomial that is within 6e-9 of 2^v - 1 there; a memory of what lies beyond is 12 tokens long.
+inline __device__ Decay decay_of(float v) {
+  constexpr float kNear = 0.125f;
+  float q = fmaf(9.6211430e-3f, v, 5.5524953e-2f);
+  q = fmaf(q, v, 2.4022650e-1f);
+  q = fmaf(q, v, 6.9314714e-1f);
+  const bool near = fabsf(v) <= kNear;
+  return {near ? q * v : exp2_fast(v), near};
+}
+
+struct SinCos {
+  float sin, cos, cos_minus_one;  // cos_minus_one where small
+  bool small;                     // the angle lies in the first quadrant about zero
+};
+
+// sin and cos of x + tail, a product and its rounding error. pi/2 is taken off in three parts, exact for |x| up to about 1e4;
+// beyond 1e6 neighbouring floats lie so far apart that the angle means nothing, and the result is that of 1e6.
+inline __device__ SinCos sincos_of(float x, float tail) {
+  constexpr float kLimit = 1e6f;
+  x = x > kLimit ? kLimit : (x < -kLimit ? -kLimit : x);
+  const float k = rintf(x * 0.636619772f);
+  const int quadrant = static_cast<int>(k);
+  float r = fmaf(k, -1.5703125f, x);
+  r = fmaf(k, -4.837512969970703125e-4f, r);
+  r = fmaf(k, -7.54978995489188216e-8f, r);
+  r += tail;
+  const float r2 = r * r;
+  float s = fmaf(r2, -1.9515295891e-4f, 8.3321608736e-3f);
+  s = fmaf(s, r2, -1.6666654611e-1f);
+  s = fmaf(s * r2, r, r);
+  float c = fmaf(r2, 2.443315711809948e-5f, -1.388731625493765e-3f);
+  c = fmaf(c, r2, 4.166664568298827e-2f);
+  c = fmaf(c, r2, -0.5f);
+  const float cos_minus_one = c * r2, cosine = cos_minus_one + 1.0f;
+  const bool odd = quadrant & 1;
+  const float first = odd ? cosine : s, second = odd ? s : cosine;
+  return {quadrant & 2 ? -first : first, (quadrant + 1) & 2 ? -second : second, cos_minus_one, quadrant == 0};
+}
+
+// state' = exp(dt rate) state + u B; rate is A with its real part scaled by kRateScale.
+template <Arithmetic arithmetic>
+__device__ void advance(float* state, float dt, const float* rate, float u, const float* B) {
+  if constexpr (arithmetic == Arithmetic::fast) {
+    state[0] = fmaf(exp2_fast(dt * rate[0]), state[0], u * B[0]);
+  } else if constexpr (arithmetic == Arithmetic::precise) {
+    const Decay decay = decay_of(dt * rate[0]);
+    state[0] = fmaf(decay.factor, state[0], u * B[0]) + (decay.from_one ? state[0] : 0.0f);
+  } else {
+    const Decay size = decay_of(dt * rate[0]);
+    const float angle = dt * rate[1];
+    const SinCos turn = sincos_of(angle, fmaf(dt, rate[1], -angle));
+    const bool from_one = size.from_one && turn.small;
+    const float whole = size.from_one ? size.factor + 1.0f : size.factor;
+    // |decay| cos - 1 = (|decay| - 1) cos + (cos - 1)
+    const float real = from_one ? fmaf(size.factor, turn.cos, turn.cos_minus_one) : whole * turn.cos;
+    const float imag = whole * turn.sin;
+    const float h = fmaf(-imag, state[1], fmaf(real, state[0], u * B[0])) + (from_one ? state[0] : 0.0f);
+    state[1] = fmaf(imag, state[0], fmaf(real, state[1], u * B[1])) + (from_one ? state[1] : 0.0f);
+    state[0] = h;
+  }
+}
+
+// sum + Re(C state)
+template <int kParts>
+__device__ float read_out(const float* C, const float* state, float sum) {
+  sum = fmaf(C[0], state[0], sum);
+  if constexpr (kParts == 2) sum = fmaf(-C[1], state[1], sum);
+  return sum;
+}
+
+}  // namespace statescan::selective_scan
