@@ -4,14 +4,10 @@
     python -m statescan.demo.train --evaluate model.safetensors
 
 The model reads bytes and predicts the next one. Its training set is the Python standard library (`corpus.py`); its
-score is bits per byte on whole held-out modules, each read as one sequence from an empty state. Everything is plain
-PyTorch and runs on CPU or CUDA.
+score is bits per byte on whole held-out modules, each read as one sequence from an empty state. The model is
+statescan.nn.CausalLM, so that its layers run on statescan.torch, on the CPU or on CUDA.
 
-Architecture and state-space duality: T. Dao and A. Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060). Parameter
-names and initial values follow the published Mamba-2 models.
-
-Size letters: b batch, l seqlen, h nheads, p headdim, g ngroups, r = h / g heads per group, n dstate, w conv width,
-c chunk, q and k steps in a chunk.
+Architecture and state-space duality: T. Dao and A. Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060).
 """
 
 from __future__ import annotations
@@ -41,200 +37,41 @@ from tqdm import tqdm
 
 from statescan.demo import corpus
 from statescan.demo.config import Config
+from statescan.nn import CausalLM, CausalLMConfig, State
 
 FORMAT = "statescan.mamba2_lm.v1"
 QUANTISATION = "name: int8 [rows, columns]; name_scale: float16 [rows]; weight = name * name_scale[:, None]"
 
-# A step costs nheads * CHUNK_SIZE values of decay matrices and nheads * headdim * dstate / CHUNK_SIZE values of states;
-# for headdim * dstate = 8192 the sum is least near 90.
-CHUNK_SIZE = 128
-# Chunks combined by one matrix; longer sequences go block by block, so that their cost stays linear in seqlen.
-CHUNKS_PER_BLOCK = 64
-
-State = tuple[Tensor, Tensor]
-"""What a layer carries on: the last w-1 convolution inputs [b, w-1, d] and the SSM state [b, h, p, n]."""
-
-LayerOutput = tuple[Tensor, Tensor, Tensor]
-"""Output [b, l, d_model] and the two parts of the next `State`."""
-
-
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def decay_matrix(end: Tensor, start: Tensor, diagonal: int) -> Tensor:
-    """exp(end[..., i] - start[..., j]) where j <= i + diagonal, else 0.
-
-    `end` and `start` are prefix sums of log decays. The mask comes before exp: above the diagonal the difference is
-    positive and may overflow, and inf * 0 would poison gradients.
-    """
-    difference = end[..., :, None] - start[..., None, :]
-    mask = torch.ones(difference.shape[-2:], dtype=torch.bool, device=difference.device).tril(diagonal)
-    return difference.masked_fill(~mask, -math.inf).exp()
-
-
-def carry_states(log_decay: Tensor, update: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk and after the last: S[c] = exp(log_decay[c]) S[c-1] + update[c].
-
-    log_decay [b,c,h], update [b,c,h,p,n], initial [b,h,p,n] -> [b,c,h,p,n], [b,h,p,n].
-    """
-    blocks = []
-    state = initial
-    for start in range(0, log_decay.shape[1], CHUNKS_PER_BLOCK):
-        decay, block = (tensor[:, start : start + CHUNKS_PER_BLOCK] for tensor in (log_decay, update))
-        inclusive = decay.cumsum(1)
-        exclusive = F.pad(inclusive[:, :-1], (0, 0, 1, 0))
-        weights = decay_matrix(exclusive.transpose(1, 2), inclusive.transpose(1, 2), -1)  # [b,h,c,c]
-        before = torch.einsum("bhij,bjhpn->bihpn", weights, block)
-        before = before + exclusive.exp()[..., None, None] * state[:, None]
-        state = decay[:, -1].exp()[..., None, None] * before[:, -1] + block[:, -1]
-        blocks.append(before)
-    return (torch.cat(blocks, 1) if len(blocks) > 1 else blocks[0]), state
+def build(config: Config) -> CausalLM:
+    """The model of these sizes, with the published initial values."""
+    mixer = {
+        "layer": "Mamba2",
+        "d_state": config.dstate,
+        "d_conv": config.conv_width,
+        "expand": config.expand,
+        "headdim": config.headdim,
+        "ngroups": config.ngroups,
+        "norm_eps": config.eps,
+    }
+    return CausalLM(
+        CausalLMConfig(
+            d_model=config.d_model,
+            n_layer=config.n_layer,
+            vocab_size=config.vocab_size,
+            ssm_cfg=mixer,
+            norm_epsilon=config.eps,
+            pad_vocab_size_multiple=1,
+        )
+    )
 
 
-def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor, chunk_size: int = CHUNK_SIZE
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2's scan by chunks: S[t] = exp(dt[t] A) S[t-1] + dt[t] x[t] B[t]^T, y[t] = S[t] C[t].
-
-    x [b,l,h,p]; dt [b,l,h], positive; A [h], negative; B, C [b,l,g,n]; initial [b,h,p,n] -> y [b,l,h,p] and the final
-    state [b,h,p,n]. Inside a chunk the recurrence is the masked product ((C B^T) * decay) x; between chunks only states
-    travel (section 6 of the paper). Decays are computed in the dtype of `dt`.
-    """
-    batch, seqlen, nheads, headdim = x.shape
-    ngroups, dstate = B.shape[2:]
-    pad = -seqlen % chunk_size
-    if pad:  # dt = 0 neither decays the state nor adds to it
-        x, B, C = (F.pad(tensor, (0, 0, 0, 0, 0, pad)) for tensor in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, pad))
-    nchunks = (seqlen + pad) // chunk_size
-    chunks = (batch, nchunks, chunk_size)
-    x = x.reshape(*chunks, nheads, headdim)
-    B = B.reshape(*chunks, ngroups, dstate).transpose(2, 3)  # [b,c,g,q,n]
-    C = C.reshape(*chunks, ngroups, dstate).transpose(2, 3)
-    dt = dt.reshape(*chunks, nheads).transpose(2, 3)  # [b,c,h,q]
-    prefix = (dt * A[:, None]).cumsum(-1)
-
-    scores = (C @ B.transpose(-1, -2))[:, :, :, None]  # [b,c,g,1,q,k]
-    weights = decay_matrix(prefix, prefix, 0) * dt[..., None, :]  # [b,c,h,q,k]
-    weights = weights.unflatten(2, (ngroups, -1)) * scores
-    y = weights.flatten(2, 3).to(x.dtype) @ x.transpose(2, 3)  # [b,c,h,q,p]
-
-    to_end = dt * (prefix[..., -1:] - prefix).exp()
-    scaled = (x * to_end.transpose(2, 3)[..., None]).to(x.dtype).reshape(*chunks, ngroups, -1)
-    update = scaled.permute(0, 1, 3, 4, 2) @ B  # [b,c,g,rp,n]
-    update = update.reshape(batch, nchunks, nheads, headdim, dstate)
-    before, final = carry_states(prefix[..., -1], update, initial)
-    before = before.reshape(batch, nchunks, ngroups, -1, dstate)
-    carried = (C @ before.transpose(-1, -2)).transpose(2, 3).reshape(x.shape)
-
-    y = y.transpose(2, 3) + carried * prefix.exp().transpose(2, 3)[..., None]
-    return y.reshape(batch, nchunks * chunk_size, nheads, headdim)[:, :seqlen], final
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 at least."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight
-
-
-class Mixer(nn.Module):
-    """One Mamba-2 mixer: in_proj, causal convolution, SSD, gated norm, out_proj."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        d_inner, nheads = config.d_inner, config.nheads
-        self.in_proj = nn.Linear(config.d_model, d_inner + config.conv_dim + nheads, bias=False)
-        self.conv1d = nn.Conv1d(config.conv_dim, config.conv_dim, config.conv_width, groups=config.conv_dim)
-        dt = torch.exp(torch.rand(nheads) * math.log(0.1 / 1e-3) + math.log(1e-3))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        self.A_log = nn.Parameter(torch.empty(nheads).uniform_(1, 16).log())
-        self.D = nn.Parameter(torch.ones(nheads))
-        self.norm = RMSNorm(d_inner, config.eps)
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
-        with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(config.n_layer)
-
-    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
-        """hidden [b,l,d_model] and the layer's state -> output [b,l,d_model] and the layer's next state."""
-        config, seqlen = self.config, hidden.shape[1]
-        bc_size = config.ngroups * config.dstate
-        z, xbc, dt = self.in_proj(hidden).split([config.d_inner, config.conv_dim, config.nheads], -1)
-
-        xbc = torch.cat([conv_state.to(xbc.dtype), xbc], 1)
-        conv_state = xbc[:, seqlen:]
-        taps = self.conv1d.weight.squeeze(1)  # [d,w]
-        conv = self.conv1d.bias + sum(xbc[:, i : i + seqlen] * taps[:, i] for i in range(config.conv_width))
-        x, B, C = F.silu(conv).to(xbc.dtype).split([config.d_inner, bc_size, bc_size], -1)
-
-        x = x.unflatten(-1, (config.nheads, config.headdim))
-        B, C = (tensor.unflatten(-1, (config.ngroups, config.dstate)) for tensor in (B, C))
-        dt = F.softplus(dt + self.dt_bias)  # promotes to the parameters' dtype
-        y, ssm_state = ssd(x, dt, -self.A_log.exp(), B, C, ssm_state)
-        y = (y + self.D[:, None] * x).flatten(2)
-        return self.out_proj(self.norm(y * F.silu(z.to(y.dtype)))), conv_state, ssm_state
-
-
-class Block(nn.Module):
-    """hidden + mixer(norm(hidden)), the residual stream in the parameters' dtype."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.eps)
-        self.mixer = Mixer(config)
-
-    def forward(self, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
-        output, conv_state, ssm_state = self.mixer(self.norm(hidden), conv_state, ssm_state)
-        return hidden + output, conv_state, ssm_state
-
-
-def run_block(block: Block, hidden: Tensor, conv_state: Tensor, ssm_state: Tensor) -> LayerOutput:
-    """`block(...)` as a function: torch.compile then compiles one graph and reuses it for every layer."""
-    return block(hidden, conv_state, ssm_state)
-
-
-class LanguageModel(nn.Module):
-    """Embedding, blocks, norm, and the embedding again as output projection."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = nn.Module()
-        self.backbone.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.backbone.embedding.weight, std=0.02)
-        self.backbone.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.backbone.norm_f = RMSNorm(config.d_model, config.eps)
-
-    def initial_states(self, batch: int) -> list[State]:
-        """Zero states: nothing has been read."""
-        config, weight = self.config, self.backbone.embedding.weight
-        conv = (batch, config.conv_width - 1, config.conv_dim)
-        ssm = (batch, config.nheads, config.headdim, config.dstate)
-        return [(weight.new_zeros(conv), weight.new_zeros(ssm)) for _ in range(config.n_layer)]
-
-    def forward(
-        self, tokens: Tensor, states: Sequence[State], run_block: Callable[..., LayerOutput] = run_block
-    ) -> tuple[Tensor, list[State]]:
-        """tokens [b,l] int64 and the states before them -> hidden [b,l,d_model] and the states after them."""
-        hidden = self.backbone.embedding(tokens)
-        after = []
-        for block, state in zip(self.backbone.layers, states, strict=True):
-            hidden, conv_state, ssm_state = run_block(block, hidden, *state)
-            after.append((conv_state, ssm_state))
-        return hidden, after
-
-    def loss(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """Cross-entropy in nats of targets [b,l] given hidden [b,l,d_model]."""
-        logits = F.linear(self.backbone.norm_f(hidden), self.backbone.embedding.weight)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten(), reduction=reduction)
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """In nats, of targets [b,l] given logits [b,l,vocab_size]."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten(), reduction=reduction)
 
 
 # --- weight files -----------------------------------------------------------------------------------------------------
@@ -261,7 +98,7 @@ def dequantise(values: Tensor, scale: Tensor) -> Tensor:
     return values.to(torch.float32) * scale[:, None].to(torch.float32)
 
 
-def quantised_model(model: LanguageModel) -> LanguageModel:
+def quantised_model(model: CausalLM) -> CausalLM:
     """A copy of the model whose matrices have been through int8."""
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -271,13 +108,14 @@ def quantised_model(model: LanguageModel) -> LanguageModel:
     return model
 
 
-def save(path: Path, model: LanguageModel, metadata: dict[str, Any], int8: bool = True) -> None:
+def save(path: Path, model: CausalLM, config: Config, metadata: dict[str, Any], int8: bool = True) -> None:
     """Writes the weights as safetensors; `metadata` values are stored as JSON beside the format and the config."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    del tensors["lm_head.weight"]  # the embedding again
     if int8:
         for name in quantised_names(tensors):
             tensors[name], tensors[f"{name}_scale"] = quantise(tensors[name])
-    header = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(model.config))}
+    header = {"format": FORMAT, "config": json.dumps(dataclasses.asdict(config))}
     if int8:
         header["quantisation"] = QUANTISATION
     header.update({key: json.dumps(value) for key, value in metadata.items()})
@@ -287,20 +125,21 @@ def save(path: Path, model: LanguageModel, metadata: dict[str, Any], int8: bool 
     os.replace(partial, path)
 
 
-def load(path: Path) -> tuple[LanguageModel, dict[str, Any]]:
+def load(path: Path) -> tuple[CausalLM, dict[str, Any]]:
     """The float32 model of a weight file, and its metadata with JSON values decoded."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if header.get("format") != FORMAT:
         raise ValueError(f"load: {path} must have format {FORMAT!r}; found {header.get('format')!r}")
-    model = LanguageModel(Config(**json.loads(header["config"])))
+    model = build(Config(**json.loads(header["config"])))
     weights = {}
     for name, tensor in tensors.items():
         if f"{name}_scale" in tensors:
             weights[name] = dequantise(tensor, tensors[f"{name}_scale"])
         elif not name.endswith("_scale"):
             weights[name] = tensor.to(torch.float32)
+    weights["lm_head.weight"] = weights["backbone.embedding.weight"]
     model.load_state_dict(weights)
     plain = ("format", "config", "quantisation")
     return model, {key: json.loads(value) for key, value in header.items() if key not in plain}
@@ -338,7 +177,7 @@ class Stream:
             )
         self._epoch = -1
 
-    def batch(self, step: int) -> LayerOutput:
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and targets [rows, window] int64, and keep [rows] float32: 0 where a row's state must be forgotten."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
@@ -361,23 +200,24 @@ class Stream:
 
 
 @torch.inference_mode()
-def document_bits(model: LanguageModel, document: bytes, segment: int = 1 << 13) -> float:
+def document_bits(model: CausalLM, document: bytes, segment: int = 1 << 13) -> float:
     """Bits that the model needs for the document read as one sequence after a separator, from the zero state.
 
     The sequence goes through in segments that hand their states on: the same sum, in bounded memory.
     """
     device = model.backbone.embedding.weight.device
     tokens = torch.frombuffer(bytearray([corpus.SEPARATOR]) + document, dtype=torch.uint8).to(device).long()
-    states = model.initial_states(1)
+    states = model.zero_states(1)
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(document), segment):
         targets = tokens[None, start + 1 : start + 1 + segment]
-        hidden, states = model(tokens[None, start : start + targets.shape[1]], states)
-        nats += model.loss(hidden, targets, "none").double().sum()
+        inputs = tokens[None, start : start + targets.shape[1]]
+        logits, states = model(inputs, initial_states=states, return_final_states=True)
+        nats += cross_entropy(logits, targets, "none").double().sum()
     return nats.item() / math.log(2)
 
 
-def bits_per_byte(model: LanguageModel, documents: Sequence[bytes]) -> float:
+def bits_per_byte(model: CausalLM, documents: Sequence[bytes]) -> float:
     """Total bits over total bytes."""
     return sum(document_bits(model, document) for document in documents) / sum(map(len, documents))
 
@@ -394,7 +234,7 @@ class Row:
     model_int8: float
 
 
-def score_files(names: Sequence[str], documents: Sequence[bytes], model: LanguageModel) -> list[Row]:
+def score_files(names: Sequence[str], documents: Sequence[bytes], model: CausalLM) -> list[Row]:
     """One row a document, and the total last. A model that came from an int8 file is scored once for both columns."""
     int8_model = quantised_model(model)
     is_int8 = all(map(torch.equal, model.parameters(), int8_model.parameters()))
@@ -493,26 +333,19 @@ class Trainer:
 
     def __init__(self, config: Config, settings: Settings, documents: Sequence[bytes], device: torch.device) -> None:
         torch.manual_seed(settings.seed)
-        self.settings, self.device = settings, device
-        self.model = LanguageModel(config).to(device)
-        self.stream = Stream(
-            documents, settings.rows, settings.window, settings.reset_probability, settings.seed, device
-        )
+        self.config, self.settings, self.device = config, settings, device
+        self.model = build(config).to(device)
+        self.stream = Stream(documents, settings.rows, settings.window, settings.reset_probability, settings.seed, device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
         groups = [
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=device.type == "cuda"
-        )
-        self.states = self.model.initial_states(settings.rows)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=device.type == "cuda")
+        self.states = self.model.zero_states(settings.rows)
         self.step = 0
         self.seconds = 0.0
-        compiled = device.type == "cuda"
-        self._run_block = torch.compile(run_block) if compiled else run_block
-        self._loss = torch.compile(LanguageModel.loss) if compiled else LanguageModel.loss
 
     def progress(self) -> float:
         """How much of the run is done, 0 to 1."""
@@ -526,18 +359,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * learning_rate_factor(progress, self.settings.warmup)
         inputs, targets, keep = self.stream.batch(self.step)
-        states = [(conv * keep[:, None, None], ssm * keep[:, None, None, None]) for conv, ssm in self.states]
+        states = [State(conv * keep[:, None, None], ssm * keep[:, None, None, None]) for conv, ssm in self.states]
         parameters = list(self.model.parameters())
         with fake_quantised(parameters, progress >= self.settings.fake_quantise_from):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                hidden, states = self.model(inputs, states, self._run_block)
-                loss = self._loss(self.model, hidden, targets)
+                logits, states = self.model(inputs, initial_states=states, return_final_states=True)
+                loss = cross_entropy(logits, targets)
             loss.backward()
         nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        # float32, so that a carried state always has one dtype and one compiled graph serves every step
-        self.states = [(conv.detach().float(), ssm.detach().float()) for conv, ssm in states]
+        self.states = [State(conv.detach(), ssm.detach()) for conv, ssm in states]
         self.step += 1
         return loss.detach()
 
@@ -546,11 +378,11 @@ class Trainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         content = {
-            "config": dataclasses.asdict(self.model.config),
+            "config": dataclasses.asdict(self.config),
             "settings": dataclasses.asdict(self.settings),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "states": self.states,
+            "states": [tuple(state) for state in self.states],
             "step": self.step,
             "seconds": self.seconds,
         }
@@ -560,22 +392,20 @@ class Trainer:
     def load_checkpoint(self, path: Path) -> None:
         """Goes on where `path` stopped. The sizes and settings must be those of the checkpoint."""
         content = torch.load(path, map_location=self.device, weights_only=True)
-        mine = {"config": dataclasses.asdict(self.model.config), "settings": dataclasses.asdict(self.settings)}
+        mine = {"config": dataclasses.asdict(self.config), "settings": dataclasses.asdict(self.settings)}
         for part, values in mine.items():
             for key, value in values.items():
                 if content[part][key] != value:
                     raise ValueError(f"resume: {key}={value!r} must be {content[part][key]!r}, as in {path}")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.states = content["states"]
+        self.states = [State(*state) for state in content["states"]]
         self.step, self.seconds = content["step"], content["seconds"]
 
-    def run(
-        self, heldout: Sequence[bytes], checkpoint: Path | None = None, report: Callable[[str], None] = tqdm.write
-    ) -> None:
+    def run(self, heldout: Sequence[bytes], checkpoint: Path | None = None, report: Callable[[str], None] = tqdm.write) -> None:
         """Trains to the end; scores the held-out documents and writes the checkpoint `evaluations` times on the way.
 
-        The clock skips scoring, and the first step, which compiles.
+        The clock skips scoring, and the first step, which warms the device up.
         """
         settings = self.settings
         tokens_per_step = settings.rows * settings.window
@@ -667,8 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     config, settings = (
-        cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
-        for cls in (Config, Settings)
+        cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}) for cls in (Config, Settings)
     )
     documents = corpus.load_bytes(train_files)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
@@ -703,9 +532,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
         "heldout_bits_per_byte": [dataclasses.asdict(row) for row in rows],
     }
-    save(options.output, trainer.model, metadata)
+    save(options.output, trainer.model, config, metadata)
     if options.float_output is not None:
-        save(options.float_output, trainer.model, metadata, int8=False)
+        save(options.float_output, trainer.model, config, metadata, int8=False)
     stored = bits_per_byte(load(options.output)[0].to(device), heldout)
     print(
         f"{options.output}: {options.output.stat().st_size:,} bytes, {stored:.4f} bits per byte read back; "
