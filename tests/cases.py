@@ -348,6 +348,7 @@ class Backward:
 
 
 SSD_SCAN_BACKWARD = Backward(SSD_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
+SELECTIVE_SCAN_BACKWARD = Backward(SELECTIVE_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
 CAUSAL_CONV1D_BACKWARD = Backward(CAUSAL_CONV1D, ("x", "weight", "bias", "initial_state"))
 
 

@@ -7,7 +7,7 @@ from reference.causal_conv1d import causal_conv1d, causal_conv1d_backward
 from reference.common import silu, softplus
 from reference.gated_rms_norm import gated_rms_norm, gated_rms_norm_backward
 from reference.mamba2_scan import mamba2_scan
-from reference.selective_scan import selective_scan
+from reference.selective_scan import selective_scan, selective_scan_backward
 from reference.selective_state_update import selective_state_update
 from reference.ssd_scan import ssd_scan
 from reference.state_scan import state_scan, state_scan_backward
@@ -135,6 +135,21 @@ def test_causal_conv1d_backward_is_the_difference_of_the_forward(rng, seqlen):
 
     gradients = causal_conv1d_backward(**given, dy=dy, dfinal_state=dfinal_state, **options)
     assert_gradients(rng, loss, given, ("x", "weight", "bias", "initial_state"), gradients)
+
+
+@pytest.mark.parametrize("sizes", (dict(), dict(complex_A=True), dict(complex_A=True, varying_B=False, varying_C=False)), ids=str)
+def test_selective_scan_backward_is_the_difference_of_the_forward(rng, sizes):
+    given = inputs_of(cases.selective_scan, rng, batch=1, seqlen=9, sequences=2, **sizes)
+    options = dict(dt_softplus=True, dt_limit=(0.02, 0.5), cu_seqlens=np.array([0, 5, 9]), reverse=True)
+    dy, dfinal_state = rng.standard_normal(given["x"].shape), exact(cases.normal(rng, given["A"].dtype.name, 2, 12, 7))
+
+    def loss(**changed):
+        y, final_state = selective_scan(**changed, **options)
+        return np.sum(y * dy) + np.sum((final_state * np.conj(dfinal_state)).real)
+
+    gradients = selective_scan_backward(**given, dy=dy, dfinal_state=dfinal_state, **options)
+    names = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+    assert_gradients(rng, loss, given, names, gradients)
 
 
 def test_mamba2_scan_of_one_token_by_hand(rng):

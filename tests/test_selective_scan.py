@@ -2,6 +2,7 @@ import cases
 import numpy as np
 import pytest
 import statescan
+from gradient_contract import GradientContract
 from positions_contract import PositionsContract
 from scan_contract import ScanContract
 from support import NARROW, Cpu, assert_same_bits, poison
@@ -261,3 +262,163 @@ def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.selective_scan(rng), **change})
     assert text in str(raised.value)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+BACKWARD = cases.SELECTIVE_SCAN_BACKWARD
+
+
+class TestBackward(GradientContract):
+    op = BACKWARD
+    optional = ("D", "z", "dt_bias", "initial_state")
+
+    def torch_forward(
+        self, x, dt, A, B, C, D=None, z=None, dt_bias=None, initial_state=None, dt_softplus=False, dt_limit=None, reverse=False
+    ):
+        import torch
+
+        batch, seqlen, dim = x.shape
+        dt = dt if dt_bias is None else dt + dt_bias
+        dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+        dt = dt if dt_limit is None else dt.clamp(*dt_limit)
+        state = torch.zeros(batch, *A.shape, dtype=A.dtype) if initial_state is None else initial_state
+        at = lambda v, t: v if v.ndim == 2 else v[:, t].repeat_interleave(dim // v.shape[2], dim=1)
+        outputs = [None] * seqlen
+        for t in reversed(range(seqlen)) if reverse else range(seqlen):
+            state = torch.exp(dt[:, t, :, None] * A) * state + (dt * x)[:, t, :, None] * at(B, t)
+            y = (at(C, t) * state).sum(-1)
+            outputs[t] = 2 * y.real if A.is_complex() else y
+        y = torch.stack(outputs, dim=1)
+        y = y if D is None else y + D * x
+        return y if z is None else y * torch.nn.functional.silu(z), state
+
+
+class TestBackwardComplex(TestBackward):
+    sizes = dict(complex_A=True)
+
+
+class TestBackwardTimeInvariant(TestBackward):
+    sizes = dict(varying_B=False, varying_C=False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(dim=1, ngroups=1),
+        dict(dim=3, ngroups=3),
+        dict(dim=100, ngroups=1),
+        dict(dim=100, ngroups=4),
+        dict(dim=257, ngroups=1, dstate=16),
+        dict(dim=2600, ngroups=1, dstate=2, seqlen=5),
+        dict(dstate=1),
+        dict(dstate=8),
+        dict(dstate=12),
+        dict(dstate=17),
+        dict(dstate=96),
+        dict(dstate=256, seqlen=9),
+        dict(dim=0, ngroups=1),
+        dict(dstate=0),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_sizes(device, rng, row, dtype):
+    BACKWARD.check(device, BACKWARD.inputs(rng, dtype, **row), dt_softplus=True)
+
+
+@pytest.mark.parametrize("row", (dict(dstate=1), dict(dstate=8), dict(dstate=33), dict(dim=100, ngroups=4)), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "float64", *NARROW))
+def test_backward_complex_sizes(device, rng, row, dtype):
+    device = Cpu() if dtype == "float64" else device
+    BACKWARD.check(device, BACKWARD.inputs(rng, dtype, complex_A=True, **row), dt_softplus=True)
+
+
+@pytest.mark.parametrize("complex_A", (False, True))
+@pytest.mark.parametrize("varying", ((True, False), (False, True), (False, False)))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_projections(device, rng, dtype, varying, complex_A):
+    inputs = BACKWARD.inputs(rng, dtype, varying_B=varying[0], varying_C=varying[1], complex_A=complex_A)
+    BACKWARD.check(device, inputs, dt_softplus=True)
+    BACKWARD.check(device, inputs, dt_softplus=True, reverse=True)
+
+
+@pytest.mark.parametrize("dt_dtype", ("float32", *NARROW))
+@pytest.mark.parametrize("state_dtype", ("float32", *NARROW))
+def test_backward_dtypes_of_dt_and_states(device, rng, dt_dtype, state_dtype):
+    for dtype in ("float32", "bfloat16"):
+        BACKWARD.check(device, BACKWARD.inputs(rng, dtype, dt_dtype=dt_dtype, state_dtype=state_dtype), dt_softplus=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(dt_softplus=True),
+        dict(dt_limit=(0.0, 0.1)),
+        dict(dt_softplus=True, dt_limit=(0.05, 0.2)),
+        dict(dt_softplus=True, dt_limit=(0.0, float("inf"))),
+        dict(dt_softplus=True, dt_limit=(0.3, 0.3)),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_steps(device, rng, options, dtype):
+    """A limited step has no gradient of its own."""
+    inputs = BACKWARD.inputs(rng, dtype)
+    if "dt_softplus" not in options:
+        inputs["dt"], inputs["dt_bias"] = np.abs(inputs["dt"]) / 8, np.abs(inputs["dt_bias"]) / 8
+    BACKWARD.check(device, inputs, **options)
+
+
+@pytest.mark.parametrize("complex_A", (False, True))
+@pytest.mark.parametrize("dt", (0.0, 1e-8, 1e-4, 1.0, 19.9, 20.1, 50.0))
+def test_backward_extreme_steps(device, rng, dt, complex_A):
+    inputs = BACKWARD.inputs(rng, seqlen=130, complex_A=complex_A)
+    inputs["dt"] = (dt * rng.uniform(0.9, 1.1, inputs["dt"].shape)).astype(np.float32)
+    inputs["dt_bias"][:] = 0
+    BACKWARD.check(device, inputs)
+    BACKWARD.check(device, inputs, dt_softplus=True)
+
+
+@pytest.mark.parametrize("complex_A", (False, True))
+@pytest.mark.parametrize("dt", (1e-4, 1e-3, 1e-2))
+def test_backward_long_memories_of_a_constant_step(device, rng, dt, complex_A):
+    inputs = BACKWARD.inputs(rng, seqlen=1000, complex_A=complex_A, varying_B=False, varying_C=False, omit=("dt_bias",))
+    inputs["dt"][:] = dt
+    BACKWARD.check(device, inputs)
+
+
+@pytest.mark.parametrize("v", (-80.0, -20.0, -17.0, -10.0))
+def test_backward_softplus_of_very_negative_steps(device, rng, v):
+    inputs = BACKWARD.inputs(rng, omit=("dt_bias", "dfinal_state"))
+    inputs["dt"] = (v * rng.uniform(0.99, 1.01, inputs["dt"].shape)).astype(np.float32)
+    assert np.any(BACKWARD.check(device, inputs, dt_softplus=True)["ddt"])
+
+
+@pytest.mark.parametrize("A", (-1e5, -1e3, -1e2, -1e-6, 0.0, 0.02))
+def test_backward_rates(device, rng, A):
+    omit = ("initial_state",) if A < -1e3 else ()  # whose gradient is below the smallest float32
+    inputs = BACKWARD.inputs(rng, seqlen=130, omit=omit)
+    inputs["A"] = (A * rng.uniform(0.5, 1, inputs["A"].shape)).astype(np.float32)
+    BACKWARD.check(device, inputs, dt_softplus=True, dt_limit=(0.0, 1.0))
+
+
+def test_backward_of_many_sequences(device, rng):
+    """More sequences than partial sums."""
+    lengths = [int(n) for n in rng.integers(0, 9, 100)]
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=sum(lengths), sequences=len(lengths))
+    BACKWARD.check(device, inputs, dt_softplus=True, cu_seqlens=np.cumsum([0, *lengths]))
+
+
+def test_backward_bad_channel_stays_alone(device, rng):
+    clean = BACKWARD.inputs(rng)
+    expected = BACKWARD.run(device, clean, dt_softplus=True)
+    others = [c for c in range(12) if c != 4]
+    for name in ("x", "dt", "z", "dy"):
+        spoiled = {**clean, name: clean[name].copy()}
+        spoiled[name][0, 20, 4] = np.nan
+        got = BACKWARD.run(device, spoiled, dt_softplus=True)
+        for gradient in ("dx", "ddt", "dz"):
+            assert_same_bits(got[gradient][:, :, others], expected[gradient][:, :, others], f"{gradient} beside a bad {name}")
+        for gradient in ("dA", "dD", "ddt_bias"):
+            assert_same_bits(got[gradient][others], expected[gradient][others], f"{gradient} beside a bad {name}")

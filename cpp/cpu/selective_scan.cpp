@@ -5,12 +5,11 @@
 // Tasks    one a (sequence, block of channels of one group); lanes are channels, and the block walks the sequence in tiles
 //          of tokens, converted to contiguous T, with some states of one vector of channels in registers over a whole tile
 // Numerics a channel sees the same operations wherever it lies in a vector, a batch or a packing
-#include "decay.h"
 #include "isa.h"
 #include "norm_row.h"
 #include "parallel.h"
 #include "positions.h"
-#include "tile.h"
+#include "selective_tile.h"
 #include "../ops/contract.h"
 
 namespace statescan::cpu::STATESCAN_ISA_NAMESPACE {
@@ -73,42 +72,6 @@ std::size_t bytes_per_thread(const Dims& d) {
   Arena count(nullptr);
   lay_out<T, kParts>(count, d, cut_channels<T>(d).width);
   return count.used();
-}
-
-// Tokens first..first+count-1 of batch row `batch`.
-struct Tokens {
-  std::int64_t batch, first, count;
-};
-
-// A [d,n] tensor (or one sequence's states) as [n][width].
-template <class T, int kParts>
-void load_per_state(T* const (&to)[kParts], std::int64_t width, const Tensor& t, std::int64_t first, std::int64_t channels,
-                    std::int64_t dstate) {
-  load_parts<T, kParts>(to, width, t, first, t.stride[t.ndim - 1], dstate, t.stride[t.ndim - 2], channels);
-}
-
-// An optional [d] tensor; zeros when it is absent.
-template <class T>
-void load_per_channel(T* to, std::int64_t width, const Tensor& t, std::int64_t channel, std::int64_t channels) {
-  for (std::int64_t i = 0; i < width; ++i) to[i] = T(0);
-  if (t) load_row<T>(to, t.data, t.dtype, channel * t.stride[0], t.stride[0], channels);
-}
-
-// B or C of a tile as [tokens][n].
-template <class T, int kParts>
-void load_projection(T* const (&to)[kParts], const Tensor& t, const Tokens& tokens, std::int64_t group) {
-  const std::int64_t first = offset_of(t, tokens.batch, tokens.first, group), dstate = t.shape[3];
-  load_parts<T, kParts>(to, dstate, t, first, t.stride[1], tokens.count, t.stride[3], dstate);
-}
-
-TileView token_tile(const Tensor& t, const Tokens& tokens, std::int64_t channel) {
-  return {t.data, t.dtype, offset_of(t, tokens.batch, tokens.first, channel), t.stride[1], t.stride[2]};
-}
-
-// B or C at a state: the same for all channels, or one for each.
-template <class T, bool kVarying>
-STATESCAN_INLINE Vec<T> projection(const T* p, std::int64_t varying, std::int64_t fixed) {
-  return kVarying ? splat(p[varying]) : load<T>(p + fixed);
 }
 
 // One vector of channels and kStates states through a tile: y += C . h.
