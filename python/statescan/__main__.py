@@ -1,4 +1,4 @@
-"""The command `statescan` (and `python -m statescan`): info, demo, bench, and the paths that native builds need."""
+"""The command `statescan` (and `python -m statescan`): info, demo, bench, tasks, and the paths that native builds need."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import statescan
 from statescan import bench
+from statescan.bench import tasks
 from statescan.demo import cli as demo_cli
 
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     timing = commands.add_parser("bench", help="check and time the ops on this machine")
     bench.add_arguments(timing)
     timing.set_defaults(run=bench.main)
+    learning = commands.add_parser("tasks", help="Mamba and Mamba-2 learn selective copying and associative recall (needs torch)")
+    tasks.add_arguments(learning)
+    learning.set_defaults(run=tasks.main)
     demo = commands.add_parser("demo", help="a trained Mamba-2 reads a file, scores it and continues it")
     demo_cli.add_arguments(demo)
     demo.set_defaults(run=demo_cli.main)

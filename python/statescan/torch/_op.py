@@ -158,7 +158,7 @@ class Op(_Operator):
         results: given the arguments, shape and dtype of each result.
         asked: the results by name, and the argument that asks for each; None for one that is always made.
         backward: the arguments of ``_C.<name>_backward`` in its order: arguments of the op, ``d<result>``, the first result. A
-            result whose ``d<result>`` is missing has no gradient.
+            result whose ``d<result>`` is missing has no gradient, and is refused where one is wanted.
         gradients: the arguments that its results differentiate, in its order.
         like: of a gradient whose argument the backward does not take, an argument of the same shape and dtype that it takes.
         narrow, wide: what autocast turns into its dtype, and what into float32; the first of `narrow` decides the device.
@@ -241,6 +241,11 @@ class Op(_Operator):
         register_autograd(f"statescan::{name}", backward, lib=_library)
 
     def _remember(self, ctx: Any, args: Sequence[Any], first_result: Tensor) -> None:
+        for (result, option), asked in zip(self._asked, self._results_asked(args)):
+            if asked and result in self._without_gradient:
+                raise NotImplementedError(
+                    f"{self.name}: {result} have no gradient; ask for {self.names[option]} under torch.no_grad(), or not at all"
+                )
         saved = self._saved(args)
         ctx.save_for_backward(*saved, first_result) if self._saves_result else ctx.save_for_backward(*saved)
         ctx.options = self._options(args)
@@ -254,9 +259,6 @@ class Op(_Operator):
         mask = sum(1 << self._differentiated.index(position) for position in wanted)
         # Autograd may hand over lazy conjugates and negatives, whose memory holds other values.
         cotangents = [None if c is None else c.resolve_conj().resolve_neg() for c in cotangents]
-        for (result, _), cotangent in zip(self._asked, cotangents):
-            if cotangent is not None and result in self._without_gradient:
-                raise NotImplementedError(f"{self.name}: {result} has no gradient; pass it on as {result}.detach()")
         if cotangents[0] is None:
             cotangents[0] = saved[0].new_zeros(ctx.result_shape)
         made = backward(*self._assembled((*saved, *ctx.options, *cotangents)), mask)
@@ -266,7 +268,10 @@ class Op(_Operator):
         return gradients
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        self._remember(ctx, inputs, output[0] if isinstance(output, (tuple, list)) else output)
+        results = output if isinstance(output, (tuple, list)) else (output,)
+        self._remember(ctx, inputs, results[0])
+        unasked = (result for result, asked in zip(results, self._results_asked(inputs)) if not asked)
+        ctx.mark_non_differentiable(*unasked)
 
     def _backward_dispatched(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         return tuple(self._differentiate(ctx, cotangents, self._backward_overload))

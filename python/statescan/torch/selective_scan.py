@@ -80,7 +80,8 @@ def selective_scan(
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32 or complex64.
-        With state_positions the states there, [.., npositions, dim, dstate], come last; they have no gradient.
+        With state_positions the states there, [.., npositions, dim, dstate], come last, without a
+        gradient: where one is wanted they are refused.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`statescan.selective_scan`; a second derivative is not implemented.

@@ -82,7 +82,8 @@ def ssd_scan(
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32.
-        With state_positions the states there, [.., npositions, nheads, headdim, dstate], come last; they have no gradient.
+        With state_positions the states there, [.., npositions, nheads, headdim, dstate], come last, without a
+        gradient: where one is wanted they are refused.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`statescan.ssd_scan`; a second derivative is not implemented.
