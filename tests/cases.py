@@ -303,7 +303,9 @@ class Backward:
 
     def inputs(self, rng, dtype="float32", omit=(), **sizes):
         inputs = self.scan.inputs(rng, dtype, **sizes)
-        inputs["dy"] = normal(rng, dtype, *inputs[self.scan.main].shape)
+        main = inputs[self.scan.main].shape
+        width = inputs["norm_weight"].shape if "norm_weight" in inputs else main[2:]  # a block's y has its d_inner channels
+        inputs["dy"] = normal(rng, dtype, *main[:2], *width)
         for name, initial in self.carried.items():
             inputs[name] = normal(rng, dtype_name(inputs[initial]), *inputs[initial].shape)
         return without(inputs, omit)
@@ -349,6 +351,10 @@ class Backward:
 
 SSD_SCAN_BACKWARD = Backward(SSD_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
 SELECTIVE_SCAN_BACKWARD = Backward(SELECTIVE_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
+MAMBA2_SCAN_BACKWARD = Backward(
+    MAMBA2_SCAN,
+    ("zxbcdt", "conv_weight", "conv_bias", "dt_bias", "A", "D", "norm_weight", "initial_conv_state", "initial_state"),
+)
 CAUSAL_CONV1D_BACKWARD = Backward(CAUSAL_CONV1D, ("x", "weight", "bias", "initial_state"))
 
 

@@ -235,8 +235,8 @@ class GradientContract:
 
         every = self.make(rng, dtype="float64", seqlen=9)
         for omit in ((), *((name,) for name in self.optional), self.optional):
-            inputs = {name: value for name, value in every.items() if name not in omit}
-            given = {name: inputs[name] for name in self.op.gradients if name in inputs}
+            inputs = {**every, **dict.fromkeys(omit)}
+            given = {name: inputs[name] for name in self.op.gradients if inputs[name] is not None}
             cotangents = [inputs["dy"], *(inputs[name] for name in self.op.carried)]
             expected = torch_gradients.gradients(self.torch_forward, given, cotangents, reverse=reverse, **self.op.options)
             options = dict(reverse=reverse, **self.op.options)
@@ -250,4 +250,6 @@ class GradientContract:
 
         inputs = self.make(rng, dtype="float64", batch=1, seqlen=4)
         given = {name: inputs[name] for name in self.op.gradients}
-        torch_gradients.gradcheck(self.op.scan.name, given, self.op.gradients, self.op.scan.want_all, **self.op.options)
+        torch_gradients.gradcheck(
+            self.op.scan.name, given, self.op.gradients, self.op.scan.want_all, tuple(self.op.carried), **self.op.options
+        )

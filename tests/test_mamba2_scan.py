@@ -2,7 +2,8 @@ import cases
 import numpy as np
 import pytest
 import statescan
-from scan_contract import ScanContract
+from gradient_contract import GradientContract
+from scan_contract import ScanContract, cumulative
 from support import NARROW, Cpu, assert_accurate, assert_same_bits, poison
 
 OP = cases.MAMBA2_SCAN
@@ -192,3 +193,110 @@ def test_errors(device, rng, change, error, text):
     with pytest.raises(error) as raised:
         OP.run(device, {**cases.mamba2_scan(rng), "ngroups": 3, **change})
     assert text in str(raised.value)
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------------
+BACKWARD = cases.MAMBA2_SCAN_BACKWARD
+
+
+class TestBackward(GradientContract):
+    op = BACKWARD
+    optional = ("conv_bias", "dt_bias", "D", "norm_weight", "initial_conv_state", "initial_state")
+    lengths = (0, 1, 2, 3, 4, 63, 64, 65, 129)
+
+    def torch_forward(
+        self, zxbcdt, conv_weight, A, conv_bias=None, dt_bias=None, D=None, norm_weight=None, initial_conv_state=None,
+        initial_state=None, ngroups=1, reverse=False,
+    ):  # fmt: skip
+        import torch
+        import torch.nn.functional as F
+
+        (batch, seqlen, total), nheads, (conv_dim, width) = zxbcdt.shape, A.shape[0], conv_weight.shape
+        d_inner = total - conv_dim - nheads
+        z, xBC, dt = (zxbcdt.flip(1) if reverse else zxbcdt).split([d_inner, conv_dim, nheads], dim=2)
+        before = xBC.new_zeros(batch, conv_dim, width - 1) if initial_conv_state is None else initial_conv_state
+        window = torch.cat([before, xBC.transpose(1, 2)], 2)
+        xBC = F.silu(F.conv1d(window, conv_weight[:, None], conv_bias, groups=conv_dim)).transpose(1, 2)
+        x, B, C = xBC.split([d_inner, (conv_dim - d_inner) // 2, (conv_dim - d_inner) // 2], dim=2)
+        x = x.unflatten(2, (nheads, -1))
+        B, C = (v.unflatten(2, (ngroups, -1)).repeat_interleave(nheads // ngroups, dim=2) for v in (B, C))
+        dt = F.softplus(dt if dt_bias is None else dt + dt_bias, threshold=50)
+        state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[3]) if initial_state is None else initial_state
+        y = []
+        for t in range(seqlen):
+            added = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            state = torch.exp(dt[:, t] * A)[..., None, None] * state + added
+            y.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + (0 if D is None else D[:, None] * x[:, t]))
+        y = torch.stack(y, 1).flatten(2) * F.silu(z)
+        if norm_weight is not None:
+            groups = y.unflatten(2, (ngroups, -1))
+            y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + 1e-5)).flatten(2) * norm_weight
+        return y.flip(1) if reverse else y, window[..., seqlen:], state
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1, ngroups=1),
+        dict(nheads=3, ngroups=3),
+        dict(nheads=8, ngroups=2),
+        dict(nheads=2, headdim=64, dstate=128, ngroups=1, seqlen=70),
+        dict(dstate=1),
+        dict(dstate=96),
+        dict(headdim=1),
+        dict(width=2),
+        dict(width=8),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_sizes(device, rng, row, dtype):
+    BACKWARD.check(device, BACKWARD.inputs(rng, dtype, **row), ngroups=row.get("ngroups", 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(norm_before_gate=True),
+        dict(norm_group_size=60),
+        dict(norm_group_size=5),
+        dict(norm_group_size=10, norm_before_gate=True),
+        dict(eps=0.1),
+        dict(dt_softplus=False),
+        dict(dt_limit=(0.05, 0.2)),
+        dict(reverse=True, norm_before_gate=True),
+        dict(chunk_size=96),
+        dict(batch_invariant=True),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_options(device, rng, options, dtype):
+    inputs = BACKWARD.inputs(rng, dtype)
+    if "dt_softplus" in options:
+        inputs["dt_bias"] = np.abs(inputs["dt_bias"])
+        inputs["zxbcdt"][:, :, -6:] = np.abs(inputs["zxbcdt"][:, :, -6:]) / 8
+    BACKWARD.check(device, inputs, ngroups=3, **options)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_backward_dtypes_of_weights_and_states(device, rng, dtype):
+    inputs = BACKWARD.inputs(rng, dtype, weight_dtype=dtype, state_dtype=dtype)
+    for name in ("initial_conv_state", "dfinal_conv_state"):
+        inputs[name] = inputs[name].astype(np.float32)
+    BACKWARD.check(device, inputs, ngroups=3)
+
+
+def test_backward_of_D_of_every_shape(device, rng):
+    for D in (rng.standard_normal(6), rng.standard_normal((6, 10))):
+        BACKWARD.check(device, {**BACKWARD.inputs(rng), "D": D.astype(np.float32)}, ngroups=3)
+
+
+@pytest.mark.parametrize("omit", ((), ("norm_weight",)))
+def test_backward_past_the_last_packed_token_without_a_norm(device, rng, omit):
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=40, sequences=3)
+    for name in ("zxbcdt", "dy"):
+        inputs[name][:, 29:] = np.nan
+    inputs |= dict.fromkeys(omit)
+    got = BACKWARD.check(device, inputs, ngroups=3, cu_seqlens=cumulative([11, 0, 18]))
+    assert not np.any(got["dzxbcdt"][:, 29:])

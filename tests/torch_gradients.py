@@ -10,10 +10,10 @@ def leaves(inputs):
     return {name: torch.from_numpy(np.array(value)).requires_grad_() for name, value in inputs.items()}
 
 
-def differentiable(op, names, results, **options):
+def differentiable(op, names, results, carried, **options):
     """The op as a function of the tensors called `names`, in this order; its backward is ours.
 
-    `results`: what the op is asked to return beside y. The backward op gives its gradients in the order of
+    `results`: what the op is asked to return beside y; `carried`: the gradients of it that the backward takes. The backward op gives its gradients in the order of
     statescan's signatures; `names` says which of them are wanted by their place in that order.
     """
     forward, backward = getattr(statescan, op), getattr(statescan, f"{op}_backward")
@@ -25,20 +25,19 @@ def differentiable(op, names, results, **options):
             return forward(**dict(zip(names, tensors)), **dict.fromkeys(results, True), **options)
 
         @staticmethod
-        def backward(ctx, dy, dfinal_state=None):
-            given = dict(zip(names, ctx.saved_tensors))
-            carried = {} if dfinal_state is None else {"dfinal_state": dfinal_state}
-            gradients = backward(**given, dy=dy, **carried, **options)
+        def backward(ctx, dy, *dfinal_states):
+            given = dict(zip(names, ctx.saved_tensors)) | dict(zip(carried, dfinal_states))
+            gradients = backward(**given, dy=dy, **options)
             return tuple(gradient for gradient in gradients if gradient is not None)
 
     return Op.apply
 
 
-def gradcheck(op, inputs, order, results=(), **options):
+def gradcheck(op, inputs, order, results=(), carried=(), **options):
     """torch.autograd.gradcheck of our backward against differences of our forward. `order`: that of the gradients."""
     names = [name for name in order if name in inputs]
     tensors = tuple(leaves({name: inputs[name] for name in names}).values())
-    assert torch.autograd.gradcheck(differentiable(op, names, results, **options), tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(differentiable(op, names, results, carried, **options), tensors, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
 def gradients(forward, inputs, cotangents, **options):

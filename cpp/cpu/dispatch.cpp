@@ -66,29 +66,6 @@ const char* cpu_isa() {
   void run_cpu(const A& args, const Dims& dims) { STATESCAN_SELECT(run(args, dims)) }          \
   }
 
-#define STATESCAN_CPU_MISSING(op, A, name)                                                     \
-  namespace op {                                                                               \
-  [[noreturn]] static void missing(const A&) {                                                 \
-    fail<NotImplementedError>(name ": no CPU kernel in this version; the forward runs on the CPU"); \
-  }                                                                                            \
-  Plan plan_cpu(const A& args, const Dims&) { missing(args); }                                 \
-  void run_cpu(const A& args, const Dims&) { missing(args); }                                  \
-  }
-
-STATESCAN_CPU_OP(state_scan, Args)
-STATESCAN_CPU_OP(state_scan, BackwardArgs)
-STATESCAN_CPU_OP(ssd_scan, Args)
-STATESCAN_CPU_OP(ssd_scan, BackwardArgs)
-STATESCAN_CPU_OP(selective_scan, Args)
-STATESCAN_CPU_OP(selective_scan, BackwardArgs)
-STATESCAN_CPU_OP(causal_conv1d, Args)
-STATESCAN_CPU_OP(causal_conv1d, BackwardArgs)
-STATESCAN_CPU_OP(gated_rms_norm, Args)
-STATESCAN_CPU_OP(gated_rms_norm, BackwardArgs)
-STATESCAN_CPU_OP(mamba2_scan, Args)
-STATESCAN_CPU_OP(causal_conv1d_update, Args)
-STATESCAN_CPU_OP(selective_state_update, Args)
-STATESCAN_CPU_OP(mamba2_update, Args)
-STATESCAN_CPU_MISSING(mamba2_scan, BackwardArgs, "mamba2_scan_backward")
+STATESCAN_FOR_EACH_OP(STATESCAN_CPU_OP)
 
 }  // namespace statescan

@@ -144,12 +144,12 @@ struct GroupGradient {
       }
       normed(i, n, s, v, g);
       const Vec<T> unit = v * scale, dv = (g - unit * mean) * scale;
-      store_lanes(dx + i, kGate == Gate::first ? dv * s : dv, n);
       if constexpr (kGate == Gate::first) store_lanes(dz + i, dv * load_lanes(x + i, n) * slope, n);
       if constexpr (kGate == Gate::last)
         store_lanes(dz + i, load_lanes(dy + i, n) * load_lanes(weight + i, n) * unit * slope, n);
       const Vec<T> of_weight = load_lanes(dy + i, n) * unit;
       store_lanes(dweight + i, load_lanes(dweight + i, n) + (kGate == Gate::last ? of_weight * s : of_weight), n);
+      store_lanes(dx + i, kGate == Gate::first ? dv * s : dv, n);  // last: dx may lie where x lies
     });
   }
 };

@@ -13,7 +13,8 @@
 // Traffic  x twice, dt twice, dy, z and the gradients once; B and C twice for each unit; the states that enter the chunks of a
 //          unit, [heads,chunks,p,n], written and read once
 // Tasks    the units of the forward (ssd_chunk.h); those of a group add their parts of dB and dC one after the other, chunk by
-//          chunk, each a chunk behind the one before
+//          chunk, each a chunk behind the one before. dx, dB and dC may lie where x, B and C lie: a unit reads its x of a
+//          chunk for the last time before it writes dx there, and the last of a group writes dB and dC behind all others
 // Numerics sums of T in a fixed order that depends on the row's own shape alone; what is summed over tokens (dA, dD, ddt_bias)
 //          is summed in float64. ddtA has no difference in it, so that it keeps its digits where decays leave next to nothing.
 //          No product has a factor from above the diagonal: a NaN in dy reaches no later token

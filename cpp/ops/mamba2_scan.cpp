@@ -38,7 +38,7 @@ Dims validate(const Args& args) {
 
 Dims validate(const BackwardArgs& args) {
   const Contract check("mamba2_scan_backward", "zxbcdt", args.zxbcdt);
-  const Dims d = validate_inputs(check, args);
+  Dims d = validate_inputs(check, args);
   const std::initializer_list<Axis> conv_state = {
       {"num_sequences", d.num_sequences}, {"conv_dim", d.conv_dim}, {"width - 1", d.width - 1}};
   const std::initializer_list<Axis> state = {
@@ -53,7 +53,10 @@ Dims validate(const BackwardArgs& args) {
   check.output("dconv_bias", args.dconv_bias, {{"conv_dim", d.conv_dim}}, check.main_or_parameter());
   check.output("ddt_bias", args.ddt_bias, {{"nheads", d.nheads}}, check.parameter());
   check.output("dA", args.dA, {{"nheads", d.nheads}}, check.parameter());
-  if (args.dD && args.dD.ndim == 2)
+  if (args.dnorm_weight && !args.norm_weight)
+    fail<ValueError>(check.op(), ": dnorm_weight needs norm_weight, which is absent");
+  if (!args.D) d.D_per_channel = args.dD.ndim == 2;
+  if (d.D_per_channel)
     check.output("dD", args.dD, {{"nheads", d.nheads}, {"headdim", d.headdim}}, check.parameter());
   else check.output("dD", args.dD, {{"nheads", d.nheads}}, check.parameter());
   check.output("dnorm_weight", args.dnorm_weight, {{"d_inner", d.d_inner}}, check.main_or_parameter());
