@@ -208,6 +208,7 @@ class Scan:
         oracle = getattr(getattr(reference, self.name), self.name)
         options.pop("chunk_size", None)
         options.pop("batch_invariant", None)
+        options.pop("ssd_mode", None)
         with np.errstate(over="ignore", invalid="ignore"):  # poison that no sequence visits
             results = oracle(**{name: exact(value) for name, value in inputs.items()}, **options)
         return dict(zip(self.out, results, strict=True))

@@ -1,3 +1,5 @@
+import dataclasses
+
 import cases
 import numpy as np
 import pytest
@@ -17,6 +19,69 @@ class TestSsdScan(ScanContract):
 
 class TestPositions(PositionsContract):
     op = OP
+
+
+# ---- ssd_mode ----------------------------------------------------------------------------------------------------------
+def in_mode(mode):
+    return dataclasses.replace(OP, options={**OP.options, "ssd_mode": mode})
+
+
+class TestRecurrent(TestSsdScan):
+    op = in_mode("recurrent")
+
+
+class TestQuadratic(TestSsdScan):
+    op = in_mode("quadratic")
+
+
+class TestRecurrentPositions(PositionsContract):
+    op = in_mode("recurrent")
+
+
+class TestQuadraticPositions(PositionsContract):
+    op = in_mode("quadratic")
+
+
+def test_the_library_picks_the_chunked_form_on_the_cpu(rng):
+    inputs = cases.ssd_scan(rng)
+    picked, chunked = OP.run(Cpu(), inputs), in_mode("chunked").run(Cpu(), inputs, ssd_mode="chunked")
+    for name in picked:
+        assert_same_bits(picked[name], chunked[name], name)
+
+
+@pytest.mark.parametrize("mode", ("recurrent", "quadratic"))
+@pytest.mark.parametrize(
+    "row",
+    (
+        dict(nheads=1, ngroups=1, headdim=1, dstate=1),
+        dict(nheads=12, ngroups=4, headdim=3, dstate=17),
+        dict(headdim=64, dstate=128, seqlen=131, nheads=4, ngroups=2),
+        dict(headdim=128, nheads=2, ngroups=1),
+        dict(seqlen=29, nheads=80, ngroups=1, headdim=2, batch=1),
+        dict(nheads=0, ngroups=1),
+        dict(headdim=0),
+        dict(dstate=0),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_modes_and_sizes(device, rng, row, mode, dtype):
+    OP.check(device, cases.ssd_scan(rng, dtype, **row), dt_softplus=True, ssd_mode=mode)
+
+
+@pytest.mark.parametrize("mode", ("recurrent", "quadratic"))
+def test_modes_keep_long_memories_and_large_rates(device, rng, mode):
+    inputs = cases.ssd_scan(rng, seqlen=500, omit=("dt_bias",))
+    inputs["dt"][:] = 1e-3
+    OP.check(device, inputs, ssd_mode=mode)
+    inputs["A"] *= np.float32(1e5)
+    OP.check(device, inputs, ssd_mode=mode)
+
+
+def test_unknown_mode(rng):
+    text = 'ssd_scan: ssd_mode must be None, "chunked", "recurrent" or "quadratic", got \'linear\''
+    with pytest.raises(ValueError, match=text):
+        statescan.ssd_scan(**cases.ssd_scan(rng), ssd_mode="linear")
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,6 @@ Plan plan(const BackwardArgs& args, const Dims& dims) { return plan_on(args, dim
 
 void run(const Args& args, Stream stream) {
   const Dims dims = validate(args);
-  if (args.x.device.type == DeviceType::cpu && (args.mode == SsdMode::recurrent || args.mode == SsdMode::quadratic))
-    fail<NotImplementedError>("ssd_scan: the CPU has no kernel of this ssd_mode yet; use None or \"chunked\"");
   if (!args.y) fail<ValueError>("ssd_scan: y, the output, is required");
   if (args.state_positions && !args.position_states)
     fail<ValueError>("ssd_scan: position_states, the output, is required with state_positions");
