@@ -18,6 +18,9 @@ struct TypeTraits {
   PyTypeObject* type;
   const dlpack_abi::ExchangeApi* api;  // null: no exchange API
   bool is_torch, is_numpy, is_jax;
+  // The getters of an attribute, as descriptors; null: the type answers in a way of its own.
+  PyObject* requires_grad;  // of torch
+  PyObject* array_struct;   // of NumPy
 };
 
 std::string module_of(PyTypeObject* type) {
@@ -45,6 +48,19 @@ const dlpack_abi::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api->descriptor_from_object ? api : nullptr;
 }
 
+// The descriptor behind an attribute of a type's instances, when it is one of C's and attributes are looked up in the common way:
+// asking it directly spares the look-up, half the time of the question. Null otherwise.
+PyObject* getter_of(PyTypeObject* type, const char* attribute) {
+  if (PyType_GetSlot(type, Py_tp_getattro) != reinterpret_cast<void*>(&PyObject_GenericGetAttr)) return nullptr;
+  nb::object descriptor = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), attribute, nb::none());
+  return Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type ? descriptor.release().ptr() : nullptr;
+}
+
+PyObject* get(PyObject* descriptor, PyObject* object) {
+  static const auto getter = reinterpret_cast<descrgetfunc>(PyType_GetSlot(&PyGetSetDescr_Type, Py_tp_descr_get));
+  return getter(descriptor, object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+}
+
 TypeTraits traits_of(PyTypeObject* type) {
   constexpr int kSlots = 16;
   static TypeTraits known[kSlots];  // the GIL guards it
@@ -52,11 +68,21 @@ TypeTraits traits_of(PyTypeObject* type) {
   for (int i = 0; i < used; ++i)
     if (known[i].type == type) return known[i];
   const std::string module = module_of(type);
-  const TypeTraits found{type, exchange_api(type), inherits_from(type, "torch", "Tensor"),
-                         inherits_from(type, "numpy", "ndarray"), module == "jax" || module == "jaxlib"};
+  const bool is_torch = inherits_from(type, "torch", "Tensor");
+  const bool is_numpy = inherits_from(type, "numpy", "ndarray");
+  const TypeTraits found{type,
+                         exchange_api(type),
+                         is_torch,
+                         is_numpy,
+                         module == "jax" || module == "jaxlib",
+                         is_torch ? getter_of(type, "requires_grad") : nullptr,
+                         is_numpy ? getter_of(type, "__array_struct__") : nullptr};
   if (used < kSlots) {
     Py_INCREF(reinterpret_cast<PyObject*>(type));
     known[used++] = found;
+  } else {
+    Py_XDECREF(found.requires_grad);  // the type keeps them
+    Py_XDECREF(found.array_struct);
   }
   return found;
 }
@@ -108,6 +134,35 @@ dlpack_abi::DataType dlpack_dtype(DType dtype) {
 
 }  // namespace
 
+namespace {
+
+// What NumPy's __array_struct__ points to: version 2 or later of its array interface, here in the fields that all have.
+struct ArrayInterface {
+  int two, ndim;
+  char kind;
+  int itemsize, flags;
+  Py_ssize_t *shape, *strides;  // strides in bytes
+  void* data;
+};
+constexpr int kAligned = 0x100, kNativeOrder = 0x200, kWriteable = 0x400;
+
+bool dtype_of(const ArrayInterface& a, DType& dtype) {
+  switch (a.kind) {
+    case 'f':
+      dtype = a.itemsize == 4 ? DType::float32 : (a.itemsize == 8 ? DType::float64 : DType::float16);
+      return a.itemsize <= 8;
+    case 'c':
+      dtype = a.itemsize == 8 ? DType::complex64 : DType::complex128;
+      return a.itemsize <= 16;
+    case 'i':
+      dtype = a.itemsize == 4 ? DType::int32 : DType::int64;
+      return a.itemsize == 4 || a.itemsize == 8;
+    default: return false;
+  }
+}
+
+}  // namespace
+
 void* thread_workspace(std::size_t bytes) {
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -135,11 +190,12 @@ Call::Call(const char* op, const char* main_name, nb::handle main, nb::handle st
 const dlpack_abi::ExchangeApi* Call::view(const char* name, nb::handle object, bool writable, Tensor& tensor) {
   if (object.is_none()) return nullptr;
   const TypeTraits traits = traits_of(reinterpret_cast<PyTypeObject*>(object.type().ptr()));
-  if (traits.is_torch) refuse_dropped_gradient(name, object);
+  if (traits.is_torch) refuse_dropped_gradient(name, object, traits.requires_grad);
   if (writable && traits.is_jax)
     fail<TypeError>(op_, ": ", name, " is a JAX array, which is immutable and cannot be written; use statescan.jax");
   if (!traits.api) {
-    import(name, object, writable, tensor);
+    if (!traits.array_struct || !view_numpy(name, object, traits.array_struct, writable, tensor))
+      import(name, object, writable, tensor);
     return nullptr;
   }
   dlpack_abi::TensorDescriptor descriptor;
@@ -152,14 +208,38 @@ const dlpack_abi::ExchangeApi* Call::view(const char* name, nb::handle object, b
   return traits.api;
 }
 
+// The quick way to a NumPy array, half the time of the buffer protocol. False for what it cannot say: the other way then answers
+// or complains.
+bool Call::view_numpy(const char* name, nb::handle object, PyObject* array_struct, bool writable, Tensor& tensor) const {
+  const nb::object capsule = nb::steal(get(array_struct, object.ptr()));
+  if (!capsule.is_valid()) throw nb::python_error();
+  const auto* a = static_cast<const ArrayInterface*>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  if (!a) throw nb::python_error();
+  DType dtype;
+  if (a->two != 2 || !(a->flags & kAligned) || !(a->flags & kNativeOrder) || a->ndim > kMaxDims || !dtype_of(*a, dtype))
+    return false;
+  for (int i = 0; i < a->ndim; ++i)
+    if (a->strides[i] % a->itemsize != 0) return false;
+  if (writable && !(a->flags & kWriteable)) fail<ValueError>(op_, ": ", name, " is written, but the array is read-only");
+  tensor.data = a->data;
+  tensor.dtype = dtype;
+  tensor.ndim = a->ndim;
+  for (int i = 0; i < a->ndim; ++i) {
+    tensor.shape[i] = a->shape[i];
+    tensor.stride[i] = a->strides[i] / a->itemsize;
+  }
+  return true;
+}
+
 // A torch tensor that autograd follows would lose its gradient here, silently.
-void Call::refuse_dropped_gradient(const char* name, nb::handle object) {
+void Call::refuse_dropped_gradient(const char* name, nb::handle object, PyObject* getter) {
   if (grad_mode_ == GradMode::unknown) {
     static PyObject* const is_grad_enabled =
         nb::getattr(nb::module_::import_("torch"), "is_grad_enabled").release().ptr();
     grad_mode_ = is_true(PyObject_CallNoArgs(is_grad_enabled)) ? GradMode::on : GradMode::off;
   }
-  if (grad_mode_ == GradMode::off || !is_true(PyObject_GetAttr(object.ptr(), STATESCAN_INTERNED("requires_grad")))) return;
+  if (grad_mode_ == GradMode::off) return;
+  if (!is_true(getter ? get(getter, object.ptr()) : PyObject_GetAttr(object.ptr(), STATESCAN_INTERNED("requires_grad")))) return;
   fail<TypeError>(op_, ": ", name, " requires grad, and this function would drop its gradient; pass ", name,
                   ".detach(), or call it under torch.no_grad()");
 }

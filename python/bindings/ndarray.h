@@ -103,8 +103,9 @@ class __attribute__((visibility("hidden"))) Call {
   std::uint32_t wanted_ = ~0u;
 
   const dlpack_abi::ExchangeApi* view(const char* name, nb::handle object, bool writable, Tensor& tensor);
-  void refuse_dropped_gradient(const char* name, nb::handle object);
+  void refuse_dropped_gradient(const char* name, nb::handle object, PyObject* getter);
   void refuse_lazy_view(const char* name, nb::handle object) const;
+  bool view_numpy(const char* name, nb::handle object, PyObject* array_struct, bool writable, Tensor& tensor) const;
   void import(const char* name, nb::handle object, bool writable, Tensor& tensor);
   Tensor tensor_from(const char* name, const dlpack_abi::TensorDescriptor& descriptor) const;
   Tensor allocate(const std::int64_t* shape, int ndim, DType dtype, nb::object& array);
