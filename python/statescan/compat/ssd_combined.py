@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -152,8 +154,8 @@ def mamba_split_conv1d_scan_combined(
         )
     block = zxbcdt[..., 2 * d_mlp :]
     packing = packing_of(seq_idx, name, batch, seqlen)
-    run = _fused if activation else _composed
-    y, states = run(
+    fused = activation is not None and not zxbcdt.is_cuda  # mamba2_scan always has its SiLU, and no CUDA kernels yet
+    y, states = (_fused if fused else partial(_composed, activation=activation))(
         block if packing is None else packing.pack(block),
         as_weight(conv1d_weight, zxbcdt),
         conv1d_bias,
@@ -195,15 +197,15 @@ def _fused(
 
 
 def _composed(
-    block, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *, headdim, ngroups, eps, norm_before_gate, dt_limit,
+    block, conv_weight, conv_bias, dt_bias, A, D, norm_weight, *, activation, headdim, ngroups, eps, norm_before_gate, dt_limit,
     initial_state, cu_seqlens, return_final_state,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The block without an activation after its convolution, which mamba2_scan always has."""
+    """What mamba2_scan does, from the ops that it fuses."""
     nheads, conv_dim = A.shape[0], conv_weight.shape[0]
     dim = nheads * headdim
     z, xBC, dt = block.split([dim, conv_dim, nheads], dim=-1)
     conv_bias = None if conv_bias is None else conv_bias.to(conv_weight.dtype)
-    xBC = ops.causal_conv1d(xBC, conv_weight, conv_bias, cu_seqlens=cu_seqlens)
+    xBC = ops.causal_conv1d(xBC, conv_weight, conv_bias, activation=activation, cu_seqlens=cu_seqlens)
     x, B, C = xBC.split([dim, (conv_dim - dim) // 2, (conv_dim - dim) // 2], dim=-1)
     result = ops.ssd_scan(
         x.unflatten(-1, (nheads, headdim)), dt, A, B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1)), D=D,
