@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from . import exact
-from .harness import Benchmark, Cost, Expected
+from .harness import Benchmark, Case, Cost, Expected
 from .shapes import MAMBA2, prefill
 
 CHUNK = 64  # tokens of a chunk in the count of operations: what the CPU kernel takes
@@ -51,9 +51,21 @@ def _cost(s, e):
     return Cost(moved, b * l * (4 * n * p * h + chunk * (n * g + p * h)))
 
 
+# Long sequences, many short ones, few heads, many heads, several groups: what fills a GPU in different ways.
+_GPU = {
+    "b1 l16384 h80": {"batch": 1, "seqlen": 16384, "nheads": 80},
+    "b1 l8192 h8": {"batch": 1, "seqlen": 8192, "nheads": 8},
+    "b1 l8192 h128": {"batch": 1, "seqlen": 8192, "nheads": 128},
+    "b256 l128 h24": {"batch": 256, "seqlen": 128, "nheads": 24},
+    "b8 l2048 h80 g8": {"batch": 8, "seqlen": 2048, "nheads": 80, "ngroups": 8},
+}
+
 BENCHMARK = Benchmark(
     op="ssd_scan",
-    cases=prefill(MAMBA2, ngroups=1),
+    cases=prefill(MAMBA2, ngroups=1)
+    + tuple(
+        Case(name, {"headdim": 64, "dstate": 128, "ngroups": 1, **sizes}, devices=("cuda",)) for name, sizes in _GPU.items()
+    ),
     inputs=_inputs,
     arguments=_arguments,
     cost=_cost,

@@ -67,6 +67,8 @@ def test_every_row_is_reachable(rng):
         states = statescan.state_scan(**inputs)[0]
         backward = (inputs["log_decay"], states, torch.randn_like(states))
         assert statescan.plan("state_scan_backward", *backward)[:2] == ("cuda", row)
+    scan = {name: DEVICES[1].put(value) for name, value in cases.ssd_scan(rng).items()}
+    assert statescan.plan("ssd_scan", **scan)[:2] == ("cuda", "general")
 
 
 @needs_gpu
@@ -151,6 +153,69 @@ def test_both_rows_of_norms_give_the_same_bits(group_size, dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_vectors_and_elements_of_ssd_scan_give_the_same_bits(rng, dtype):
+    made = cases.ssd_scan(rng, dtype, seqlen=150, headdim=40, dstate=24)
+    gpu = DEVICES[1]
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    views = {name: gapped(value) for name, value in inputs.items()}
+    one, other = (
+        statescan.ssd_scan(**arrays, dt_softplus=True, return_final_state=True, out=out)
+        for arrays, out in ((inputs, None), (views, gapped(inputs["x"])))
+    )
+    for name, a, b in zip(("y", "final_state"), one, other):
+        assert_same_bits(gpu.get(b), gpu.get(a), name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("lengths", (None, [5900], [3, 3600, 0, 2097, 200]), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_segments_of_few_long_sequences(rng, dtype, lengths, reverse):
+    """Sequences are cut where batch and heads are few, by the shape alone, and never with batch_invariant."""
+    gpu, sequences = DEVICES[1], len(lengths or [0])
+    sizes = dict(batch=1, seqlen=6000, nheads=4, ngroups=2, headdim=20, dstate=32)
+    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=sequences)
+    options = dict(dt_softplus=True, reverse=reverse)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
+    cut = statescan.plan("ssd_scan", **on_device).workspace_bytes
+    assert cut % (4 * 4 * (20 * 32 + 1) * sequences) == 0 and cut > 0
+    assert statescan.plan("ssd_scan", **on_device, batch_invariant=True).workspace_bytes == 0
+    for batch_invariant in (False, True):
+        cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=batch_invariant)
+
+
+@needs_gpu
+def test_positions_in_segments(rng):
+    inputs = cases.ssd_scan(rng, batch=1, seqlen=2000, nheads=2, ngroups=1, headdim=20, dstate=32)
+    gpu, positions = DEVICES[1], np.array([[0, 1, 640, 999, 1000, 2000, -1]], np.int64)
+    on_device = {name: gpu.put(value) for name, value in (inputs | dict(state_positions=positions)).items()}
+    y, states = statescan.ssd_scan(**on_device, dt_softplus=True)
+    assert_same_bits(gpu.get(y), cases.SSD_SCAN.run(gpu, inputs, dt_softplus=True)["y"], "y")
+    for k, position in enumerate(positions[0]):
+        if position >= 0:
+            prefix = cases.SSD_SCAN.tokens(inputs, slice(0, position))
+            expected = cases.SSD_SCAN.expected(prefix, dt_softplus=True)["final_state"]
+            assert_accurate(gpu.get(states)[:, k], expected, f"state after {position} tokens")
+    assert not np.any(gpu.get(states)[:, -1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_a_bad_token_stays_behind_in_segments(rng, dtype):
+    inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=2000, nheads=2, ngroups=1, headdim=20, dstate=32)
+    expected = cases.SSD_SCAN.run(DEVICES[1], inputs, dt_softplus=True)
+    for name in ("x", "dt", "B", "C"):
+        spoiled = inputs | {name: inputs[name].copy()}
+        spoiled[name][0, 1001] = np.nan
+        got = cases.SSD_SCAN.run(DEVICES[1], spoiled, dt_softplus=True)
+        assert_same_bits(got["y"][:, :1001], expected["y"][:, :1001], f"y before a bad {name}")
+        assert np.isnan(exact(got["y"][:, 1001])).any()
+
+
+@needs_gpu
 def test_ops_without_kernels_say_so():
     import torch
 
@@ -218,6 +283,29 @@ for seed in range(2):  # new values in the same memory
 def test_first_call_of_a_process_can_be_captured(dstate):
     """known_bugs 39, with the lazy loading of kernels that CUDA defaults to."""
     subprocess.run([sys.executable, "-c", FIRST_CALL_IN_A_CAPTURE.format(dstate=dstate)], check=True)
+
+
+SSD_SCAN_IN_A_CAPTURE = """
+import torch, statescan
+x, dt, B, C = (torch.randn(1, 1000, *rest, device="cuda", dtype=torch.bfloat16) for rest in ((2, 64), (2,), (1, 96), (1, 96)))
+A = -torch.rand(2, device="cuda")
+out = torch.full_like(x, float("nan"))
+assert statescan.plan("ssd_scan", x, dt, A, B, C).workspace_bytes > 0
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    statescan.ssd_scan(x, dt, A, B, C, dt_softplus=True, out=out)
+assert torch.isnan(out).all(), "a captured call ran"
+for seed in range(2):
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(statescan.ssd_scan(x, dt, A, B, C, dt_softplus=True), out)
+"""
+
+
+@needs_gpu
+def test_first_ssd_scan_of_a_process_can_be_captured():
+    subprocess.run([sys.executable, "-c", SSD_SCAN_IN_A_CAPTURE], check=True)
 
 
 @needs_gpu

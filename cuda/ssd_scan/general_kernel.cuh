@@ -1,0 +1,452 @@
+// ssd_scan forward, the general path: any size up to dstate 256, any strides, float32, float16 and bfloat16, sm_80 and newer
+// Math     s[i] = sum_{k<=i} dt[k] A, from the start of a chunk of q tokens, h the state that enters it:
+//          y[i] = exp(s[i]) C[i].h + sum_{j<=i} (C[i].B[j]) exp(s[i] - s[j]) dt[j] x[j] + D x[i], then y[i] *= silu(z[i])
+//          h    = exp(s[q-1]) h + sum_j B[j] exp(s[q-1] - s[j]) dt[j] x[j]
+// Shapes   x, z, y [b,l,h,p], dt [b,l,h], B, C [b,l,g,n], h [p,n] of each head
+// Traffic  x, z, y and dt once; B and C once for each tile of heads (from the second cache, mostly); states stay in registers
+// Launch   a block of 4 warps for each (sequence, segment, tile of heads), which walks the chunks; a warp takes 16 rows of p
+// Numerics sums in a fixed order that depends on the segments alone; C B^T, scores, weighted x and h go into the products as
+//          sums of bfloat16 terms (policy.h). Scores above the diagonal are selected away, and an x that is not finite is kept
+//          out of the products that reach earlier tokens
+#pragma once
+
+#include "state.cuh"
+
+namespace statescan::ssd_scan {
+
+// Shared memory of a block, cut up at run time: as many stages as fit, as many scores as a tile has heads.
+template <class Policy>
+struct GeneralLayout {
+  using Rows = TileOfRows<Policy>;
+  using Group = TileOfGroup<Policy>;
+  using Scores = Tile<Policy::kChunk, Policy::kChunk, Policy::kTerms>;
+  using ChunkSteps = Steps<Policy::kChunk>;
+
+  static constexpr int kStageBytes = 2 * Group::kBytes + Rows::kBytes;
+  static constexpr int kHeadBytes = Scores::kBytes + 2 * sizeof(ChunkSteps);  // steps of this chunk and of the next
+
+  static constexpr int bytes(int stages, int heads) { return stages * kStageBytes + heads * kHeadBytes; }
+
+  char* base;
+  int stages, heads;
+
+  __device__ char* stage(int i) const { return base + i * kStageBytes; }
+  __device__ Group B(int i) const { return {reinterpret_cast<std::uint16_t*>(stage(i))}; }
+  __device__ Group C(int i) const { return {reinterpret_cast<std::uint16_t*>(stage(i) + Group::kBytes)}; }
+  __device__ Rows x(int i) const { return {reinterpret_cast<std::uint16_t*>(stage(i) + 2 * Group::kBytes)}; }
+  __device__ Scores scores(int head) const {
+    return {reinterpret_cast<std::uint16_t*>(base + stages * kStageBytes + head * Scores::kBytes)};
+  }
+  __device__ ChunkSteps& steps(int which, int head) const {
+    char* first = base + stages * kStageBytes + heads * Scores::kBytes;
+    return reinterpret_cast<ChunkSteps*>(first)[which * heads + head];
+  }
+};
+
+template <class Policy>
+using Outputs = float[Policy::kChunk / 16][2][4];  // y of a warp's 16 rows, as sums [16 tokens, 8 rows]
+
+// scores[i][j] = C[i].B[j] exp(s[i] - s[j]) dt[j] of every head, zero above the diagonal. Each warp takes a strip of 16 tokens
+// i; C B^T is computed once for all heads.
+template <class Policy>
+__device__ void compute_scores(const GeneralLayout<Policy>& shared, int stage, int which, int heads) {
+  constexpr int kBlocks = Policy::kChunk / 16, kStrips = Policy::kWarps / kBlocks;
+  constexpr int kStrip = Policy::kChunk / kStrips > 16 ? Policy::kChunk / kStrips : 16;
+  constexpr int kTerms = Policy::kTermsOfInput;
+  const int warp = threadIdx.x / 32, strip = warp / kBlocks;
+  // The long strips of the lower rows are spread over the schedulers, one for each of 4 consecutive warps.
+  const int block = strip % 2 ? kBlocks - 1 - warp % kBlocks : warp % kBlocks;
+  const int first = strip * kStrip;
+  if (first >= Policy::kChunk || first > 16 * block) return;
+  const auto sB = shared.B(stage), sC = shared.C(stage);
+  float sum[kStrip / 8][4] = {};
+#pragma unroll
+  for (int n = 0; n < Policy::kDstate; n += 16) {
+    Bits c[kTerms][4];
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) load_matrix(sC.at(i, 16 * block, n), sC.kStride, c[i]);
+#pragma unroll
+    for (int part = 0; part < kStrip / 16; ++part) {
+      if (first + 16 * part > 16 * block) break;
+#pragma unroll
+      for (int j = 0; j < kTerms; ++j) {
+        Bits b[4];
+        load_matrix(sB.at(j, first + 16 * part, n), sB.kStride, b);
+#pragma unroll
+        for (int i = 0; i < kTerms; ++i)
+          if (counts<kTerms, kTerms>(i, j)) {
+            multiply_add(sum[2 * part], c[i], b[0], b[2]);
+            multiply_add(sum[2 * part + 1], c[i], b[1], b[3]);
+          }
+      }
+    }
+  }
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll 1
+  for (int head = 0; head < heads; ++head) {
+    const auto& steps = shared.steps(which, head);
+    const auto scores = shared.scores(head);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = 16 * block + g + 8 * r;
+      const float high = steps.high[i], low = steps.low[i];
+#pragma unroll
+      for (int q = 0; q < kStrip / 8; ++q) {
+        const int j = first + 8 * q + 2 * t;
+        if (first + 8 * q >= 16 * block + 16) break;
+        const float2 high_j = steps.pair(steps.high, j), low_j = steps.pair(steps.low, j), dt = steps.pair(steps.dt, j);
+        const float v0 = sum[q][2 * r] * (exp2_fast((high - high_j.x) + (low - low_j.x)) * dt.x);
+        const float v1 = sum[q][2 * r + 1] * (exp2_fast((high - high_j.y) + (low - low_j.y)) * dt.y);
+        Bits terms[Policy::kTerms];
+        split(j <= i ? v0 : 0.0f, j + 1 <= i ? v1 : 0.0f, terms);
+#pragma unroll
+        for (int k = 0; k < Policy::kTerms; ++k) *reinterpret_cast<Bits*>(scores.at(k, i, j)) = terms[k];
+      }
+    }
+  }
+}
+
+// y = from_start[i] C[i].h, given y = 0
+template <class Policy>
+__device__ void multiply_state(Outputs<Policy>& y, const State<Policy>& state, const TileOfGroup<Policy>& sC,
+                               const Steps<Policy::kChunk>& steps) {
+  constexpr int kTerms = Policy::kTerms;
+#pragma unroll
+  for (int k = 0; k < Policy::kDstate / 16; ++k) {
+    Bits h[2][2][kTerms];  // of rows 0..7 and 8..15: b0 and b1
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int b = 0; b < 2; ++b) split(state[2 * k + b][2 * half], state[2 * k + b][2 * half + 1], h[half][b]);
+#pragma unroll
+    for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+      for (int i = 0; i < Policy::kTermsOfInput; ++i) {
+        Bits c[4];
+        load_matrix(sC.at(i, 16 * m, 16 * k), sC.kStride, c);
+#pragma unroll
+        for (int j = 0; j < kTerms; ++j)
+          if (counts<Policy::kTermsOfInput, kTerms>(i, j)) {
+            multiply_add(y[m][0], c, h[0][0][j], h[0][1][j]);
+            multiply_add(y[m][1], c, h[1][0][j], h[1][1][j]);
+          }
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float from_start = steps.from_start[16 * m + lane_id() / 4 + 8 * r];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        y[m][half][2 * r] *= from_start;
+        y[m][half][2 * r + 1] *= from_start;
+      }
+    }
+}
+
+// y += scores x, up to the diagonal blocks
+template <class Policy, class Scores>
+__device__ void multiply_scores(Outputs<Policy>& y, const Scores& scores, const Columns<Policy>& x) {
+  constexpr int kTerms = Policy::kTerms;
+#pragma unroll
+  for (int k = 0; k < Policy::kChunk / 16; ++k)
+#pragma unroll
+    for (int m = k; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) {
+        Bits s[4];
+        load_matrix(scores.at(i, 16 * m, 16 * k), scores.kStride, s);
+#pragma unroll
+        for (int j = 0; j < Policy::kTermsOfInput; ++j)
+          if (counts<kTerms, Policy::kTermsOfInput>(i, j)) {
+            multiply_add(y[m][0], s, x[k][j][0], x[k][j][1]);
+            multiply_add(y[m][1], s, x[k][j][2], x[k][j][3]);
+          }
+      }
+}
+
+inline __device__ bool is_finite(Bits bfloat16) { return (bfloat16 & 0x7f80u) != 0x7f80u; }
+
+// Whether all x of the warp's rows are finite. Zero times what is not is NaN, and that stays in a sum.
+template <class Policy>
+__device__ bool all_finite(const Columns<Policy>& x) {
+  __nv_bfloat162 sum = __floats2bfloat162_rn(0.0f, 0.0f);
+#pragma unroll
+  for (int k = 0; k < Policy::kChunk / 16; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+      sum = __hfma2(*reinterpret_cast<const __nv_bfloat162*>(&x[k][0][r]), __floats2bfloat162_rn(0.0f, 0.0f), sum);
+  const Bits bits = *reinterpret_cast<const Bits*>(&sum);
+  return __all_sync(~0u, (bits & 0x7fff7fffu) == 0);
+}
+
+template <class Policy>
+__device__ void clear_not_finite(Columns<Policy>& x) {
+#pragma unroll
+  for (int k = 0; k < Policy::kChunk / 16; ++k)
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const Bits keep = (is_finite(x[k][0][r]) ? 0xffffu : 0u) | (is_finite(x[k][0][r] >> 16) ? 0xffff0000u : 0u);
+#pragma unroll
+      for (int i = 0; i < Policy::kTermsOfInput; ++i) x[k][i][r] &= keep;
+    }
+}
+
+// What clear_not_finite took away, added to the tokens that it belongs to: its own and later ones.
+template <class Policy, class Scores>
+__device__ void add_not_finite(Outputs<Policy>& y, const Scores& scores, const TileOfRows<Policy>& sX, int warp) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll 1
+  for (int j = 0; j < Policy::kChunk; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const Bits x = *sX.at(0, j, warp * kRowsOfWarp + 8 * half + 2 * t + e);
+        if (is_finite(x)) continue;
+#pragma unroll
+        for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int i = 16 * m + g + 8 * r;
+            if (i >= j) y[m][half][2 * r + e] += __uint_as_float(Bits(*scores.at(0, i, j)) << 16) * __uint_as_float(x << 16);
+          }
+      }
+}
+
+// The lane's elements of z or y: rows 2t, 2t+1 of each half of the warp's 16, at tokens g and g+8 of each 16.
+template <class Policy>
+class LaneOfOutputs {
+ public:
+  static constexpr DType kDType = Policy::kDType;
+  static constexpr bool kWide = kDType == DType::float32;
+  using Pairs = Bits[Policy::kChunk / 16][2][2][kWide ? 2 : 1];  // tokens, r, half
+
+  __device__ LaneOfOutputs(const Params& p, const Task& task, const Walk& walk, int warp)
+      : walk_(walk),
+        task_(task),
+        rows_(p, task, warp * kRowsOfWarp),
+        left_(rows_.inside ? static_cast<int>(min(std::int64_t(kRowsOfWarp), p.headdim - rows_.row)) : 0) {}
+
+  // Bits, not numbers: nothing waits for the loads.
+  __device__ void load(Pairs& pairs, const TokenView& t, std::int64_t start, int count) const {
+    const int row = lane_id() % 4 * 2;
+    const char* first = rows_.in(t, task_, walk_) + (start + lane_id() / 4) * walk_.sign * t.token;
+#pragma unroll
+    for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int token = 16 * m + 8 * r, at = row + 8 * half;
+          const bool inside = token + lane_id() / 4 < count;
+          const char* from = first + token * walk_.sign * t.token + at * t.column;
+          Bits(&bits)[kWide ? 2 : 1] = pairs[m][r][half];
+          if (t.vector) {
+            const bool both = inside && at < left_;
+            if constexpr (kWide) {
+              const uint2 v = both ? *reinterpret_cast<const uint2*>(from) : make_uint2(0, 0);
+              bits[0] = v.x, bits[1] = v.y;
+            } else {
+              bits[0] = both ? *reinterpret_cast<const Bits*>(from) : 0;
+            }
+          } else {
+            const Bits low = inside && at < left_ ? cuda::load_bits(from, kDType) : 0;
+            const Bits high = inside && at + 1 < left_ ? cuda::load_bits(from + t.column, kDType) : 0;
+            if constexpr (kWide) bits[0] = low, bits[1] = high;
+            else bits[0] = low | high << 16;
+          }
+        }
+  }
+
+  static __device__ float2 widen(const Bits (&bits)[kWide ? 2 : 1]) {
+    if constexpr (kWide) return make_float2(__uint_as_float(bits[0]), __uint_as_float(bits[1]));
+    else return make_float2(cuda::widen_bits(bits[0] & 0xffffu, kDType), cuda::widen_bits(bits[0] >> 16, kDType));
+  }
+
+  // y of tokens 16m + 8r + g.
+  __device__ void store(const TokenView& t, std::int64_t start, int count, int m, int r, const Outputs<Policy>& y) const {
+    const int token = 16 * m + 8 * r + lane_id() / 4;
+    char* to = rows_.in(t, task_, walk_) + (start + token) * walk_.sign * t.token;
+    const float (&first)[4] = y[m][0];
+    const float (&second)[4] = y[m][1];
+    const int row = lane_id() % 4 * 2;
+    if (!t.vector) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (token < count && row + 8 * half + e < left_)
+            cuda::store_element(to + (row + 8 * half + e) * t.column, kDType, y[m][half][2 * r + e]);
+    } else if constexpr (kWide) {
+      if (token < count && row < left_) *reinterpret_cast<float2*>(to + 4 * row) = make_float2(first[2 * r], first[2 * r + 1]);
+      if (token < count && row + 8 < left_)
+        *reinterpret_cast<float2*>(to + 4 * (row + 8)) = make_float2(second[2 * r], second[2 * r + 1]);
+    } else {
+      // Neighbours exchange a half, so that each has 4 elements in a row, and 4 lanes fill a sector of 32 bytes.
+      using Element = typename cuda::ElementOf<kDType>::type;
+      const Bits low = cuda::narrow_word<Element>(first + 2 * r), high = cuda::narrow_word<Element>(second + 2 * r);
+      const bool odd = lane_id() % 2;
+      const Bits other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+      const int at = odd ? row + 6 : row;
+      if (token < count && at < left_)
+        *reinterpret_cast<uint2*>(to + 2 * at) = odd ? make_uint2(other, high) : make_uint2(low, other);
+    }
+  }
+
+ private:
+  const Walk& walk_;
+  const Task& task_;
+  RowsOfHead rows_;
+  int left_;  // of the warp's rows
+};
+
+// y += D x, then the gate, then out.
+template <class Policy>
+__device__ void finish_outputs(Outputs<Policy>& y, const Params& p, const LaneOfOutputs<Policy>& lane,
+                               const typename LaneOfOutputs<Policy>::Pairs& z, const float (&D)[2][2],
+                               const TileOfRows<Policy>& sX, int warp, std::int64_t start, int count) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& y0 = y[m][half][2 * r];
+        float& y1 = y[m][half][2 * r + 1];
+        if (p.D.data) {
+          Bits terms[Policy::kTermsOfInput];
+#pragma unroll
+          for (int i = 0; i < Policy::kTermsOfInput; ++i)
+            terms[i] = *reinterpret_cast<const Bits*>(sX.at(i, 16 * m + 8 * r + g, warp * kRowsOfWarp + 8 * half + 2 * t));
+          const float2 x = join(terms);
+          y0 = fmaf(D[half][0], x.x, y0);
+          y1 = fmaf(D[half][1], x.y, y1);
+        }
+        if (p.z.data) {
+          const float2 gate = lane.widen(z[m][r][half]);
+          y0 *= cuda::fast_silu(gate.x);
+          y1 *= cuda::fast_silu(gate.y);
+        }
+      }
+      lane.store(p.y, start, count, m, r, y);
+    }
+}
+
+// y past the last packed token.
+template <class Policy>
+__device__ void clear_outputs(const Params& p, const Task& task, const Walk& walk) {
+  const RowsOfHead rows(p, task, threadIdx.x % Policy::kRows);
+  if (!rows.inside) return;
+  constexpr int kStep = Policy::kThreads / Policy::kRows;
+  for (std::int64_t i = threadIdx.x / Policy::kRows; i < walk.length; i += kStep)
+    cuda::store_element(rows.in(p.y, task, walk) + i * walk.sign * p.y.token, Policy::kDType, 0.0f);
+}
+
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
+    ssd_scan_general_kernel(const __grid_constant__ Params p, int stages) {
+  constexpr int kChunk = Policy::kChunk;
+  extern __shared__ __align__(16) char memory[];
+  const GeneralLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
+  const Task task = task_of(p.tasks);
+  const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
+  if (task.sequence == p.sequences.count) {
+    clear_outputs<Policy>(p, task, walk);
+    return;
+  }
+
+  const int warp = threadIdx.x / 32;
+  const int head = warp / p.tasks.warps_of_head;  // of the tile
+  const bool has_rows = head < task.heads;
+  const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
+
+  const bool stores_state = p.final_state.data && task.segment + 1 == p.tasks.segments;
+  State<Policy> state{};
+  float D[2][2] = {};
+  if (has_rows) {
+    if (p.start.data) {
+      const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
+      load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
+    }
+    if (p.D.data)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t row = first_row + i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+        if (row < p.headdim)
+          D[i / 2][i % 2] = *reinterpret_cast<const float*>(p.D.data + (task.first_head + head) * p.D.head + row * p.D.column);
+      }
+  }
+
+  const auto load_B = group_loader<Policy>(p.B, p, task, walk), load_C = group_loader<Policy>(p.C, p, task, walk);
+  const auto load_x = head_loader<Policy>(p.x, p, task, walk);
+  const auto count_at = [&](std::int64_t start) {
+    return static_cast<int>(max(0l, min(std::int64_t(kChunk), walk.length - start)));
+  };
+  const auto load = [&](int stage, std::int64_t start) {
+    const int count = count_at(start);
+    load_B.load(shared.B(stage), start, count);
+    load_C.load(shared.C(stage), start, count);
+    load_x.load(shared.x(stage), start, count);
+    cute::cp_async_fence();
+  };
+  const LaneOfOutputs<Policy> lane(p, task, walk, warp);
+  // Warp k finds the steps of head k.
+  StepLoader<kChunk> step_loader(p, walk, task.first_head + min(warp, task.heads - 1));
+  const bool has_steps = warp < task.heads;
+  if (has_steps && walk.length > 0) {
+    step_loader.load(0, count_at(0));
+    step_loader.finish(shared.steps(0, warp));
+    step_loader.load(kChunk, count_at(kChunk));
+  }
+  if (walk.length > 0) load(0, 0);
+
+  int stage = 0, which = 0;
+#pragma unroll 1
+  for (std::int64_t start = 0; start < walk.length; start += kChunk) {
+    const int count = count_at(start);
+    const bool is_last = start + kChunk >= walk.length;
+    cute::cp_async_wait<0>();
+    __syncthreads();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
+    if (stages > 1 && !is_last) load(1 - stage, start + kChunk);
+    compute_scores<Policy>(shared, stage, which, task.heads);
+    __syncthreads();
+    if (has_steps && !is_last) {
+      step_loader.finish(shared.steps(1 - which, warp));
+      step_loader.load(start + 2 * kChunk, count_at(start + 2 * kChunk));
+    }
+    if (has_rows) {
+      const auto& steps = shared.steps(which, head);
+      Outputs<Policy> y{};
+      if (start > 0 || p.start.data) multiply_state<Policy>(y, state, shared.C(stage), steps);
+      typename LaneOfOutputs<Policy>::Pairs z;
+      if (p.z.data) lane.load(z, p.z, start, count);
+      Columns<Policy> x;
+      load_columns<Policy>(x, shared.x(stage), warp);
+      if (all_finite<Policy>(x)) {
+        multiply_scores<Policy>(y, shared.scores(head), x);
+      } else {
+        clear_not_finite<Policy>(x);
+        multiply_scores<Policy>(y, shared.scores(head), x);
+        add_not_finite<Policy>(y, shared.scores(head), shared.x(stage), warp);
+        load_columns<Policy>(x, shared.x(stage), warp);
+      }
+      finish_outputs<Policy>(y, p, lane, z, D, shared.x(stage), warp, start, count);
+      if (!is_last || stores_state) update_state<Policy>(state, x, shared.B(stage), steps, kChunk, Nowhere());
+    }
+    if (stages == 1 && !is_last) {
+      __syncthreads();  // the only stage is read by all before it is written again
+      load(0, start + kChunk);
+    }
+    if (stages > 1) stage = 1 - stage;
+    which = 1 - which;
+  }
+
+  if (has_rows && stores_state)
+    store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, task.sequence, task.first_head + head, first_row),
+                        p.dstate);
+}
+
+}  // namespace statescan::ssd_scan

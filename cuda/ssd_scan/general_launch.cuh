@@ -1,0 +1,31 @@
+#pragma once
+
+#include "general_kernel.cuh"
+#include "general_launch.h"
+#include "stages.cuh"
+
+namespace statescan::ssd_scan {
+
+template <class Policy>
+void launch_general(const Args& args, const Dims& dims, Stream stream) {
+  using Layout = GeneralLayout<Policy>;
+  if (dims.nheads == 0 || dims.headdim == 0) return;
+  const Segments segments = general_segments<Policy>(args, dims);
+  if (segments.count > 1)
+    launch_segment_starts<Policy>({args, segments, SegmentWorkspace(args.workspace.data, dims, segments)}, dims, stream);
+  if (args.state_positions) launch_position_states<PositionPolicy<Policy::kDType>>({args, segments}, dims, stream);
+
+  Params params = main_params(args, dims, segments);
+  const SharedMemory memory = shared_memory();
+  int max_heads = Policy::kMaxHeads;
+  while (max_heads > 1 && Layout::bytes(1, max_heads) > memory.of_block) --max_heads;
+  params.tasks = tasks_of<Policy>(dims, segments.count, max_heads);
+  const int stages = stages_of<Policy, Layout>(memory, params.tasks.heads);
+  const std::int64_t sequences = dims.num_sequences + (args.cu_seqlens ? 1 : 0);
+  if (sequences == 0) return;
+  cuda::launch("ssd_scan_general_kernel", ssd_scan_general_kernel<Policy>,
+               {sequences * segments.count * params.tasks.tiles, Policy::kThreads, Layout::bytes(stages, params.tasks.heads)},
+               stream, params, stages);
+}
+
+}  // namespace statescan::ssd_scan

@@ -1,0 +1,163 @@
+// A call as the kernels take it: plain C++. Strides are in bytes; data is null where a tensor is absent.
+#pragma once
+
+#include "../common/access.h"
+#include "plan.h"
+
+namespace statescan::ssd_scan {
+
+// x, B, C, z or y: [b,l,h,p], or [b,l,g,n] with a group as its "head".
+struct TokenView {
+  char* data;
+  std::int64_t batch, token, head, column;
+  bool vector;  // 8 columns at a time, in accesses of up to 16 bytes
+};
+
+struct StepView {
+  const char* data;
+  DType dtype;
+  std::int64_t batch, token, head;
+};
+
+// A, dt_bias [h], D [h,p].
+struct HeadView {
+  const char* data;
+  std::int64_t head, column;
+};
+
+struct StateView {
+  char* data;
+  DType dtype;
+  std::int64_t sequence, head, row, column;
+  bool pairs;  // float32, two columns an access
+};
+
+struct Sequences {
+  const void* cu_seqlens;  // null: rows of a batch
+  bool is_int64;
+  std::int64_t stride;
+  std::int64_t count, seqlen;
+  bool reverse;
+  std::int64_t segments, chunk;  // of each sequence; segments begin on multiples of a chunk
+};
+
+// state_positions [num_sequences, count] and the states there.
+struct Positions {
+  const void* data;  // null: none
+  bool is_int64;
+  std::int64_t sequence, position, count;  // strides in elements
+  StateView states;
+  std::int64_t state;  // from one to the next, in bytes
+};
+
+// Blocks of threads, tile fastest: tile < tiles, segment < segments, sequence. A tile is some heads of a group, or a slice of
+// one head that is longer than a block's rows.
+struct Tasks {
+  std::uint32_t tiles, tiles_of_group, slices;
+  std::uint32_t heads, heads_of_group;  // of a tile, of a group
+  std::uint32_t warps_of_head;          // in a slice
+  std::uint32_t segments;
+};
+
+struct Params {
+  Tasks tasks;
+  Sequences sequences;
+  std::int64_t nheads, headdim, dstate;
+  TokenView x, B, C, z, y;
+  StepView dt;
+  HeadView A, D, dt_bias;
+  bool dt_softplus;
+  float dt_min, dt_max;
+  StateView start, final_state;  // start: of the first segment, or of every segment, then per segment
+  bool start_per_segment;
+  Positions positions;
+  float* log2_decay;  // of the segments
+};
+
+template <class Policy>
+Tasks tasks_of(const Dims& dims, std::int64_t segments, std::int64_t max_heads) {
+  const std::int64_t warps = divide_up(dims.headdim, kRowsOfWarp), heads_of_group = dims.nheads / dims.ngroups;
+  const std::int64_t slices = divide_up(warps, Policy::kWarps), warps_of_head = divide_up(warps, slices);
+  const std::int64_t heads = std::min(std::min<std::int64_t>(Policy::kWarps / warps_of_head, max_heads), heads_of_group);
+  const std::int64_t tiles_of_group = divide_up(heads_of_group, heads) * slices;
+  const auto u32 = [](std::int64_t v) { return static_cast<std::uint32_t>(v); };
+  return {u32(tiles_of_group * dims.ngroups),
+          u32(tiles_of_group),
+          u32(slices),
+          u32(heads),
+          u32(heads_of_group),
+          u32(warps_of_head),
+          u32(segments)};
+}
+
+inline TokenView token_view(const Tensor& t) {
+  if (!t) return {};
+  const std::int64_t size = size_of(t.dtype);
+  return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size,
+          t.stride[2] * size,         t.stride[3] * size, cuda::why_not_runs("", t, 3, 8).empty()};
+}
+
+inline HeadView head_view(const Tensor& t) {
+  if (!t) return {};
+  return {static_cast<const char*>(t.data), t.stride[0] * 4, t.ndim == 2 ? t.stride[1] * 4 : 0};
+}
+
+inline StateView state_view(const Tensor& t) {
+  if (!t) return {};
+  const std::int64_t size = size_of(t.dtype);
+  const bool pairs = t.dtype == DType::float32 && cuda::why_not_runs("", t, 3, 2).empty();
+  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size,
+          t.stride[3] * size,         pairs};
+}
+
+inline Positions positions_of(const Args& args, const Dims& dims) {
+  if (!args.state_positions || dims.npositions == 0) return {};
+  const Tensor &at = args.state_positions, &states = args.position_states;
+  Tensor one = states;  // of each sequence
+  one.ndim = 4;
+  for (int i = 1; i < 4; ++i) one.shape[i] = states.shape[i + 1], one.stride[i] = states.stride[i + 1];
+  Positions p{at.data,
+              at.dtype == DType::int64,
+              at.stride[0],
+              at.stride[1],
+              dims.npositions,
+              state_view(one),
+              states.stride[1] * size_of(states.dtype)};
+  p.states.pairs = p.states.pairs && (dims.npositions == 1 || p.state % 8 == 0);
+  return p;
+}
+
+// States in the workspace: one for each (sequence, segment).
+inline StateView segment_states(const SegmentWorkspace& workspace, const Dims& dims, const Segments& segments) {
+  return state_view(Tensor::contiguous(workspace.states, DType::float32,
+                                       {dims.num_sequences * segments.count, dims.nheads, dims.headdim, dims.dstate}));
+}
+
+inline Sequences sequences_of(const Inputs& in, const Dims& dims, const Segments& segments) {
+  const Tensor& cu = in.cu_seqlens;
+  return {cu ? cu.data : nullptr,
+          cu.dtype == DType::int64,
+          cu ? cu.stride[0] : 0,
+          dims.num_sequences,
+          dims.seqlen,
+          in.reverse,
+          segments.count,
+          segments.chunk};
+}
+
+// What the first pass and the main pass share.
+inline Params params_of(const Inputs& in, const Dims& dims, const Segments& segments) {
+  Params p{};
+  p.sequences = sequences_of(in, dims, segments);
+  p.nheads = dims.nheads, p.headdim = dims.headdim, p.dstate = dims.dstate;
+  p.x = token_view(in.x), p.B = token_view(in.B), p.C = token_view(in.C), p.z = token_view(in.z);
+  const std::int64_t size = size_of(in.dt.dtype);
+  p.dt = {static_cast<const char*>(in.dt.data), in.dt.dtype, in.dt.stride[0] * size, in.dt.stride[1] * size,
+          in.dt.stride[2] * size};
+  p.A = head_view(in.A), p.D = head_view(in.D), p.dt_bias = head_view(in.dt_bias);
+  p.dt_softplus = in.dt_softplus;
+  p.dt_min = static_cast<float>(in.dt_min), p.dt_max = static_cast<float>(in.dt_max);
+  return p;
+}
+
+}  // namespace statescan::ssd_scan

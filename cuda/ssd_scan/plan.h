@@ -1,0 +1,77 @@
+// Whether and where a sequence is split, from the shape alone: plain C++, for the tables and the launchers.
+//
+// A block of threads walks the chunks of its sequence one after the other. With few sequences and heads that leaves most of the
+// device idle, so a sequence is cut into segments that are walked at the same time: a first pass finds what each segment adds
+// to the state (no C, no y: under half the work), the segments are combined, and the main pass starts each from its own state.
+#pragma once
+
+#include <algorithm>
+
+#include <statescan/ssd_scan.h>
+
+#include "policy.h"
+
+namespace statescan::ssd_scan {
+
+struct Segments {
+  std::int64_t count = 1;               // of each sequence
+  std::int64_t chunks_per_segment = 0;  // of the longest possible sequence; a packed one is cut by its own length
+  std::int64_t chunk = 1;               // tokens of a chunk; segments begin on its multiples
+};
+
+// Multiprocessors of an H100. A constant, so that where a sequence is split, and with it the bits, depends on the shape alone.
+inline constexpr std::int64_t kMultiprocessors = 132;
+
+// Segments that make the estimated time least. A work item is what one block walks: `rows_per_work_item` of the nheads *
+// headdim rows of states of a sequence; `slots` of them run at the same time.
+inline Segments segments_for(const Dims& dims, std::int64_t rows_per_work_item, std::int64_t slots, std::int64_t chunk,
+                             bool batch_invariant) {
+  // Times in units of a chunk of the main pass.
+  constexpr double kStatePass = 0.5;  // a chunk of the first pass
+  constexpr double kStart = 1.5;      // until a block of either pass is at work
+  constexpr double kSplit = 3;        // two more launches
+  constexpr double kStates = 4;       // all slots' states through memory and back, twice
+  constexpr std::int64_t kMost = 32;
+  // Packed sequences are taken to be of equal length: their real ones are on the device.
+  const std::int64_t sequences = std::max<std::int64_t>(dims.num_sequences, 1);
+  const std::int64_t chunks = std::max<std::int64_t>(divide_up(dims.batch * dims.seqlen, sequences * chunk), 1);
+  const std::int64_t items = sequences * std::max<std::int64_t>(divide_up(dims.nheads * dims.headdim, rows_per_work_item), 1);
+  const auto time = [&](std::int64_t count) {
+    const double walk = static_cast<double>(divide_up(chunks, count));
+    const auto waves = [&](std::int64_t blocks) { return static_cast<double>(divide_up(blocks, slots)); };
+    if (count == 1) return waves(items) * (walk + kStart);
+    return waves(items * count) * (walk + kStart) + waves(items * (count - 1)) * (kStatePass * walk + kStart) + kSplit +
+           kStates * static_cast<double>(items * count) / static_cast<double>(slots);
+  };
+  std::int64_t best = 1;
+  if (!batch_invariant && items < 2 * slots)
+    for (std::int64_t count = 2; count <= std::min(kMost, chunks / 2); ++count)
+      if (time(count) < time(best)) best = count;
+  return {best, divide_up(divide_up(dims.seqlen, chunk), best), chunk};
+}
+
+// Workspace of a split call, float32 throughout: the states [num_sequences, segments, h, p, n], then the logarithms to base 2
+// of the segments' decays [num_sequences, segments, h]. The first pass writes what each segment adds to the state; combining
+// leaves the state before each segment in its place.
+struct SegmentWorkspace {
+  float* states;
+  float* log2_decay;
+
+  SegmentWorkspace(void* workspace, const Dims& dims, const Segments& segments)
+      : states(static_cast<float*>(workspace)),
+        log2_decay(states + dims.num_sequences * segments.count * dims.nheads * dims.headdim * dims.dstate) {}
+
+  static std::size_t bytes(const Dims& dims, const Segments& segments) {
+    return segments.count == 1
+               ? 0
+               : sizeof(float) * dims.num_sequences * segments.count * dims.nheads * (dims.headdim * dims.dstate + 1);
+  }
+};
+
+// A call with its segments, as the first pass and the combination take it.
+struct SegmentArgs : Inputs {
+  Segments segments;
+  SegmentWorkspace workspace;
+};
+
+}  // namespace statescan::ssd_scan

@@ -1,0 +1,170 @@
+// ssd_scan, the kernels around the main pass: two before it find the states that segments of a sequence start from (plan.h),
+// one after it the states at chosen tokens Math     states:  u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a
+// segment, and s[last] itself
+//          positions: h = exp(s[i]) h + sum_{j<=i} B[j] exp(s[i] - s[j]) dt[j] x[j] where it is asked for, on the way as in
+//          states combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
+// Shapes   u, h [num_sequences, segments, h, p, n] float32
+// Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h; positions:
+//          as states, and write each h asked for
+// Launch   states: a block for each (sequence, segment but the last, tile of heads); positions: also the last segment; combine:
+// a thread for each element of h Numerics as the main pass
+#pragma once
+
+#include "positions.cuh"
+
+namespace statescan::ssd_scan {
+
+template <class Policy>
+struct SegmentLayout {
+  using Rows = TileOfRows<Policy>;
+  using Group = TileOfGroup<Policy>;
+  using ChunkSteps = Steps<Policy::kChunk>;
+
+  static constexpr int kStageBytes = Group::kBytes + Rows::kBytes;
+
+  static constexpr int bytes(int stages, int heads) { return stages * kStageBytes + heads * 2 * sizeof(ChunkSteps); }
+
+  char* base;
+  int stages, heads;
+
+  __device__ Group B(int i) const { return {reinterpret_cast<std::uint16_t*>(base + i * kStageBytes)}; }
+  __device__ Rows x(int i) const { return {reinterpret_cast<std::uint16_t*>(base + i * kStageBytes + Group::kBytes)}; }
+  __device__ ChunkSteps& steps(int which, int head) const {
+    return reinterpret_cast<ChunkSteps*>(base + stages * kStageBytes)[which * heads + head];
+  }
+};
+
+// Walks the states of a segment. Without positions it starts from zero and leaves what the segment adds in p.final_state; with
+// them it starts as the main pass does and leaves the states there.
+template <class Policy, bool kAtPositions>
+__device__ void walk_states(const Params& p, int stages, char* memory) {
+  constexpr int kChunk = Policy::kChunk;
+  const SegmentLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
+  const Task task = task_of(p.tasks);
+  const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
+  const int warp = threadIdx.x / 32;
+  const int head = warp / p.tasks.warps_of_head;
+  const bool has_rows = head < task.heads;
+  const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
+
+  State<Policy> state{};
+  std::conditional_t<kAtPositions, PositionsOfWarp, Nowhere> elsewhere(p, task, walk, task.first_head + head, first_row);
+  if constexpr (kAtPositions)
+    if (has_rows && p.start.data) {
+      const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
+      load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
+    }
+  const auto load_B = group_loader<Policy>(p.B, p, task, walk);
+  const auto load_x = head_loader<Policy>(p.x, p, task, walk);
+  const auto count_at = [&](std::int64_t start) {
+    return static_cast<int>(max(0l, min(std::int64_t(kChunk), walk.length - start)));
+  };
+  const auto load = [&](int stage, std::int64_t start) {
+    load_B.load(shared.B(stage), start, count_at(start));
+    load_x.load(shared.x(stage), start, count_at(start));
+    cute::cp_async_fence();
+  };
+  StepLoader<kChunk> step_loader(p, walk, task.first_head + min(warp, task.heads - 1));
+  const bool has_steps = warp < task.heads;
+  double log2_decay = 0;
+  if (has_steps && walk.length > 0) {
+    step_loader.load(0, count_at(0));
+    log2_decay = step_loader.finish(shared.steps(0, warp));
+    step_loader.load(kChunk, count_at(kChunk));
+  }
+  if (walk.length > 0) load(0, 0);
+
+  int stage = 0, which = 0;
+#pragma unroll 1
+  for (std::int64_t start = 0; start < walk.length; start += kChunk) {
+    const bool is_last = start + kChunk >= walk.length;
+    cute::cp_async_wait<0>();
+    __syncthreads();
+    if (stages > 1 && !is_last) load(1 - stage, start + kChunk);
+    if (has_steps && !is_last) {
+      log2_decay += step_loader.finish(shared.steps(1 - which, warp));
+      step_loader.load(start + 2 * kChunk, count_at(start + 2 * kChunk));
+    }
+    if (has_rows) {
+      Columns<Policy> x;
+      load_columns<Policy>(x, shared.x(stage), warp);
+      do {
+        const int tokens = elsewhere.next(start, count_at(start), kChunk);
+        update_state<Policy>(state, x, shared.B(stage), shared.steps(which, head), tokens, elsewhere);
+      } while (elsewhere.wanted());
+    }
+    if (stages == 1 && !is_last) {
+      __syncthreads();
+      load(0, start + kChunk);
+    }
+    if (stages > 1) stage = 1 - stage;
+    which = 1 - which;
+  }
+
+  if constexpr (!kAtPositions) {
+    const std::int64_t at = task.sequence * p.sequences.segments + task.segment;
+    if (has_rows)
+      store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
+    if (has_steps && task.first_row == 0 && lane_id() == 0)
+      p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
+  }
+}
+
+// p.tasks.segments is one less than p.sequences.segments: what the last segment adds is of no use.
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
+    ssd_scan_segment_states_kernel(const __grid_constant__ Params p, int stages) {
+  extern __shared__ __align__(16) char memory[];
+  walk_states<Policy, false>(p, stages, memory);
+}
+
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kThreads, 2)
+    ssd_scan_position_states_kernel(const __grid_constant__ Params p, int stages) {
+  extern __shared__ __align__(16) char memory[];
+  walk_states<Policy, true>(p, stages, memory);
+}
+
+struct CombineParams {
+  StateView initial_state;
+  float* states;
+  const float* log2_decay;
+  std::int64_t nheads, headdim, dstate;
+  std::uint32_t segments, tiles;  // tiles: blocks for a head
+};
+
+inline constexpr int kCombineThreads = 256;
+
+inline __global__ void __launch_bounds__(kCombineThreads) ssd_scan_segment_combine_kernel(const CombineParams p) {
+  const std::int64_t task = blockIdx.x / p.tiles, sequence = task / p.nheads, head = task % p.nheads;
+  const std::int64_t size = p.headdim * p.dstate, i = std::int64_t(blockIdx.x % p.tiles) * kCombineThreads + threadIdx.x;
+  if (i >= size) return;
+  const StateView& t = p.initial_state;
+  float state = 0.0f;
+  if (t.data)
+    state = cuda::load_element(t.data + sequence * t.sequence + head * t.head + i / p.dstate * t.row + i % p.dstate * t.column,
+                               t.dtype);
+  const std::int64_t step = p.nheads * size;
+  float* states = p.states + (sequence * p.segments * p.nheads + head) * size + i;
+  const float* log2_decay = p.log2_decay + sequence * p.segments * p.nheads + head;
+  // The loads of several segments are on their way together.
+  constexpr int kAhead = 8;
+#pragma unroll 1
+  for (std::uint32_t first = 0; first < p.segments; first += kAhead) {
+    float update[kAhead], decay[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const bool inside = first + k + 1 < p.segments;
+      update[k] = inside ? states[(first + k) * step] : 0.0f;
+      decay[k] = inside ? log2_decay[(first + k) * p.nheads] : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (first + k >= p.segments) break;
+      states[(first + k) * step] = state;
+      state = fmaf(exp2_fast(decay[k]), state, update[k]);
+    }
+  }
+}
+
+}  // namespace statescan::ssd_scan

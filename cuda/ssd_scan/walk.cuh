@@ -1,0 +1,63 @@
+// Which tokens, heads and rows of states a block of threads works on.
+#pragma once
+
+#include "params.h"
+
+namespace statescan::ssd_scan {
+
+// Tokens of a segment in the order of the scan: step i is token `origin + i * sign` of a row of the batch.
+struct Walk {
+  std::int64_t batch, origin, length;
+  int sign;
+  std::int64_t before;  // tokens of the sequence in earlier segments
+};
+
+inline __device__ std::int64_t index_at(const void* data, bool is_int64, std::int64_t i) {
+  return is_int64 ? static_cast<const std::int64_t*>(data)[i] : static_cast<const std::int32_t*>(data)[i];
+}
+
+// cu_seqlens on a device cannot be checked without waiting for it: wrong values give wrong results, but no wild access.
+inline __device__ std::int64_t boundary(const Sequences& s, std::int64_t i) {
+  const std::int64_t at = index_at(s.cu_seqlens, s.is_int64, i * s.stride);
+  return at < 0 ? 0 : (at > s.seqlen ? s.seqlen : at);
+}
+
+inline __device__ std::int64_t length_of(const Sequences& s, std::int64_t sequence) {
+  return s.cu_seqlens ? max(boundary(s, sequence + 1) - boundary(s, sequence), std::int64_t(0)) : s.seqlen;
+}
+
+// Segments begin on multiples of a chunk. Sequence s.count is what lies past the last packed token.
+inline __device__ Walk walk_of(const Sequences& s, std::int64_t sequence, std::int64_t segment) {
+  std::int64_t batch = sequence, first = 0, last = s.seqlen;
+  if (s.cu_seqlens) {
+    batch = 0;
+    first = boundary(s, sequence);
+    last = sequence == s.count ? s.seqlen : boundary(s, sequence + 1);
+  }
+  const std::int64_t length = last > first ? last - first : 0;
+  const std::int64_t chunks = (length + s.chunk - 1) / s.chunk, each = (chunks + s.segments - 1) / s.segments * s.chunk;
+  const std::int64_t begin = min(segment * each, length), end = min(begin + each, length);
+  return {batch, s.reverse ? last - 1 - begin : first + begin, end - begin, s.reverse ? -1 : 1, begin};
+}
+
+// The block's part of the call, and the warp's part of that.
+struct Task {
+  std::int64_t sequence, segment;
+  std::int64_t group, first_head;
+  int heads;               // fewer than tasks.heads at the end of a group
+  std::int64_t first_row;  // of headdim, of a slice
+};
+
+inline __device__ Task task_of(const Tasks& t) {
+  const std::uint32_t tile = blockIdx.x % t.tiles, rest = blockIdx.x / t.tiles;
+  const std::uint32_t group = tile / t.tiles_of_group, part = tile % t.tiles_of_group;
+  const std::uint32_t head = part / t.slices * t.heads, slice = part % t.slices;
+  return {rest / t.segments,
+          rest % t.segments,
+          group,
+          std::int64_t(group) * t.heads_of_group + head,
+          static_cast<int>(min(t.heads, t.heads_of_group - head)),
+          std::int64_t(slice) * t.warps_of_head * kRowsOfWarp};
+}
+
+}  // namespace statescan::ssd_scan
