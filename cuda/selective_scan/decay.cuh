@@ -1,18 +1,13 @@
 // The decay exp(dt A) and the step of a state, for a real or complex A.
 #pragma once
 
+#include "../common/element.cuh"
 #include "policy.h"
 
 namespace statescan::selective_scan {
 
 // A's real part is scaled by this once, so that the decay is 2^(dt rate).
 inline constexpr float kRateScale = 1.44269504f;
-
-inline __device__ float exp2_fast(float v) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
 
 // A decay as what is added to a state: state' = factor state (+ state where from_one). Near one the factor is decay - 1, since
 // rounding the decay itself would be the same error at every token of a constant dt, and add up over a long memory.
@@ -28,7 +23,7 @@ inline __device__ Decay decay_of(float v) {
   q = fmaf(q, v, 2.4022650e-1f);
   q = fmaf(q, v, 6.9314714e-1f);
   const bool near = fabsf(v) <= kNear;
-  return {near ? q * v : exp2_fast(v), near};
+  return {near ? q * v : cuda::fast_exp2(v), near};
 }
 
 struct SinCos {
@@ -60,14 +55,21 @@ inline __device__ SinCos sincos_of(float x, float tail) {
   return {quadrant & 2 ? -first : first, (quadrant + 1) & 2 ? -second : second, cos_minus_one, quadrant == 0};
 }
 
-// state' = exp(dt rate) state + u B; rate is A with its real part scaled by kRateScale.
+// exp(dt rate) as what is added to a state; rate is A with its real part scaled by kRateScale.
 template <Arithmetic arithmetic>
-__device__ void advance(float* state, float dt, const float* rate, float u, const float* B) {
+struct Step {
+  static constexpr int kParts = arithmetic == Arithmetic::complex_rate ? 2 : 1;
+  float factor[kParts];
+  bool from_one;  // of the real part
+};
+
+template <Arithmetic arithmetic>
+__device__ Step<arithmetic> step_of(float dt, const float* rate) {
   if constexpr (arithmetic == Arithmetic::fast) {
-    state[0] = fmaf(exp2_fast(dt * rate[0]), state[0], u * B[0]);
+    return {{cuda::fast_exp2(dt * rate[0])}, false};
   } else if constexpr (arithmetic == Arithmetic::precise) {
     const Decay decay = decay_of(dt * rate[0]);
-    state[0] = fmaf(decay.factor, state[0], u * B[0]) + (decay.from_one ? state[0] : 0.0f);
+    return {{decay.factor}, decay.from_one};
   } else {
     const Decay size = decay_of(dt * rate[0]);
     const float angle = dt * rate[1];
@@ -75,11 +77,35 @@ __device__ void advance(float* state, float dt, const float* rate, float u, cons
     const bool from_one = size.from_one && turn.small;
     const float whole = size.from_one ? size.factor + 1.0f : size.factor;
     // |decay| cos - 1 = (|decay| - 1) cos + (cos - 1)
-    const float real = from_one ? fmaf(size.factor, turn.cos, turn.cos_minus_one) : whole * turn.cos;
-    const float imag = whole * turn.sin;
-    const float h = fmaf(-imag, state[1], fmaf(real, state[0], u * B[0])) + (from_one ? state[0] : 0.0f);
-    state[1] = fmaf(imag, state[0], fmaf(real, state[1], u * B[1])) + (from_one ? state[1] : 0.0f);
-    state[0] = h;
+    return {{from_one ? fmaf(size.factor, turn.cos, turn.cos_minus_one) : whole * turn.cos, whole * turn.sin}, from_one};
+  }
+}
+
+// state' = exp(dt rate) state + u B
+template <Arithmetic arithmetic>
+__device__ void advance(float* state, const Step<arithmetic>& step, float u, const float* B) {
+  if constexpr (arithmetic == Arithmetic::complex_rate) {
+    const float real = fmaf(-step.factor[1], state[1], fmaf(step.factor[0], state[0], u * B[0]));
+    const float imag = fmaf(step.factor[1], state[0], fmaf(step.factor[0], state[1], u * B[1]));
+    state[0] = real + (step.from_one ? state[0] : 0.0f);
+    state[1] = imag + (step.from_one ? state[1] : 0.0f);
+  } else {
+    const float added = fmaf(step.factor[0], state[0], u * B[0]);
+    state[0] = arithmetic == Arithmetic::precise ? added + (step.from_one ? state[0] : 0.0f) : added;
+  }
+}
+
+// adjoint' = conj(exp(dt rate)) adjoint
+template <Arithmetic arithmetic>
+__device__ void retreat(float* adjoint, const Step<arithmetic>& step) {
+  if constexpr (arithmetic == Arithmetic::complex_rate) {
+    const float real = fmaf(step.factor[1], adjoint[1], step.factor[0] * adjoint[0]);
+    const float imag = fmaf(-step.factor[1], adjoint[0], step.factor[0] * adjoint[1]);
+    adjoint[0] = real + (step.from_one ? adjoint[0] : 0.0f);
+    adjoint[1] = imag + (step.from_one ? adjoint[1] : 0.0f);
+  } else {
+    const float kept = step.factor[0] * adjoint[0];
+    adjoint[0] = arithmetic == Arithmetic::precise ? kept + (step.from_one ? adjoint[0] : 0.0f) : kept;
   }
 }
 

@@ -7,158 +7,144 @@
 // Launch   one axis of sequences x segments x blocks; a block: 64 channels, one warp for 4 states of them (8 of long rows)
 // Numerics float32. A warp adds up its states of a channel in order, then the warps in order. Where a sequence is cut into
 //          segments, a first launch leaves the end of each, started from zero, with the sum of its dt; a segment starts from
-//          those before it
+//          those before it. The backward takes its checkpoints from this kernel
 #pragma once
 
 #include <statescan/math.h>
 
-#include "decay.cuh"
-#include "tile.cuh"
+#include "projection.cuh"
 
 namespace statescan::selective_scan {
 
-// The tokens of a sequence's segment, counted in scan order from the sequence's start.
-struct Span {
-  std::int64_t row, first, last;   // of the sequence, in memory
-  std::int64_t begin, end;         // of the segment
-};
-
-// cu_seqlens on a device cannot be checked without waiting for it: wrong values give wrong results, but no wild access.
-inline __device__ std::int64_t boundary(const Params& p, std::int64_t i) {
-  const std::int64_t at = p.cu_is_int64 ? static_cast<const std::int64_t*>(p.cu_seqlens)[i * p.cu_stride]
-                                        : static_cast<const std::int32_t*>(p.cu_seqlens)[i * p.cu_stride];
-  return at < 0 ? 0 : (at > p.seqlen ? p.seqlen : at);
-}
-
-inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int64_t segment) {
-  Span s{sequence, 0, p.seqlen, 0, 0};
-  if (p.cu_seqlens) s = {0, boundary(p, sequence), sequence == p.sequences ? p.seqlen : boundary(p, sequence + 1), 0, 0};
-  const std::int64_t length = s.last > s.first ? s.last - s.first : 0;
-  const std::int64_t tiles = (length + kTile - 1) / kTile, each = (tiles + p.segments - 1) / p.segments * kTile;
-  s.begin = segment * each < length ? segment * each : length;
-  s.end = s.begin + each < length ? s.begin + each : length;
-  return s;
-}
-
-// A [b,l,d] or [b,l,g,n] tensor at a token of a sequence, walked in scan order.
-inline __device__ Walk walk_of(const Params& p, const View& t, const Span& s, std::int64_t token, std::int64_t channel) {
-  const std::int64_t at = p.reverse ? s.last - 1 - token : s.first + token;
-  return {t.data + s.row * t.row + at * t.token + channel * t.channel, p.reverse ? -t.token : t.token, t.channel, t.dtype};
-}
-
-// B or C of a tile: each lane moves half of the warp's states of one token, from memory through registers to [token][state].
-template <class Policy>
-class Projection {
- public:
-  static constexpr int kEach = Policy::kStates / 2, kParts = Policy::kParts;
-
-  __device__ void load(const View& t, const Walk& walk, int tokens, std::int64_t states) {
-    const int lane = threadIdx.x % kWarp, token = lane / 2, first = lane % 2 * kEach;
-    const char* const from = walk.at + token * walk.token + first * t.state;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const bool inside = token < tokens && first + i < states;
-        const DType dtype = kParts == 2 ? DType::float32 : t.dtype;
-        word_[i * kParts + part] = inside ? cuda::load_bits(from + i * t.state + 4 * part, dtype) : 0;
-      }
-  }
-  __device__ void put(float* tile, DType dtype) const {
-    float* const to = tile + threadIdx.x % kWarp * (kEach * kParts);
-#pragma unroll
-    for (int i = 0; i < kEach * kParts; ++i) to[i] = cuda::widen_bits(word_[i], kParts == 2 ? DType::float32 : dtype);
-  }
-
- private:
-  std::uint32_t word_[kEach * kParts];
-};
-
-// A warp's part of a [d,n] tensor or of one sequence's states: two channels of each lane.
-template <class Policy, class Visit>
-__device__ void visit_states(const View& t, std::int64_t row, std::int64_t channel, int channels, std::int64_t state,
-                             std::int64_t states, Visit visit) {
-#pragma unroll
-  for (int c = 0; c < 2; ++c)
-#pragma unroll
-    for (int k = 0; k < Policy::kStates; ++k) {
-      const int lane_channel = threadIdx.x % kWarp * 2 + c;
-      if (lane_channel >= channels || k >= states) continue;
-      char* const at = t.data + row * t.row + (channel + lane_channel) * t.channel + (state + k) * t.state;
-#pragma unroll
-      for (int part = 0; part < Policy::kParts; ++part) visit(c, k * Policy::kParts + part, at + 4 * part);
-    }
-}
-
-template <class Policy>
-__device__ void load_states(const View& t, std::int64_t row, std::int64_t channel, int channels, std::int64_t state,
-                            std::int64_t states, float (&values)[2][Policy::kValues]) {
-  const DType dtype = Policy::kParts == 2 ? DType::float32 : t.dtype;
-#pragma unroll
-  for (int c = 0; c < 2; ++c)
-#pragma unroll
-    for (int v = 0; v < Policy::kValues; ++v) values[c][v] = 0.0f;
-  if (!t.data) return;
-  visit_states<Policy>(t, row, channel, channels, state, states,
-                       [&](int c, int v, const char* at) { values[c][v] = cuda::load_element(at, dtype); });
-}
-
-// Floats of shared memory: what a block shares, and what each of its warps has.
+// Shared memory, in words of 16 bytes: what a block shares, and what each of its warps has.
 template <class Policy>
 struct Storage {
-  static constexpr int kSteps = kTile * kChannels * 2, kPerChannel = 2 * kChannels;
-  static constexpr int kProjection = kTile * Policy::kValues;                                  // of one of B and C
-  static constexpr int kFixed = Policy::kTimeInvariant ? kChannels * Policy::kValues : 0;      // the same
-  static constexpr int kSums = kTile * kChannels;
-  static constexpr int kShared = kSteps + kPerChannel, kPerWarp = kSums + 2 * kProjection + 2 * kFixed;
+  static constexpr int kSteps = kTile * kChannels / 2, kPerChannel = 2 * kChannels / 4;
+  static constexpr int kFetched = kRuns * (2 * 2 * Policy::kWords + 2);  // two tiles of x and of z, one of dt
+  static constexpr int kShared = kSteps + kPerChannel + kFetched;
+  static constexpr int kSums = kTile * kChannels / 4;
+  static constexpr int kProjection = kTile * Policy::kValues / 4;                            // of one of B and C
+  static constexpr int kRaw = kWarp * Policy::kValues / 4;                                   // of both, as they came
+  static constexpr int kFixed = Policy::kTimeInvariant ? kChannels * Policy::kValues / 4 : 0;  // of one
+  static constexpr int kPerWarp = kSums + 2 * kProjection + kRaw + 2 * kFixed;
 };
 
-// kEndsOnly: the state at the end of each segment but the last, started from zero.
-template <class Policy, bool kEndsOnly>
+// dt and dt x of the thread's elements.
+template <bool kAlongTokens>
+__device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
+                             const float* bias, int tokens, int channels, float4* steps) {
+  float dt[kRun], u[kRun];
+  slot_dt.widen(p.dt.dtype, dt);
+  slot_x.widen(p.x.dtype, u);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) dt[i] += of_channel<kAlongTokens>(bias, place, i);
+  if (p.dt_softplus) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) dt[i] = cuda::fast_softplus(dt[i]);
+  }
+  if (p.dt_limited) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) dt[i] = clamp(dt[i], p.dt_min, p.dt_max);
+  }
+  if (tokens < kTile || channels < kChannels) {  // outside, a step of zero leaves the states alone
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (!place.holds(i, tokens, channels)) dt[i] = 0.0f, u[i] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) u[i] *= dt[i];
+  put_steps<kAlongTokens>(steps, place, dt, u);
+}
+
+// y of the thread's elements from the sums of the warps.
+template <bool kAlongTokens>
+__device__ void finish(const Params& p, const Place& place, const Slot<kRun>& slot_x, const Slot<kRun>& slot_z, const float* skip,
+                       float (&y)[kRun]) {
+  float values[kRun];
+  if (p.D.data) {
+    slot_x.widen(p.x.dtype, values);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) y[i] = fmaf(of_channel<kAlongTokens>(skip, place, i), values[i], y[i]);
+  }
+  if (p.z.data) {
+    slot_z.widen(p.x.dtype, values);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) y[i] *= cuda::fast_silu(values[i]);
+  }
+}
+
+// What a launch is for.
+enum class Pass {
+  output,       // y and the final state
+  ends,         // the end of each segment but the last, started from zero
+  checkpoints,  // the state at the start of each tile
+};
+
+// One tile: h goes through its tokens, and the warp's part of y to `sums`.
+template <class Policy, Pass kPass>
+__device__ void scan(const float4* steps, const float* tile_B, const float* tile_C, const float* fixed_B, const float* fixed_C,
+                     const float (&rate)[2][Policy::kValues], float (&h)[2][Policy::kValues], float (&total)[2], float* sums) {
+  constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
+#pragma unroll(Policy::kArithmetic == Arithmetic::complex_rate ? 1 : 4)
+  for (int t = 0; t < kTile; ++t) {
+    const float4 step = steps[t * (kChannels / 2)];
+    const float dt[2] = {step.x, step.y}, u[2] = {step.z, step.w};
+    float B[kValues], C[kValues], y[2] = {};
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      if (c == 0 || Policy::kTimeInvariant) {
+        read_projection<Policy>(B, tile_B, fixed_B, t, c);
+        if constexpr (kPass == Pass::output) read_projection<Policy>(C, tile_C, fixed_C, t, c);
+      }
+      if constexpr (kPass == Pass::ends) total[c] += dt[c];
+#pragma unroll
+      for (int v = 0; v < kValues; v += kParts) {
+        advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(dt[c], &rate[c][v]), u[c], &B[v]);
+        if constexpr (kPass == Pass::output) y[c] = read_out<kParts>(&C[v], &h[c][v], y[c]);
+      }
+    }
+    if constexpr (kPass == Pass::output)
+      *reinterpret_cast<float2*>(sums + t * kChannels) = make_float2(kParts * y[0], kParts * y[1]);
+  }
+}
+
+template <class Policy, Pass kPass>
 __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
     selective_scan_forward_kernel(const __grid_constant__ Params p) {
-  constexpr int kStates = Policy::kStates, kValues = Policy::kValues, kParts = Policy::kParts;
+  constexpr int kStates = Policy::kStates, kValues = Policy::kValues;
+  constexpr bool kOutput = kPass == Pass::output, kEnds = kPass == Pass::ends;
   using Memory = Storage<Policy>;
-  extern __shared__ float4 memory[];
-  float4* const steps = memory;
-  float* const bias = reinterpret_cast<float*>(memory) + Memory::kSteps;
-  float* const skip = bias + kChannels;
-  float* const sums = skip + kChannels;  // [warp][token][channel]
+  extern __shared__ uint4 memory[];
 
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
-  const std::uint32_t block = blockIdx.x % p.blocks, group = block / p.blocks_of_group;
-  const std::uint32_t within = block % p.blocks_of_group * kChannels;
-  const int channels = min(static_cast<int>(p.group_channels - within), kChannels);
-  const std::int64_t channel = static_cast<std::int64_t>(group) * p.group_channels + within;
-  const std::int64_t ends = p.segments - 1, segments = kEndsOnly ? ends : p.segments;
-  const std::int64_t segment = blockIdx.x / p.blocks % segments, sequence = blockIdx.x / p.blocks / segments;
-  const Span span = span_of(p, sequence, segment);
-  if (p.cu_seqlens && sequence == p.sequences) {  // the rows past the last packed token
-    if (segment > 0) return;
-    const int places = blockDim.x / kChannels;
-    for (std::int64_t t = span.first + thread / kChannels; t < span.last; t += places)
-      if (thread % kChannels < channels)
-        cuda::store_element(p.y.data + t * p.y.token + (channel + thread % kChannels) * p.y.channel, p.y.dtype, 0.0f);
+  const std::int64_t ends = p.segments - 1;
+  const Task task = task_of(p, kEnds ? ends : p.segments);
+  const Span span = span_of(p, task.sequence, task.segment);
+  if (p.cu_seqlens && task.sequence == p.sequences) {
+    if (task.segment == 0) clear_rows(p.y, span, task);
     return;
   }
 
-  for (int c = thread; c < kChannels; c += blockDim.x) {
-    const auto value = [&](const View& t) {
-      return t.data && c < channels ? *reinterpret_cast<const float*>(t.data + (channel + c) * t.channel) : 0.0f;
-    };
-    bias[c] = value(p.dt_bias), skip[c] = value(p.D);
-  }
+  float4* const steps = reinterpret_cast<float4*>(memory);
+  float* const bias = reinterpret_cast<float*>(memory + Memory::kSteps);
+  float* const skip = bias + kChannels;
+  uint4* const fetched = memory + Memory::kSteps + Memory::kPerChannel + thread % kRuns;
+  const Slot<kRun> slot_dt{fetched, kRuns};
+  const Slot<kRun> slots_x{fetched + 2 * kRuns, kRuns}, slots_z{slots_x.at + 2 * Policy::kWords * kRuns, kRuns};
+  float* const sums = reinterpret_cast<float*>(memory + Memory::kShared);  // [warp][token][channel]
+  uint4* const own = memory + Memory::kShared + blockDim.x / kWarp * Memory::kSums + warp * (Memory::kPerWarp - Memory::kSums);
+  uint4* const raw = own + 2 * Memory::kProjection + lane;
+  float* const tile_B = reinterpret_cast<float*>(own);
+  float* const tile_C = reinterpret_cast<float*>(own + Memory::kProjection);
+  float* const fixed_B = reinterpret_cast<float*>(own + 2 * Memory::kProjection + Memory::kRaw) + lane * kValues;
+  float* const fixed_C = fixed_B + 4 * Memory::kFixed;
+
+  load_channels(p.dt_bias, task, bias);
+  load_channels(p.D, task, skip);
   __syncthreads();
 
   const bool moves = thread < kRuns;
   const Place place = place_of(p.reach, p.reverse, thread % kRuns);
-  const float4* const lane_steps = steps + slot_of_pair(lane);
-  float* const lane_sums = sums + warp * Memory::kSums + place_in_sums(2 * lane);
-  float* const tiles = sums + blockDim.x / kWarp * Memory::kSums + warp * (Memory::kPerWarp - Memory::kSums);
-  float* const tile_B = tiles;
-  float* const tile_C = tiles + Memory::kProjection;
-  float* const fixed_B = tile_C + Memory::kProjection;  // [channel of the lane][lane][state]
-  float* const fixed_C = fixed_B + Memory::kFixed;
 
 #pragma unroll 1
   for (std::int64_t piece = 0; piece < p.dstate || piece == 0; piece += p.piece) {
@@ -166,185 +152,96 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
     const std::int64_t held = last_piece ? p.dstate - piece : p.piece;
     const int scanners = static_cast<int>((held + kStates - 1) / kStates);
     const std::int64_t state = piece + warp * kStates, states = held - warp * kStates;  // of this warp
-    const bool scans = warp < scanners;
+    const bool scans = warp < scanners, gates = kOutput && last_piece && p.z.data;
 
     float rate[2][kValues], h[2][kValues];
-    load_states<Policy>(p.A, 0, channel, channels, state, states, rate);
-#pragma unroll
-    for (int c = 0; c < 2; ++c)
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) rate[c][k * kParts] *= kRateScale;
-    load_states<Policy>(kEndsOnly ? View{} : p.initial_state, sequence, channel, channels, state, states, h);
-    const std::int64_t end_token = p.dstate * kParts * 4;
-    const View end_view{reinterpret_cast<char*>(p.end_state), DType::float32, p.dim * end_token, 0, end_token, 4 * kParts};
-    if constexpr (!kEndsOnly) {
+    load_rates<Policy>(p, task, state, states, rate);
+    load_states<Policy>(kEnds ? View{} : p.initial_state, task.sequence, task, state, states, h);
+    if constexpr (!kEnds) {
 #pragma unroll 1
-      for (std::int64_t before = sequence * ends; before < sequence * ends + segment; ++before) {
-        float end[2][kValues];
-        load_states<Policy>(end_view, before, channel, channels, state, states, end);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float dt = 2 * lane + c < channels ? p.end_step[before * p.dim + channel + 2 * lane + c] : 0.0f;
-#pragma unroll
-          for (int k = 0; k < kStates; ++k)
-            advance<Policy::kArithmetic>(&h[c][k * kParts], dt, &rate[c][k * kParts], 1.0f, &end[c][k * kParts]);
-        }
-      }
+      for (std::int64_t before = 0; before < task.segment; ++before)
+        cross_segment<Policy>(p, p.ends, task.sequence * ends + before, task, state, states, rate, h);
     }
     if constexpr (Policy::kTimeInvariant) {
-      const auto keep = [&](const View& t, bool varying, float* fixed) {
-        if (varying) return;
-        float values[2][kValues];
-        load_states<Policy>(t, 0, channel, channels, state, states, values);
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int v = 0; v < kValues; ++v) fixed[(c * kWarp + lane) * kValues + v] = values[c][v];
-      };
-      if (scans) {
-        keep(p.B, p.varying_B, fixed_B);
-        keep(p.C, p.varying_C, fixed_C);
-      }
+      if (scans && !p.varying_B) keep_fixed<Policy>(p.B, task, state, states, fixed_B);
+      if (scans && !p.varying_C) keep_fixed<Policy>(p.C, task, state, states, fixed_C);
     }
 
-    // What the next tile needs, on its way while this one is scanned.
-    Run<Policy::kXBytes> x, z, next_x, next_z;
-    Run<4> next_dt;
-    Projection<Policy> next_B, next_C;
-    const auto fetch = [&](std::int64_t token) {
+    Walk walk_x = walk_of(p, p.x, span, place, span.begin, task.channel);
+    Walk walk_dt = walk_of(p, p.dt, span, place, span.begin, task.channel);
+    Walk walk_z = walk_of(p, p.z, span, place, span.begin, task.channel);
+    Walk walk_y = walk_of(p, p.y, span, place, span.begin, task.channel);
+    const bool of_C = lane >= kTile;
+    Projection<Policy> projection(p, of_C ? p.C : p.B, scans && (of_C ? kOutput && p.varying_C : p.varying_B),
+                                  of_C ? p.vectors_C : p.vectors_B, span, span.begin, task.group, state, states, raw);
+    int parity = 0;  // of the tile that is fetched next
+    const auto fetch_next = [&](std::int64_t token) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
-      if (moves) {
-        load_run(next_x, walk_of(p, p.x, span, token, channel), place, tokens, channels);
-        load_run(next_dt, walk_of(p, p.dt, span, token, channel), place, tokens, channels);
-        if (!kEndsOnly && last_piece && p.z.data)
-          load_run(next_z, walk_of(p, p.z, span, token, channel), place, tokens, channels);
+      if (tokens > 0) {
+        if (moves) {
+          const int half = parity * (Policy::kWords * kRuns);
+          fetch(slot_dt, walk_dt, p.dt.dtype, place, tokens, task.channels);
+          fetch({slots_x.at + half, kRuns}, walk_x, p.x.dtype, place, tokens, task.channels);
+          if (gates) fetch({slots_z.at + half, kRuns}, walk_z, p.x.dtype, place, tokens, task.channels);
+          walk_dt.at += walk_dt.tile, walk_x.at += walk_x.tile, walk_z.at += walk_z.tile;
+        }
+        projection.fetch(tokens, 1);
       }
-      if (!scans) return;
-      if (p.varying_B) {
-        Walk walk = walk_of(p, p.B, span, token, group);
-        walk.at += state * p.B.state;
-        next_B.load(p.B, walk, tokens, states);
-      }
-      if (!kEndsOnly && p.varying_C) {
-        Walk walk = walk_of(p, p.C, span, token, group);
-        walk.at += state * p.C.state;
-        next_C.load(p.C, walk, tokens, states);
-      }
+      commit_copies();
+      parity ^= 1;
     };
-    next_z.clear();
-    fetch(span.begin);
+    fetch_next(span.begin);
     float total[2] = {};
 
 #pragma unroll 1
     for (std::int64_t token = span.begin; token < span.end; token += kTile) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
+      const int half = (parity ^ 1) * (Policy::kWords * kRuns);
+      const Slot<kRun> slot_x{slots_x.at + half, kRuns}, slot_z{slots_z.at + half, kRuns};
+      wait_for_copies();
       if (moves) {
-        x = next_x, z = next_z;
-        float dt[kRun], u[kRun];
-        next_dt.widen(p.dt.dtype, dt);
-        x.widen(p.x.dtype, u);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          dt[i] += bias[place.channel_of(i)];
-          if (p.dt_softplus) dt[i] = cuda::fast_softplus(dt[i]);
-          dt[i] = clamp(dt[i], p.dt_min, p.dt_max);
-          const bool inside = place.holds(i, tokens, channels);  // outside, a step of zero leaves the states alone
-          dt[i] = inside ? dt[i] : 0.0f;
-          u[i] = inside ? u[i] * dt[i] : 0.0f;
-        }
-        put_steps(steps, place, dt, u);
+        if (place.along_tokens) put_steps_of<true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
+        else put_steps_of<false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
       }
-      if (scans) {
-        if (p.varying_B) next_B.put(tile_B, p.B.dtype);
-        if (!kEndsOnly && p.varying_C) next_C.put(tile_C, p.C.dtype);
-      }
+      projection.put(of_C ? tile_C : tile_B);
       __syncthreads();
-      if (token + kTile < span.end) fetch(token + kTile);
-
+      fetch_next(token + kTile);
       if (scans) {
-#pragma unroll 4
-        for (int t = 0; t < kTile; ++t) {
-          const float4 step = lane_steps[t * (kChannels / 2)];
-          const float dt[2] = {step.x, step.y}, u[2] = {step.z, step.w};
-          float B[kValues], C[kValues], y[2] = {};
-          const auto read = [&](float (&to)[kValues], const float* tile, bool varying, const float* fixed, int c) {
-            if (Policy::kTimeInvariant || c == 0) {
-              const float4* const from = reinterpret_cast<const float4*>(
-                  !Policy::kTimeInvariant || varying ? tile + t * kValues : fixed + (c * kWarp + lane) * kValues);
+        if constexpr (kPass == Pass::checkpoints) {
+          float4* const to = checkpoint_at<Policy>(p, span, task, token, state);
 #pragma unroll
-              for (int v = 0; v < kValues; v += 4) {
-                const float4 four = from[v / 4];
-                to[v] = four.x, to[v + 1] = four.y, to[v + 2] = four.z, to[v + 3] = four.w;
-              }
-            }
-          };
+          for (int c = 0; c < 2; ++c)
 #pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            read(B, tile_B, p.varying_B, fixed_B, c);
-            if constexpr (!kEndsOnly) read(C, tile_C, p.varying_C, fixed_C, c);
-            if constexpr (kEndsOnly) total[c] += dt[c];
-#pragma unroll
-            for (int v = 0; v < kValues; v += kParts) {
-              advance<Policy::kArithmetic>(&h[c][v], dt[c], &rate[c][v], u[c], &B[v]);
-              if constexpr (!kEndsOnly) y[c] = read_out<kParts>(&C[v], &h[c][v], y[c]);
-            }
-          }
-          if constexpr (!kEndsOnly) *reinterpret_cast<float2*>(lane_sums + t * kChannels) = make_float2(y[0], y[1]);
+            for (int v = 0; v < kValues; v += 4)
+              to[(c * kValues + v) / 4 * kWarp] = make_float4(h[c][v], h[c][v + 1], h[c][v + 2], h[c][v + 3]);
         }
+        scan<Policy, kPass>(steps + slot_of_pair(lane), tile_B, tile_C, p.varying_B ? nullptr : fixed_B,
+                            p.varying_C ? nullptr : fixed_C, rate, h, total, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
       }
       __syncthreads();
 
-      if constexpr (!kEndsOnly) {
+      if constexpr (kOutput) {
         if (!moves) continue;
         float y[kRun] = {};
-        for (int w = 0; w < scanners; ++w) add_sums(sums + w * Memory::kSums, place, y);
+        for (int w = 0; w < scanners; ++w) {
+          if (place.along_tokens) add_sums<true>(sums + w * 4 * Memory::kSums, place, y);
+          else add_sums<false>(sums + w * 4 * Memory::kSums, place, y);
+        }
         if (!first_piece || !last_piece) {
-          const View view{reinterpret_cast<char*>(p.partial), DType::float32, 4 * p.seqlen * p.dim, 4 * p.dim, 4, 0};
-          const Walk walk = walk_of(p, view, span, token, channel);
-          Place one_by_one = place;
-          one_by_one.is_vector = false;
-          Run<4> before;
-          before.clear();
-          if (!first_piece) load_run(before, walk, one_by_one, tokens, channels);
-          float values[kRun];
-          before.widen(DType::float32, values);
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) y[i] += values[i];
-          if (!last_piece) {
-            store_run<4>(walk, one_by_one, tokens, channels, y);
-            continue;
-          }
+          pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
+          if (!last_piece) continue;
         }
-        float values[kRun];
-        x.widen(p.x.dtype, values);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) {
-          y[i] *= kParts;
-          if (p.D.data) y[i] = fmaf(skip[place.channel_of(i)], values[i], y[i]);
-        }
-        if (p.z.data) {
-          z.widen(p.x.dtype, values);
-#pragma unroll
-          for (int i = 0; i < kRun; ++i) y[i] *= cuda::fast_silu(values[i]);
-        }
-        store_run<Policy::kXBytes>(walk_of(p, p.y, span, token, channel), place, tokens, channels, y);
+        if (place.along_tokens) finish<true>(p, place, slot_x, slot_z, skip, y);
+        else finish<false>(p, place, slot_x, slot_z, skip, y);
+        store(walk_y, p.x.dtype, place, tokens, task.channels, y);
+        walk_y.at += walk_y.tile;
       }
     }
 
     if (!scans) continue;
-    const bool ends_sequence = !kEndsOnly && segment == ends && p.final_state.data;
-    if (kEndsOnly || ends_sequence) {
-      const View& to = kEndsOnly ? end_view : p.final_state;
-      const DType dtype = kParts == 2 ? DType::float32 : to.dtype;
-      visit_states<Policy>(to, kEndsOnly ? sequence * ends + segment : sequence, channel, channels, state, states,
-                           [&](int c, int v, char* at) { cuda::store_element(at, dtype, h[c][v]); });
-    }
-    if constexpr (kEndsOnly) {
-      if (first_piece && warp == 0)
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          if (2 * lane + c < channels) p.end_step[(sequence * ends + segment) * p.dim + channel + 2 * lane + c] = total[c];
-    }
+    if constexpr (kEnds) store_end<Policy>(p, p.ends, task.sequence * ends + task.segment, task, state, states, h, total);
+    if (kOutput && task.segment == ends && p.final_state.data)
+      store_states<Policy>(p.final_state, task.sequence, task, state, states, h);
   }
 }
 

@@ -1,7 +1,9 @@
 // A call as the kernels take it: plain numbers, worked out on the host.
 #pragma once
 
+#include <limits>
 #include <string>
+#include <vector>
 
 #include "policy.h"
 
@@ -42,6 +44,11 @@ inline View projection_view(const Tensor& t) {  // [b,l,g,n], or [d,n]
   return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, t.stride[1] * e, t.stride[2] * e, t.stride[3] * e};
 }
 
+// What segments that start from zero leave: their states [sequence, segment, d, n], and the sums of their dt [.., d].
+struct Ends {
+  float *states, *steps;
+};
+
 struct Params {
   std::int64_t sequences, segments, seqlen;
   std::uint32_t blocks_of_group, blocks, group_channels;
@@ -50,56 +57,106 @@ struct Params {
   bool cu_is_int64;
   std::int64_t cu_stride;
   Reach reach;
-  bool reverse, dt_softplus, varying_B, varying_C;
+  bool reverse, dt_softplus, dt_limited, varying_B, varying_C;
+  bool vectors_B, vectors_C;        // a warp's states of B or C at a token are one access
   float dt_min, dt_max;
   View x, dt, A, B, C, D, z, dt_bias, initial_state, y, final_state;
-  float *partial;         // [b,l,d] when there are several pieces
-  float *end_state;       // [sequence, segment but the last, d, n]: the state of a segment that starts from zero
-  float *end_step;        // [sequence, segment but the last, d]: the sum of dt over it
+  Ends ends;              // of all segments but the last
+  float* partial;         // y [b,l,d] when there are several pieces
+  float* checkpoints;     // states at the start of each tile
 };
 
-// Why all of the tensors that a thread moves in runs cannot be reached by vectors along axis 1 (tokens) or 2 (channels), or "".
-inline std::string why_not_vectors(const Args& args, const Dims& dims, int along) {
+struct BackwardParams : Params {
+  View dy, dfinal_state, dx, ddt, dz, dinitial_state;
+  Ends adjoint_ends;      // of all segments but the first, seen from the right
+  float* partial_steps;   // sums for dx and ddt [2,b,l,d] when there are several pieces
+  float* projections;     // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
+  float *dA, *dB, *dC;    // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
+  float *dD, *ddt_bias;   // the same, [.., d]
+};
+
+// The tensors that a thread moves in runs.
+struct Moved {
+  const char* name;
+  const Tensor* tensor;
+};
+inline std::vector<Moved> moved(const Args& a) { return {{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"y", &a.y}}; }
+inline std::vector<Moved> moved(const BackwardArgs& a) {
+  return {{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"dy", &a.dy}, {"dx", &a.dx}, {"ddt", &a.ddt}, {"dz", &a.dz}};
+}
+
+// Why all of them cannot be reached by vectors along axis 1 (tokens) or 2 (channels), or "".
+template <class A>
+std::string why_not_vectors(const A& args, const Dims& dims, int along) {
   if (along == 1 && args.cu_seqlens) return "needs sequences that are not packed";
   if (along == 2 && dims.ngroups > 0 && dims.dim / dims.ngroups % kRun != 0)
     return "needs groups of a multiple of " + std::to_string(kRun) + " channels, got " + std::to_string(dims.dim / dims.ngroups);
-  std::string reason = cuda::why_not_runs("x", args.x, along, kRun);
-  if (reason.empty()) reason = cuda::why_not_runs("dt", args.dt, along, kRun);
-  if (reason.empty()) reason = cuda::why_not_runs("z", args.z, along, kRun);
-  if (reason.empty()) reason = cuda::why_not_runs("y", args.y, along, kRun);
-  return reason;
+  for (const Moved& m : moved(args))
+    if (std::string reason = cuda::why_not_runs(m.name, *m.tensor, along, kRun); !reason.empty()) return reason;
+  return "";
 }
 
-inline Reach reach_of(const Args& args, const Dims& dims) {
+template <class A>
+Reach reach_of(const A& args, const Dims& dims) {
   if (why_not_vectors(args, dims, 2).empty()) return Reach::channels;
   if (why_not_vectors(args, dims, 1).empty()) return Reach::tokens;
   return args.x.stride[2] <= args.x.stride[1] ? Reach::by_channel : Reach::by_token;
 }
 
-inline Params params_of(const Args& args, const Dims& d) {
-  Params p{};
+// What both directions share. `states`: of a thread.
+template <class A>
+void set_inputs(Params& p, const A& args, const Dims& d, int states) {
+  const auto by_vectors = [&](const Tensor& t) { return t.ndim == 4 && cuda::why_not_runs("", t, 3, states).empty(); };
   p.sequences = d.num_sequences;
   p.segments = segments(d, args.batch_invariant);
   p.seqlen = d.seqlen;
   p.group_channels = static_cast<std::uint32_t>(d.dim / d.ngroups);
   p.blocks_of_group = static_cast<std::uint32_t>(blocks_per_group(d));
   p.blocks = static_cast<std::uint32_t>(p.blocks_of_group * d.ngroups);
-  p.dim = d.dim, p.dstate = d.dstate, p.piece = states_per_piece(d);
+  p.dim = d.dim, p.dstate = d.dstate;
   p.cu_seqlens = args.cu_seqlens ? args.cu_seqlens.data : nullptr;
   p.cu_is_int64 = args.cu_seqlens && args.cu_seqlens.dtype == DType::int64;
   p.cu_stride = args.cu_seqlens ? args.cu_seqlens.stride[0] : 0;
   p.reach = reach_of(args, d);
   p.reverse = args.reverse, p.dt_softplus = args.dt_softplus;
   p.varying_B = d.varying_B, p.varying_C = d.varying_C;
+  p.vectors_B = by_vectors(args.B), p.vectors_C = by_vectors(args.C);
   p.dt_min = static_cast<float>(args.dt_min), p.dt_max = static_cast<float>(args.dt_max);
-  p.x = tokens_view(args.x), p.dt = tokens_view(args.dt), p.z = tokens_view(args.z), p.y = tokens_view(args.y);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  p.dt_limited = p.dt_min > -kInfinity || p.dt_max < kInfinity;
+  p.x = tokens_view(args.x), p.dt = tokens_view(args.dt), p.z = tokens_view(args.z);
   p.A = states_view(args.A), p.B = projection_view(args.B), p.C = projection_view(args.C);
   p.D = channels_view(args.D), p.dt_bias = channels_view(args.dt_bias);
-  p.initial_state = states_view(args.initial_state), p.final_state = states_view(args.final_state);
-  const Scratch scratch = forward_scratch(d, args.batch_invariant);
-  p.partial = static_cast<float*>(args.workspace.data);
-  p.end_state = p.partial + scratch.partial;
-  p.end_step = p.end_state + scratch.states;
+  p.initial_state = states_view(args.initial_state);
+}
+
+inline Params params_of(const Args& args, const Dims& d) {
+  Params p{};
+  set_inputs(p, args, d, states_per_thread(d));
+  p.piece = states_per_piece(d);
+  p.y = tokens_view(args.y), p.final_state = states_view(args.final_state);
+  const ForwardScratch scratch(args, d);
+  float* const memory = static_cast<float*>(args.workspace.data);
+  p.partial = memory + scratch.partial;
+  p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
+  return p;
+}
+
+inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
+  BackwardParams p{};
+  set_inputs(p, args, d, kBackwardStates);
+  p.piece = std::clamp<std::int64_t>(divide_up(d.dstate, kBackwardStates), 1, backward_warps(d)) * kBackwardStates;
+  p.dy = tokens_view(args.dy), p.dx = tokens_view(args.dx), p.ddt = tokens_view(args.ddt), p.dz = tokens_view(args.dz);
+  p.dfinal_state = states_view(args.dfinal_state), p.dinitial_state = states_view(args.dinitial_state);
+  const BackwardScratch scratch(args, d);
+  float* const memory = static_cast<float*>(args.workspace.data);
+  p.checkpoints = memory + scratch.checkpoints;
+  p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
+  p.adjoint_ends = {memory + scratch.adjoint_states, memory + scratch.adjoint_steps};
+  p.partial = memory + scratch.partial, p.partial_steps = memory + scratch.partial_steps;
+  p.projections = wants_projections(args, d) ? memory + scratch.projections : nullptr;
+  p.dA = memory + scratch.dA, p.dB = memory + scratch.dB, p.dC = memory + scratch.dC;
+  p.dD = memory + scratch.dD, p.ddt_bias = memory + scratch.ddt_bias;
   return p;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include <statescan/selective_scan.h>
 
@@ -30,10 +31,10 @@ struct Policy {
   static constexpr int kStates = states;                  // of each of its channels that a thread carries
   static constexpr int kValues = kStates * kParts;
   static constexpr bool kTimeInvariant = time_invariant;  // B or C is [d,n]
-  static constexpr int kXBytes = arithmetic == Arithmetic::fast ? 2 : 4;  // the widest element of x
+  static constexpr int kWords = arithmetic == Arithmetic::fast ? 1 : 2;   // of 16 bytes, that kRun elements of x may take
   // Four states of a channel make four warps of the usual 16, so that blocks of 64 channels spread evenly over the multiprocessors.
   static constexpr int kMostThreads = states == 4 && kParts == 1 ? kRuns : kMostWarps * kWarp;
-  static constexpr int kLeastBlocks = kMostThreads == kRuns ? 5 : 1;
+  static constexpr int kLeastBlocks = kMostThreads != kRuns ? 1 : (kWords == 1 ? 5 : 4);
 };
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -58,17 +59,72 @@ inline std::int64_t segments(const Dims& d, bool batch_invariant) {
   return std::max<std::int64_t>(std::min(divide_up(kWantedBlocks, tasks), tokens / kLeastTokens), 1);
 }
 
-// Scratch memory of the forward, in floats.
-struct Scratch {
-  std::int64_t partial, states, steps;
-  std::int64_t total() const { return partial + states + steps; }
+// Hands out places in the workspace, counted in floats.
+class Scratch {
+ public:
+  std::int64_t total() const { return total_; }
+
+ protected:
+  std::int64_t take(std::int64_t floats) {
+    const std::int64_t at = total_;
+    total_ += divide_up(floats, 4) * 4;  // accesses of 16 bytes
+    return at;
+  }
+
+ private:
+  std::int64_t total_ = 0;
 };
-inline Scratch forward_scratch(const Dims& d, bool batch_invariant) {
-  const std::int64_t ends = d.num_sequences * (segments(d, batch_invariant) - 1) * d.dim;
-  return {pieces(d) > 1 ? d.batch * d.seqlen * d.dim : 0, ends * d.dstate * (d.complex_A ? 2 : 1), ends};
+
+inline std::int64_t floats_of_states(const Dims& d) { return d.dim * d.dstate * (d.complex_A ? 2 : 1); }
+
+struct ForwardScratch : Scratch {
+  std::int64_t partial, end_states, end_steps;
+  ForwardScratch(const Inputs& args, const Dims& d) {
+    const std::int64_t ends = d.num_sequences * (segments(d, args.batch_invariant) - 1);
+    partial = take(pieces(d) > 1 ? d.batch * d.seqlen * d.dim : 0);
+    end_states = take(ends * floats_of_states(d)), end_steps = take(ends * d.dim);
+  }
+};
+
+// ---- backward ----------------------------------------------------------------------------------------------------------------
+inline constexpr int kBackwardStates = 4;  // of a thread
+// Warps that scan; the rest of a block's four only move tiles. What two stage of complex states, or four of others, fits 99 KB.
+constexpr int backward_warps(bool complex_A, bool time_invariant) { return complex_A || time_invariant ? 2 : 4; }
+inline int backward_warps(const Dims& d) { return backward_warps(d.complex_A, !d.varying_B || !d.varying_C); }
+
+// Whether sums over channels are wanted for a B or C that changes with the token.
+inline bool wants_projections(const BackwardArgs& args, const Dims& d) {
+  return (args.dB && d.varying_B) || (args.dC && d.varying_C);
 }
+
+// Tiles of all sequences; a packed one starts with number first / kTile + i.
+inline std::int64_t tiles_of(const BackwardArgs& args, const Dims& d) {
+  return args.cu_seqlens ? d.seqlen / kTile + d.num_sequences + 1 : d.batch * divide_up(d.seqlen, kTile);
+}
+
+struct BackwardScratch : Scratch {
+  std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB, dC,
+      dD, ddt_bias;
+  BackwardScratch(const BackwardArgs& args, const Dims& d) {
+    const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1), rows = d.num_sequences * cut;
+    const std::int64_t parts = d.complex_A ? 2 : 1, blocks = blocks_per_group(d) * d.ngroups;
+    const std::int64_t fours = divide_up(d.dstate, kBackwardStates), sums = d.batch * d.seqlen * d.dim;
+    const bool one_piece = fours <= backward_warps(d);
+    checkpoints = take(tiles_of(args, d) * blocks * fours * kChannels * kBackwardStates * parts);
+    end_states = take(ends * floats_of_states(d)), end_steps = take(ends * d.dim);
+    adjoint_states = take(ends * floats_of_states(d)), adjoint_steps = take(ends * d.dim);
+    partial = take(one_piece ? 0 : sums), partial_steps = take(one_piece ? 0 : 2 * sums);
+    projections = take(wants_projections(args, d) ? d.batch * d.seqlen * blocks * fours * 2 * kBackwardStates * parts : 0);
+    dA = take(rows * floats_of_states(d));
+    dB = take(d.varying_B ? 0 : rows * floats_of_states(d)), dC = take(d.varying_C ? 0 : rows * floats_of_states(d));
+    dD = take(rows * d.dim), ddt_bias = take(rows * d.dim);
+  }
+};
 
 template <class Policy>
 void launch_forward(const Args& args, const Dims& dims, Stream stream);
+
+template <class Policy>
+void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream);
 
 }  // namespace statescan::selective_scan

@@ -17,8 +17,13 @@ std::string why_not_tokens(const Args& args, const Dims& dims) {
   return args.state_positions ? why_not_any(args, dims) : why_not_vectors(args, dims, 1);
 }
 
-std::size_t scratch_bytes(const Args& args, const Dims& dims) {
-  return sizeof(float) * forward_scratch(dims, args.batch_invariant).total();
+std::string why_not_any(const BackwardArgs&, const Dims&) { return ""; }
+std::string why_not_channels(const BackwardArgs& args, const Dims& dims) { return why_not_vectors(args, dims, 2); }
+std::string why_not_tokens(const BackwardArgs& args, const Dims& dims) { return why_not_vectors(args, dims, 1); }
+
+std::size_t scratch_bytes(const Args& args, const Dims& dims) { return sizeof(float) * ForwardScratch(args, dims).total(); }
+std::size_t scratch_bytes(const BackwardArgs& args, const Dims& dims) {
+  return sizeof(float) * BackwardScratch(args, dims).total();
 }
 
 template <Arithmetic arithmetic, int states>
@@ -36,14 +41,31 @@ void forward(const Args& args, const Dims& dims, Stream stream) {
   else forward_with<Arithmetic::fast, 4>(args, dims, stream);
 }
 
+template <Arithmetic arithmetic>
+void backward_with(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  if (dims.varying_B && dims.varying_C) launch_backward<Policy<arithmetic, kBackwardStates, false>>(args, dims, stream);
+  else launch_backward<Policy<arithmetic, kBackwardStates, true>>(args, dims, stream);
+}
+
+void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  if (dims.complex_A) backward_with<Arithmetic::complex_rate>(args, dims, stream);
+  else if (args.x.dtype == DType::float32) backward_with<Arithmetic::precise>(args, dims, stream);
+  else backward_with<Arithmetic::fast>(args, dims, stream);
+}
+
 // The rows share their kernels and give the same bits; they differ in how x, dt, z and y are reached.
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
     {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, forward},
     {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, forward},
     {"strided", kReal, cuda::kSm80AndNewer, why_not_any, scratch_bytes, forward},
 };
+constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
+    {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, backward},
+    {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, backward},
+    {"strided", kReal, cuda::kSm80AndNewer, why_not_any, scratch_bytes, backward},
+};
 constexpr cuda::Table<Args, Dims> kForward{"selective_scan", &Args::x, kForwardRows};
-constexpr cuda::Table<BackwardArgs, Dims> kBackward{"selective_scan_backward", &BackwardArgs::x};
+constexpr cuda::Table<BackwardArgs, Dims> kBackward{"selective_scan_backward", &BackwardArgs::x, kBackwardRows};
 
 }  // namespace
 

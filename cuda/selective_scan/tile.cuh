@@ -2,64 +2,77 @@
 #pragma once
 
 #include "../common/element.cuh"
+#include "../common/vector.cuh"
 #include "params.h"
 
 namespace statescan::selective_scan {
 
-// Eight elements as they came from memory. kBytes: of the widest element that they may have.
+// Memory to shared memory without a register in between: 8 or 16 bytes, or as many zeros.
 template <int kBytes>
-class Run {
- public:
-  __device__ void clear() {
+__device__ void copy_async(void* to, const char* from, bool wanted) {
+  const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = wanted ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
+}
+inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+inline __device__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
+// kCount consecutive elements as they lie in memory, in shared memory of the thread's own: `pitch` words of 16 bytes from one
+// word to the next, so that neighbouring threads use neighbouring banks.
+template <int kCount>
+struct Slot {
+  uint4* at;
+  int pitch;
+
+  __device__ void fetch_vector(const char* from, DType dtype, bool wanted) const {
+    if (kCount * 2 < 16 && dtype != DType::float32) {
+      copy_async<8>(at, from, wanted);
+      return;
+    }
+    const int words = kCount * cuda::bytes_of(dtype) / 16;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) word_[i] = 0;
+    for (int w = 0; w < kCount / 4; ++w)
+      if (w < words) copy_async<16>(at + w * pitch, from + 16 * w, wanted);
   }
-  __device__ void load_vector(const char* from, DType dtype) {
-    const uint4* words = reinterpret_cast<const uint4*>(from);
-    set(0, words[0]);
-    if constexpr (kBytes == 4)
-      if (dtype == DType::float32) set(4, words[1]);
+  // One of the elements, or zero.
+  __device__ void fetch_element(int i, const char* from, DType dtype, bool wanted) const {
+    if (dtype == DType::float32)
+      reinterpret_cast<std::uint32_t*>(at + i / 4 * pitch)[i % 4] = wanted ? *reinterpret_cast<const std::uint32_t*>(from) : 0;
+    else
+      reinterpret_cast<std::uint16_t*>(at + i / 8 * pitch)[i % 8] = wanted ? *reinterpret_cast<const std::uint16_t*>(from) : 0;
   }
-  // Element i of those that are not loaded as a vector.
-  __device__ void load_element(int i, const char* from, DType dtype) {
-    if (kBytes == 4 && dtype == DType::float32) word_[i % kWords] = *reinterpret_cast<const std::uint32_t*>(from);
-    else word_[i / 2] |= static_cast<std::uint32_t>(*reinterpret_cast<const std::uint16_t*>(from)) << i % 2 * 16;
-  }
-  __device__ void widen(DType dtype, float (&values)[kRun]) const {
-    if (kBytes == 4 && dtype == DType::float32) {
+  __device__ void widen(DType dtype, float (&values)[kCount]) const {
+    if (dtype == DType::float32) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = __uint_as_float(word_[i % kWords]);
-    } else if (dtype == DType::bfloat16) {
-#pragma unroll
-      for (int i = 0; i < kRun; i += 2)
-        values[i] = __uint_as_float(word_[i / 2] << 16), values[i + 1] = __uint_as_float(word_[i / 2] & 0xffff0000u);
+      for (int i = 0; i < kCount; i += 4) {
+        const uint4 v = at[i / 4 * pitch];
+        values[i] = __uint_as_float(v.x), values[i + 1] = __uint_as_float(v.y);
+        values[i + 2] = __uint_as_float(v.z), values[i + 3] = __uint_as_float(v.w);
+      }
+      return;
+    }
+    std::uint32_t pair[kCount / 2];
+    if constexpr (kCount == 4) {
+      const uint2 v = *reinterpret_cast<const uint2*>(at);
+      pair[0] = v.x, pair[1] = v.y;
     } else {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = cuda::widen_bits(word_[i / 2] >> i % 2 * 16 & 0xffffu, DType::float16);
+      for (int i = 0; i < kCount; i += 8) {
+        const uint4 v = at[i / 8 * pitch];
+        pair[i / 2] = v.x, pair[i / 2 + 1] = v.y, pair[i / 2 + 2] = v.z, pair[i / 2 + 3] = v.w;
+      }
     }
-  }
-  __device__ static void store_vector(char* to, DType dtype, const float (&values)[kRun]) {
-    uint4* words = reinterpret_cast<uint4*>(to);
-    if (kBytes == 4 && dtype == DType::float32) {
+    if (dtype == DType::bfloat16) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        words[i] = make_uint4(__float_as_uint(values[4 * i]), __float_as_uint(values[4 * i + 1]),
-                              __float_as_uint(values[4 * i + 2]), __float_as_uint(values[4 * i + 3]));
+      for (int i = 0; i < kCount; i += 2)
+        values[i] = __uint_as_float(pair[i / 2] << 16), values[i + 1] = __uint_as_float(pair[i / 2] & 0xffff0000u);
     } else {
-      std::uint32_t pair[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pair[i] = cuda::narrow_bits(values[2 * i], dtype) | cuda::narrow_bits(values[2 * i + 1], dtype) << 16;
-      words[0] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      for (int i = 0; i < kCount; ++i) values[i] = cuda::widen_bits(pair[i / 2] >> i % 2 * 16 & 0xffffu, DType::float16);
     }
-  }
-
- private:
-  static constexpr int kWords = kRun * kBytes / 4;
-  std::uint32_t word_[kWords];
-
-  __device__ void set(int i, const uint4& v) {
-    word_[i % kWords] = v.x, word_[(i + 1) % kWords] = v.y, word_[(i + 2) % kWords] = v.z, word_[(i + 3) % kWords] = v.w;
   }
 };
 
@@ -83,38 +96,51 @@ inline __device__ Place place_of(Reach reach, bool reverse, int thread) {
   }
 }
 
-// A tensor at the first token of a tile, and the step to the next in scan order, in bytes.
+// A thread's first element of a tensor in the tile at hand; moves from tile to tile in scan order. Strides in bytes.
 struct Walk {
   char* at;
-  std::int64_t token, channel;
-  DType dtype;
+  std::int64_t tile, element;  // to the next tile, to the thread's next element
 };
 
-template <int kBytes>
-__device__ void load_run(Run<kBytes>& run, const Walk& t, const Place& place, int tokens, int channels) {
-  run.clear();
-  const char* const from = t.at + place.token * t.token + place.channel * t.channel;
+inline __device__ void fetch(const Slot<kRun>& slot, const Walk& walk, DType dtype, const Place& place, int tokens, int channels) {
   if (place.is_vector) {
-    if (place.holds(0, tokens, channels)) run.load_vector(from, t.dtype);
+    slot.fetch_vector(walk.at, dtype, place.holds(0, tokens, channels));
     return;
   }
-  const std::int64_t step = place.along_tokens ? place.token_step * t.token : t.channel;
 #pragma unroll
   for (int i = 0; i < kRun; ++i)
-    if (place.holds(i, tokens, channels)) run.load_element(i, from + i * step, t.dtype);
+    slot.fetch_element(i, walk.at + i * walk.element, dtype, place.holds(i, tokens, channels));
 }
 
-template <int kBytes>
-__device__ void store_run(const Walk& t, const Place& place, int tokens, int channels, const float (&values)[kRun]) {
-  char* const to = t.at + place.token * t.token + place.channel * t.channel;
-  if (place.is_vector) {
-    if (place.holds(0, tokens, channels)) Run<kBytes>::store_vector(to, t.dtype, values);
+inline __device__ void store_vector(char* to, DType dtype, const float (&values)[kRun]) {
+  uint4* const words = reinterpret_cast<uint4*>(to);
+  if (dtype == DType::float32) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      words[i] = make_uint4(__float_as_uint(values[4 * i]), __float_as_uint(values[4 * i + 1]),
+                            __float_as_uint(values[4 * i + 2]), __float_as_uint(values[4 * i + 3]));
     return;
   }
-  const std::int64_t step = place.along_tokens ? place.token_step * t.token : t.channel;
+  std::uint32_t pair[4];
+  if (dtype == DType::bfloat16) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] = cuda::narrow_word<__nv_bfloat16>(values + 2 * i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] = cuda::narrow_word<__half>(values + 2 * i);
+  }
+  words[0] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+
+inline __device__ void store(const Walk& walk, DType dtype, const Place& place, int tokens, int channels,
+                             const float (&values)[kRun]) {
+  if (place.is_vector) {
+    if (place.holds(0, tokens, channels)) store_vector(walk.at, dtype, values);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kRun; ++i)
-    if (place.holds(i, tokens, channels)) cuda::store_element(to + i * step, t.dtype, values[i]);
+    if (place.holds(i, tokens, channels)) cuda::store_element(walk.at + i * walk.element, dtype, values[i]);
 }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
@@ -122,18 +148,20 @@ __device__ void store_run(const Walk& t, const Place& place, int tokens, int cha
 // each, and lanes that read one pair each, both touch all banks.
 inline __device__ int slot_of_pair(int pair) { return pair ^ (pair >> 3 & 3); }
 
-inline __device__ void put_steps(float4* steps, const Place& place, const float (&dt)[kRun], const float (&u)[kRun]) {
-  if (place.along_tokens) {
+template <bool kAlongTokens>
+__device__ void put_steps(float4* steps, const Place& place, const float (&dt)[kRun], const float (&u)[kRun]) {
+  if constexpr (kAlongTokens) {
     float* const at = reinterpret_cast<float*>(steps + slot_of_pair(place.channel / 2)) + place.channel % 2;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      float* const to = at + place.token_of(i) * (2 * kChannels);
+      float* const to = at + (place.token + i * place.token_step) * (2 * kChannels);
       to[0] = dt[i], to[2] = u[i];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; i += 2)
-      steps[place.token * (kChannels / 2) + slot_of_pair((place.channel + i) / 2)] = make_float4(dt[i], dt[i + 1], u[i], u[i + 1]);
+      steps[place.token * (kChannels / 2) + slot_of_pair(place.channel / 2 + i / 2)] =
+          make_float4(dt[i], dt[i + 1], u[i], u[i + 1]);
   }
 }
 
@@ -143,11 +171,12 @@ inline __device__ int place_in_sums(int channel) {
   return (four ^ (four >> 3 & 1)) * 4 + channel % 4;
 }
 
-inline __device__ void add_sums(const float* sums, const Place& place, float (&values)[kRun]) {
-  if (place.along_tokens) {
+template <bool kAlongTokens>
+__device__ void add_sums(const float* sums, const Place& place, float (&values)[kRun]) {
+  if constexpr (kAlongTokens) {
     const float* const at = sums + place_in_sums(place.channel);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) values[i] += at[place.token_of(i) * kChannels];
+    for (int i = 0; i < kRun; ++i) values[i] += at[(place.token + i * place.token_step) * kChannels];
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; i += 4) {
@@ -155,6 +184,12 @@ inline __device__ void add_sums(const float* sums, const Place& place, float (&v
       values[i] += v.x, values[i + 1] += v.y, values[i + 2] += v.z, values[i + 3] += v.w;
     }
   }
+}
+
+// A value of each channel, of those of the thread's elements.
+template <bool kAlongTokens>
+__device__ float of_channel(const float* values, const Place& place, int i) {
+  return values[kAlongTokens ? place.channel : place.channel + i];
 }
 
 }  // namespace statescan::selective_scan

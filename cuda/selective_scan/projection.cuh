@@ -1,0 +1,78 @@
+// B and C on their way from memory to the lanes of a warp.
+#pragma once
+
+#include "sequence.cuh"
+
+namespace statescan::selective_scan {
+
+// B or C of a tile: each lane of half a warp takes the warp's states of one token to shared memory, as they are, and from there
+// as floats to [token][state].
+template <class Policy>
+class Projection {
+ public:
+  // From the tile that starts with `token`.
+  __device__ Projection(const Params& p, const View& t, bool varying, bool by_vectors, const Span& s, std::int64_t token,
+                        std::int64_t group, std::int64_t state, std::int64_t states, uint4* slot)
+      : token_(threadIdx.x % kTile), states_(varying ? static_cast<int>(min(states, std::int64_t(Policy::kStates))) : 0),
+        by_vectors_(by_vectors), dtype_(Policy::kParts == 2 ? DType::float32 : t.dtype), step_(t.state), slot_{slot, kWarp} {
+    const std::int64_t step = row_step(p, t);
+    at_ = row_at(p, t, s, token) + token_ * step + group * t.channel + state * t.state;
+    tile_ = kTile * step;
+  }
+  // Then moves by `tiles`.
+  __device__ void fetch(int tokens, int tiles) {
+    if (states_ == 0) return;
+    const bool wanted = token_ < tokens;
+    if (by_vectors_) {
+      slot_.fetch_vector(at_, dtype_, wanted);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Policy::kValues; ++i) {
+        const int state = i / Policy::kParts, part = i % Policy::kParts;
+        slot_.fetch_element(i, at_ + state * step_ + 4 * part, dtype_, wanted && state < states_);
+      }
+    }
+    at_ += tiles * tile_;
+  }
+  __device__ void put(float* tile) const {
+    if (states_ == 0) return;
+    float values[Policy::kValues];
+    slot_.widen(dtype_, values);
+    float4* const to = reinterpret_cast<float4*>(tile + token_ * Policy::kValues);
+#pragma unroll
+    for (int v = 0; v < Policy::kValues; v += 4) to[v / 4] = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
+  }
+
+ private:
+  char* at_;
+  std::int64_t tile_;
+  int token_, states_;  // states_: 0 where it does not change with the token
+  bool by_vectors_;
+  DType dtype_;
+  std::int64_t step_;
+  Slot<Policy::kValues> slot_;
+};
+
+// The same for a B or C of [d,n]: the states of a lane's two channels, [channel of the lane][lane][state].
+template <class Policy>
+__device__ void keep_fixed(const View& t, const Task& task, std::int64_t state, std::int64_t states, float* fixed) {
+  float values[2][Policy::kValues];
+  load_states<Policy>(t, 0, task, state, states, values);
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int v = 0; v < Policy::kValues; ++v) fixed[c * kWarp * Policy::kValues + v] = values[c][v];
+}
+
+// B or C at a token of the tile, for channel c of the lane; `fixed` is null where it changes with the token.
+template <class Policy>
+__device__ void read_projection(float (&to)[Policy::kValues], const float* tile, const float* fixed, int token, int c) {
+  const float* const from = Policy::kTimeInvariant && fixed ? fixed + c * kWarp * Policy::kValues : tile + token * Policy::kValues;
+#pragma unroll
+  for (int v = 0; v < Policy::kValues; v += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(from + v);
+    to[v] = four.x, to[v + 1] = four.y, to[v + 2] = four.z, to[v + 3] = four.w;
+  }
+}
+
+}  // namespace statescan::selective_scan

@@ -1,0 +1,183 @@
+// The tokens and the states that a block works on, and how its threads reach them.
+#pragma once
+
+#include "decay.cuh"
+#include "tile.cuh"
+
+namespace statescan::selective_scan {
+
+// The tokens of a sequence's segment, counted in scan order from the sequence's start.
+struct Span {
+  std::int64_t row, first, last;   // of the sequence, in memory
+  std::int64_t begin, end;         // of the segment
+};
+
+// What a block works on.
+struct Task {
+  std::int64_t sequence, segment, channel, group;
+  std::uint32_t block;
+  int channels;
+};
+
+inline __device__ Task task_of(const Params& p, std::int64_t segments) {
+  Task t;
+  t.block = blockIdx.x % p.blocks;
+  t.group = t.block / p.blocks_of_group;
+  const std::uint32_t within = t.block % p.blocks_of_group * kChannels;
+  t.channels = min(static_cast<int>(p.group_channels - within), kChannels);
+  t.channel = t.group * p.group_channels + within;
+  t.segment = blockIdx.x / p.blocks % segments;
+  t.sequence = blockIdx.x / p.blocks / segments;
+  return t;
+}
+
+// cu_seqlens on a device cannot be checked without waiting for it: wrong values give wrong results, but no wild access.
+inline __device__ std::int64_t boundary(const Params& p, std::int64_t i) {
+  const std::int64_t at = p.cu_is_int64 ? static_cast<const std::int64_t*>(p.cu_seqlens)[i * p.cu_stride]
+                                        : static_cast<const std::int32_t*>(p.cu_seqlens)[i * p.cu_stride];
+  return at < 0 ? 0 : (at > p.seqlen ? p.seqlen : at);
+}
+
+inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int64_t segment) {
+  Span s{sequence, 0, p.seqlen, 0, 0};
+  if (p.cu_seqlens) s = {0, boundary(p, sequence), sequence == p.sequences ? p.seqlen : boundary(p, sequence + 1), 0, 0};
+  const std::int64_t length = s.last > s.first ? s.last - s.first : 0;
+  const std::int64_t tiles = (length + kTile - 1) / kTile, each = (tiles + p.segments - 1) / p.segments * kTile;
+  s.begin = segment * each < length ? segment * each : length;
+  s.end = s.begin + each < length ? s.begin + each : length;
+  return s;
+}
+
+// Where the rows of a tensor that change with the token lie: the address of one in scan order, and the step to the next.
+inline __device__ char* row_at(const Params& p, const View& t, const Span& s, std::int64_t token) {
+  return t.data + s.row * t.row + (p.reverse ? s.last - 1 - token : s.first + token) * t.token;
+}
+inline __device__ std::int64_t row_step(const Params& p, const View& t) { return p.reverse ? -t.token : t.token; }
+
+// A [b,l,d] tensor at a thread's first element of the tile that starts with `token`.
+inline __device__ Walk walk_of(const Params& p, const View& t, const Span& s, const Place& place, std::int64_t token,
+                               std::int64_t channel) {
+  const std::int64_t step = row_step(p, t);
+  return {row_at(p, t, s, token) + place.token * step + (channel + place.channel) * t.channel, kTile * step,
+          place.along_tokens ? place.token_step * step : t.channel};
+}
+
+// A warp's part of a [d,n] tensor or of one sequence's states: two channels of each lane.
+template <class Policy, class Visit>
+__device__ void visit_states(const View& t, std::int64_t row, const Task& task, std::int64_t state, std::int64_t states,
+                             Visit visit) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int k = 0; k < Policy::kStates; ++k) {
+      const int lane_channel = threadIdx.x % kWarp * 2 + c;
+      if (lane_channel >= task.channels || k >= states) continue;
+      char* const at = t.data + row * t.row + (task.channel + lane_channel) * t.channel + (state + k) * t.state;
+#pragma unroll
+      for (int part = 0; part < Policy::kParts; ++part) visit(c, k * Policy::kParts + part, at + 4 * part);
+    }
+}
+
+template <class Policy>
+__device__ void load_states(const View& t, std::int64_t row, const Task& task, std::int64_t state, std::int64_t states,
+                            float (&values)[2][Policy::kValues]) {
+  const DType dtype = Policy::kParts == 2 ? DType::float32 : t.dtype;
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int v = 0; v < Policy::kValues; ++v) values[c][v] = 0.0f;
+  if (!t.data) return;
+  visit_states<Policy>(t, row, task, state, states, [&](int c, int v, const char* at) { values[c][v] = cuda::load_element(at, dtype); });
+}
+
+// A's rates, the real ones scaled by kRateScale.
+template <class Policy>
+__device__ void load_rates(const Params& p, const Task& task, std::int64_t state, std::int64_t states,
+                           float (&rate)[2][Policy::kValues]) {
+  load_states<Policy>(p.A, 0, task, state, states, rate);
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int v = 0; v < Policy::kValues; v += Policy::kParts) rate[c][v] *= kRateScale;
+}
+
+// Ends of segments, [sequence, segment, d, n]: what a segment that starts from zero leaves, and the sum of its dt.
+template <class Policy>
+inline __device__ View view_of(const Params& p, float* states) {
+  constexpr std::int64_t kEach = 4 * Policy::kParts;
+  return {reinterpret_cast<char*>(states), DType::float32, p.dim * p.dstate * kEach, 0, p.dstate * kEach, kEach};
+}
+
+// state = what it becomes over a segment, whose end from zero is number `index` of `ends`.
+template <class Policy>
+__device__ void cross_segment(const Params& p, const Ends& ends, std::int64_t index, const Task& task, std::int64_t first,
+                              std::int64_t states, const float (&rate)[2][Policy::kValues], float (&state)[2][Policy::kValues]) {
+  float end[2][Policy::kValues];
+  load_states<Policy>(view_of<Policy>(p, ends.states), index, task, first, states, end);
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int lane_channel = threadIdx.x % kWarp * 2 + c;
+    const float dt = lane_channel < task.channels ? ends.steps[index * p.dim + task.channel + lane_channel] : 0.0f;
+#pragma unroll
+    for (int v = 0; v < Policy::kValues; v += Policy::kParts)
+      advance<Policy::kArithmetic>(&state[c][v], step_of<Policy::kArithmetic>(dt, &rate[c][v]), 1.0f, &end[c][v]);
+  }
+}
+
+template <class Policy>
+__device__ void store_states(const View& t, std::int64_t row, const Task& task, std::int64_t state, std::int64_t states,
+                             const float (&values)[2][Policy::kValues]) {
+  const DType dtype = Policy::kParts == 2 ? DType::float32 : t.dtype;
+  visit_states<Policy>(t, row, task, state, states, [&](int c, int v, char* at) { cuda::store_element(at, dtype, values[c][v]); });
+}
+
+template <class Policy>
+__device__ void store_end(const Params& p, const Ends& ends, std::int64_t index, const Task& task, std::int64_t first,
+                          std::int64_t states, const float (&state)[2][Policy::kValues], const float (&total)[2]) {
+  store_states<Policy>(view_of<Policy>(p, ends.states), index, task, first, states, state);
+  if (first > 0) return;
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int lane_channel = threadIdx.x % kWarp * 2 + c;
+    if (lane_channel < task.channels) ends.steps[index * p.dim + task.channel + lane_channel] = total[c];
+  }
+}
+
+// States at the start of a tile, in an order of their own: [tile, block, four states, channel of the lane, lane].
+template <class Policy>
+inline __device__ float4* checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t token, std::int64_t state) {
+  const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
+  const std::int64_t warps = (p.dstate + Policy::kStates - 1) / Policy::kStates;
+  const std::int64_t index = ((first + token / kTile) * p.blocks + task.block) * warps + state / Policy::kStates;
+  return reinterpret_cast<float4*>(p.checkpoints) + index * (2 * kWarp * Policy::kValues / 4) + threadIdx.x % kWarp;
+}
+
+// A value of each channel of the block, zero where the tensor is absent.
+inline __device__ void load_channels(const View& t, const Task& task, float* values) {
+  for (int c = threadIdx.x; c < kChannels; c += blockDim.x)
+    values[c] = t.data && c < task.channels ? *reinterpret_cast<const float*>(t.data + (task.channel + c) * t.channel) : 0.0f;
+}
+
+// Sums [b,l,d] of the thread's elements that go on from one piece of the states to the next.
+inline __device__ void pass_on(float* partial, const Params& p, const Span& s, std::int64_t token, const Place& place, int tokens,
+                               const Task& task, bool is_first, bool is_last, float (&values)[kRun]) {
+  float* const at = partial + ((s.row * p.seqlen + s.first + token) * p.dim + task.channel);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (!place.holds(i, tokens, task.channels)) continue;
+    float* const sum = at + place.token_of(i) * p.dim + place.channel_of(i);
+    if (!is_first) values[i] += *sum;
+    if (!is_last) *sum = values[i];
+  }
+}
+
+// Zeros in the rows past the last packed token.
+inline __device__ void clear_rows(const View& t, const Span& span, const Task& task) {
+  if (!t.data) return;
+  const int lane_channel = threadIdx.x % kChannels;
+  for (std::int64_t token = span.first + threadIdx.x / kChannels; token < span.last; token += blockDim.x / kChannels)
+    if (lane_channel < task.channels)
+      cuda::store_element(t.data + token * t.token + (task.channel + lane_channel) * t.channel, t.dtype, 0.0f);
+}
+
+}  // namespace statescan::selective_scan
