@@ -41,7 +41,7 @@ def configuration(model: str, hidden_size: int = 64, num_layers: int = 2, dstate
             "layers_block_type": [*layers, "hybrid"], "mamba_d_state": dstate, "n_mamba_heads": heads, "mamba_ngroups": ngroups,
             "adapter_rank": 8, **attention,
         },
-        "falcon_h1": {"mamba_d_ssm": 2 * hidden_size, "mamba_rms_norm": True, **hybrid},
+        "falcon_h1": {"mamba_d_ssm": 2 * hidden_size, **hybrid},
         "nemotron_h": {
             "layers_block_type": [*layers, "attention"], "ssm_state_size": dstate, "mamba_num_heads": heads,
             "mamba_head_dim": head_dim, "n_groups": ngroups, "head_dim": hidden_size // 4, **attention,
@@ -93,10 +93,8 @@ def difference(ours: Any, theirs: Any) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-def gradients(model: Any, ids: Any) -> Any:
-    """All gradients of a loss over the logits, each in units of its own norm, in one vector."""
-    import torch
-
+def gradients(model: Any, ids: Any) -> dict[str, Any]:
+    """The gradient of every parameter, of the loss of a language model."""
     model.zero_grad()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -407,7 +407,7 @@ def test_seq_idx_is_read_once(make):
 BLOCK = {
     "base": {},
     "norm before gate": dict(norm_before_gate=True),
-    "no norm": dict(rmsnorm_weight=None),
+    "no norm": dict(rmsnorm_weight=None, rmsnorm_eps=None),
     "no activation": dict(activation=None),
     "no activation, no norm": dict(activation=None, rmsnorm_weight=None),
     "no out_proj": dict(outproj_weight=None, outproj_bias=None),

@@ -165,7 +165,7 @@ def mamba_split_conv1d_scan_combined(
         as_weight(rmsnorm_weight, zxbcdt),
         headdim=headdim,
         ngroups=ngroups,
-        eps=rmsnorm_eps,
+        eps=1e-6 if rmsnorm_weight is None else rmsnorm_eps,  # callers without a norm pass None
         norm_before_gate=norm_before_gate,
         dt_limit=tuple(dt_limit),
         initial_state=initial_states if packing is None else packing.initial(initial_states),
