@@ -1,5 +1,5 @@
-// States at chosen tokens (state_positions). Those inside of a sequence leave the main pass as it goes by; a kernel of its own
-// writes the initial state where that is asked for, and zeros for positions outside of the sequence.
+// States at chosen tokens (state_positions). Those inside of a sequence leave a walk of the states as it goes by; a kernel of its
+// own writes the initial state where that is asked for, and zeros for positions outside of the sequence.
 #pragma once
 
 #include "state.cuh"

@@ -1,13 +1,13 @@
 // ssd_scan, the kernels around the main pass: two before it find the states that segments of a sequence start from (plan.h),
-// one after it the states at chosen tokens Math     states:  u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a
-// segment, and s[last] itself
-//          positions: h = exp(s[i]) h + sum_{j<=i} B[j] exp(s[i] - s[j]) dt[j] x[j] where it is asked for, on the way as in
-//          states combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
+// another the states at chosen tokens
+// Math     states:    u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a segment, and s[last] itself
+//          combine:   h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
+//          positions: h = exp(s[i]) h + sum_{j<=i} B[j] exp(s[i] - s[j]) dt[j] x[j] where it is asked for
 // Shapes   u, h [num_sequences, segments, h, p, n] float32
-// Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h; positions:
-//          as states, and write each h asked for
-// Launch   states: a block for each (sequence, segment but the last, tile of heads); positions: also the last segment; combine:
-// a thread for each element of h Numerics as the main pass
+// Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h; positions: as states, and
+//          write each h asked for
+// Launch   states, positions: a block for each (sequence, segment, tile of heads); combine: a thread for each element of h
+// Numerics as the main pass
 #pragma once
 
 #include "positions.cuh"
