@@ -77,7 +77,7 @@ Cut cut_of(const BackwardArgs& args, const Dims& d) {
 // adjoints and sums in registers.
 template <int kParts>
 inline constexpr int kStatesAtOnce = kParts == 1 ? 2 : 1;
-inline constexpr int kVectorsAtOnce = 2;
+inline constexpr int kVectorsAtOnce = kVectorBytes == 64 ? 4 : 2;
 
 // What a task holds of its channels.
 template <class T, int kParts>
