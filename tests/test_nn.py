@@ -1,6 +1,5 @@
 """statescan.nn: published names, shapes and initial values; mixers against a plain recurrence; checkpoints; generation."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -15,17 +14,6 @@ from statescan.nn import CausalLM, CausalLMConfig, Mamba, Mamba2, RMSNormGated, 
 
 LAYERS = {"Mamba1": {"d_state": 5, "dt_rank": 3}, "Mamba2": {"headdim": 8, "d_state": 5, "ngroups": 2}}
 every_layer = pytest.mark.parametrize("layer", LAYERS)
-
-
-@contextlib.contextmanager
-def implemented():
-    """Skips where this build has no such kernel yet."""
-    try:
-        yield
-    except NotImplementedError as missing:
-        if "kernel" not in str(missing):
-            raise
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(autouse=True)
@@ -208,8 +196,7 @@ def test_gradients_of_a_mixer(make):
         return torch.autograd.grad(sum((w * r).sum() for w, r in zip(weights, (y, *after))), leaves)
 
     plain = plain_mamba if isinstance(mixer, Mamba) else plain_mamba2
-    with implemented():
-        got = grads(*mixer(u, initial_state=before, return_final_state=True))
+    got = grads(*mixer(u, initial_state=before, return_final_state=True))
     for one, other in zip(got, grads(*plain(mixer, u, before)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
@@ -314,8 +301,7 @@ def test_states_can_be_learnt(layer):
         logits = model(ids[:, :-1], initial_states=states)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
-        with implemented():
-            loss.backward()
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1e-3
@@ -334,8 +320,7 @@ def test_compiled_training_step(layer):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = F.cross_entropy(run(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        with implemented():
-            loss.backward()
+        loss.backward()
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
 
     eager, compiled = loss_of(model), loss_of(torch.compile(model, backend="aot_eager", fullgraph=True))

@@ -2,6 +2,7 @@
 torch runs an op: eager, autocast, checkpointed, compiled, exported, captured."""
 
 import contextlib
+import shutil
 
 import cases
 import numpy as np
@@ -54,7 +55,7 @@ def function(op):
 
 
 def call(op, inputs, run=None, **options):
-    """Every result, as a tuple. Skips where this build has no such kernel yet."""
+    """Every result, as a tuple. Skips where CUDA has no such kernel yet."""
     with implemented():
         results = (run or function(op))(**inputs, **{**op.options, **op.want_all, **options})
     return results if isinstance(results, tuple) else (results,)
@@ -65,7 +66,7 @@ def implemented():
     try:
         yield
     except NotImplementedError as missing:
-        if "no CPU kernel" not in str(missing) and "no CUDA" not in str(missing):
+        if "no CUDA kernel" not in str(missing):
             raise
         pytest.skip(str(missing))
 
@@ -321,7 +322,7 @@ def test_opcheck(rng, device, op, all_results):
     inputs = tensors(op.inputs(rng, seqlen=9), device, requires_grad=True)
     defaults = {"dt_softplus": True, "eps": 1e-5} | op.options | (op.want_all if all_results else {})
     with implemented():
-        scalar(call(op, inputs)).backward()  # skips here where there is no backward yet
+        scalar(call(op, inputs)).backward()  # skips here where CUDA has no backward yet
     opcheck(getattr(torch.ops.statescan, op.name).default, positional(op, inputs, defaults))
 
 
@@ -403,6 +404,8 @@ def test_lengths_share_one_graph(rng, device, op, dynamo):
 
 def test_inductor(rng, device, dynamo):
     """The default backend, around two ops with a gradient."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
 
     def model(x, z, weight, log_decay, update):
         y = statescan.torch.gated_rms_norm(x.sin(), z * 2, weight)
