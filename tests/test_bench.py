@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -117,3 +118,18 @@ def test_host_time_covers_the_decode_ops(capsys):
     assert set(ops) == {"selective_state_update", "causal_conv1d_update", "mamba2_update"}
     for call in ops.values():
         assert 0 < host_time.microseconds(call, loops=2, repeats=2) < 1e5
+
+
+@pytest.mark.parametrize(
+    "op,sizes",
+    (("ssd_scan", ("nheads=2", "headdim=8", "dstate=4")), ("selective_scan", ("dim=6", "dstate=3"))),
+    ids=("ssd_scan", "selective_scan"),
+)
+def test_training_step_beside_autograd(op, sizes):
+    """Every implementation in a process of its own; the command fails where gradients disagree."""
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", f"statescan.bench.bench_{op}_training", "--seqlen=70", "--seconds=0", "--threads=1"]
+    done = subprocess.run([*command, *(f"--{size}" for size in sizes)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert rows[2].startswith("| statescan") and len(rows) > 3

@@ -1,0 +1,151 @@
+"""Forward and backward of a scan on the CPU, beside torch's autograd through the plain forwards of peers.py.
+
+``python -m statescan.bench.bench_<op>_training`` runs each in a process of its own, so that its peak memory is its own, compares
+all gradients, and prints a table. Needs torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import statescan
+
+from . import harness
+from .harness import Benchmark
+
+GRADIENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")  # in the order in which the backward ops give them
+OURS = "statescan"
+AGREEMENT = 1e-4  # of float32 gradients, each rounded along its own way
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step of an op is measured on. A peer is a forward in torch, in peers.py, and what it is called with."""
+
+    benchmark: Benchmark
+    sizes: Mapping[str, int]
+    peers: Mapping[str, tuple[str, tuple[Any, ...]]]
+
+
+def _differentiated(a: dict[str, np.ndarray]) -> list[str]:
+    return [name for name in GRADIENTS if name in a]
+
+
+def _ours(op: str, a: dict[str, np.ndarray], dy: np.ndarray) -> Callable[[], tuple[Any, ...]]:
+    positional = [a[name] for name in ("x", "dt", "A", "B", "C")]
+    keywords = {name: a[name] for name in ("D", "z", "dt_bias") if name in a} | {"dt_softplus": True}
+    forward, backward = getattr(statescan, op), getattr(statescan, f"{op}_backward")
+
+    def step() -> tuple[Any, ...]:
+        y = forward(*positional, **keywords)
+        return y, *(g for name, g in zip(GRADIENTS, backward(*positional, dy, **keywords)) if name in a)
+
+    return step
+
+
+def _autograd(peer: tuple[str, tuple[Any, ...]], a: dict[str, np.ndarray], dy: np.ndarray) -> Callable[[], tuple[Any, ...]]:
+    import torch
+
+    from . import peers
+
+    torch.set_num_threads(statescan.num_threads())
+    leaves = {name: torch.from_numpy(value).requires_grad_() for name, value in a.items()}
+    gradient = torch.from_numpy(dy)
+    forward, arguments = getattr(peers, peer[0]), peer[1]
+
+    def step() -> tuple[Any, ...]:
+        y = forward(leaves, *arguments)
+        gradients = torch.autograd.grad(y, [leaves[name] for name in _differentiated(a)], gradient)
+        return y.detach().numpy(), *(g.numpy() for g in gradients)
+
+    return step
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _measure(training: Training, implementation: str, sizes: dict[str, int], seconds: float, path: str) -> dict[str, Any]:
+    """In a process of its own: times, memory beyond the inputs; the results go to `path`."""
+    a = training.benchmark.inputs(sizes, np.random.default_rng(20260101))
+    dy = np.random.default_rng(1).standard_normal(a["x"].shape, np.float32)
+    ours = implementation == OURS
+    step = _ours(training.benchmark.op, a, dy) if ours else _autograd(training.peers[implementation], a, dy)
+    before = _peak_bytes()
+    results = step()
+    peak = _peak_bytes() - before
+    np.savez(path, **dict(zip(("y", *_differentiated(a)), results)))
+    del results
+    times, cpu_times = [], []  # CPU time as well: on a busy machine it is what is left of a measurement
+    begin = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        step()
+        times.append(time.perf_counter() - start)
+        cpu_times.append(time.process_time() - cpu_start)
+    return {
+        "median_s": statistics.median(times),
+        "best_s": min(times),
+        "cpu_s": statistics.median(cpu_times),
+        "peak_bytes": peak,
+    }
+
+
+def _in_a_process(
+    module: str, implementation: str, arguments: list[str], folder: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    path = os.path.join(folder, "results.npz")
+    command = [sys.executable, "-m", module, "--one", implementation, "--path", path, *arguments]
+    row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    with np.load(path) as results:
+        return row, dict(results)
+
+
+def main(training: Training, module: str) -> int:
+    """The command of `module`, which calls this. Returns 1 when gradients disagree."""
+    from tabulate import tabulate
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, size in training.sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each implementation")
+    parser.add_argument("--threads", type=int, default=statescan.num_threads())
+    parser.add_argument("--one", choices=(OURS, *training.peers), help=argparse.SUPPRESS)
+    parser.add_argument("--path", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sizes = {name: getattr(args, name) for name in training.sizes}
+    statescan.set_num_threads(args.threads)
+    if args.one:
+        print(json.dumps(_measure(training, args.one, sizes, args.seconds, args.path)))
+        return 0
+
+    shared = [f"--{name}={getattr(args, name)}" for name in (*sizes, "seconds", "threads")]
+    lines, wrong = [], False
+    with tempfile.TemporaryDirectory() as folder:
+        ours, expected = _in_a_process(module, OURS, shared, folder)
+        for implementation in (OURS, *training.peers):
+            mine = implementation == OURS
+            row, results = (ours, expected) if mine else _in_a_process(module, implementation, shared, folder)
+            apart = max(harness.relative_error(results[name].astype(float), expected[name].astype(float)) for name in expected)
+            wrong |= apart > AGREEMENT
+            lines.append((
+                implementation, *(f"{row[key] * 1e3:.3g}" for key in ("median_s", "best_s", "cpu_s")),
+                f"{row['peak_bytes'] / 1e6:.4g}", *(f"{row[key] / ours[key]:.3g}" for key in ("median_s", "cpu_s", "peak_bytes")),
+                "" if mine else f"{apart:.1e}",
+            ))  # fmt: skip
+    print(f"{sizes}, {args.threads} threads, {harness.cpu_name()}; {statescan.cpu_isa()}; commit {harness.commit()}")
+    headers = ("forward and backward", "ms", "best", "CPU ms", "peak MB", "x time", "x CPU time", "x memory", "apart from us")
+    print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
+    return int(wrong)
