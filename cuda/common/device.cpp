@@ -25,6 +25,18 @@ int compute_capability(int device) {
   return 10 * major + minor;
 }
 
+int multiprocessors(int device) {
+  constexpr int kRemembered = 64;
+  static std::atomic<int> known[kRemembered];  // 0: not asked yet
+  const bool remembered = device >= 0 && device < kRemembered;
+  if (remembered)
+    if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  if (remembered) known[device].store(count, std::memory_order_relaxed);
+  return count;
+}
+
 int lowest_compute_capability() { return STATESCAN_CUDA_LOWEST; }
 
 std::string describe(int device) {

@@ -9,6 +9,9 @@ namespace statescan::cuda {
 // 10 * major + minor: 90 for an H100. Asked once per device.
 int compute_capability(int device);
 
+// Streaming multiprocessors: 132 of an H100. Asked once per device.
+int multiprocessors(int device);
+
 // The lowest compute capability that the generic kernels of this build run on; newer ones run its PTX.
 int lowest_compute_capability();
 

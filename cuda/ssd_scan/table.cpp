@@ -1,11 +1,39 @@
 // CUDA kernels of ssd_scan.
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
+#include "../common/tma.h"
+#include "fused_plan.h"
 #include "general_launch.h"
 
 namespace statescan::ssd_scan {
 
+template <class Policy>
+void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, Stream stream);
+
 namespace {
+
+FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
+  return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+}
+
+std::string why_not_fused(const Args& args, const Dims& dims) {
+  if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
+  if (args.state_positions) return "gives no states at positions";
+  if (dims.dstate > 128) return "takes dstate up to 128, got " + std::to_string(dims.dstate);
+  if (dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one token, channel and state";
+  for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"y", &args.y}})
+    if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
+  return "";
+}
+
+std::size_t fused_workspace(const Args& args, const Dims& dims) { return fused_plan_of(args, dims).workspace_bytes(); }
+
+template <DType dtype>
+void run_fused(const Args& args, const Dims& dims, Stream stream) {
+  const FusedPlan plan = fused_plan_of(args, dims);
+  if (dims.dstate <= 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
+}
 
 // Calls `visit` with the policy of the general kernels for a call: its dtype, and dstate padded.
 template <class Visit>
@@ -37,6 +65,10 @@ void general(const Args& args, const Dims& dims, Stream stream) {
 }
 
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
+#ifdef STATESCAN_CUDA_SM90A
+    {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>},
+    {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::bfloat16>},
+#endif
     {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general},
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};

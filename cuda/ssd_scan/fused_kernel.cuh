@@ -1,0 +1,795 @@
+// ssd_scan forward on sm_90a, fused
+// Math     per chunk of 64 tokens, a = cumulative sum of dt A in the chunk:
+//          y = (C B^T * exp(a_i - a_j) dt_j [j <= i]) x + exp(a_i) C h;   h = exp(a_last) h + (dt_j exp(a_last - a_j) x_j)^T B
+// Shapes   x, z, y [b,l,h,p]; dt [b,l,h]; B, C [b,l,g,n]; h [p,n] of each head in float32 registers, p in slices of 64
+// Traffic  read x, dt, z, write y: once; read B, C: once per pair of slices, from L2 after the first
+//          Floor of B8 L2048 H80 P64 G1 N128 bf16: 348 MB, 0.116 ms; matmuls 75 GFLOP, 0.10 ms
+// Launch   a block per multiprocessor, which takes tasks in turns: a pair of slices in a segment of a sequence. Two consumer
+//          warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one warp for each consumer
+// Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/numeric_types.h>
+
+#include <statescan/math.h>
+
+#include "../common/element.cuh"
+#include "../common/overlap.h"
+#include "../common/vector.cuh"
+#include "fused_policy.h"
+
+namespace statescan::ssd_scan {
+
+namespace fused {
+
+using cute::_64;
+using Barrier = cutlass::arch::ClusterTransactionBarrier;
+
+inline constexpr int kTile = kFusedTile;
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kTileBytes = 2 * kTile * kTile;
+
+// exp2 by the special-function unit: 2 ulp; below 2^-126 it is 0.
+inline __device__ float fast_exp2(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// The step sizes of a chunk, as one warp prepares them for a consumer. Logarithms are to base 2. A block is 16 tokens, what a
+// warp has of a chunk's rows. Between blocks, the decay from token j to token i is that from j to the first token of i's block
+// times that from there to i: neither is more than the whole, and 4 x 64 exponentials replace 64 x 64.
+struct alignas(16) Steps {
+  float4 pair[kTile / 2];  // of tokens 2 k and 2 k + 1: log decay from the chunk's start through it, twice; dt, twice
+  float to_block[kTile / 16][kTile];  // dt_j, decayed from token j to the first token that is scanned of a block after it
+  float from_block[kTile];            // decay from the first token of i's block to token i
+  float weight[kTile];                // dt_j, decayed from token j to the chunk's end
+  float enter[kTile];                 // decay from the chunk's start through token i
+  float total, unused[3];             // decay through the chunk
+
+  __device__ float log_decay(int i) const { return reinterpret_cast<const float*>(pair)[i / 2 * 4 + i % 2]; }
+};
+
+// Chunks on their way. Where the state alone is wanted there is room for more.
+template <class Policy, bool kStateOnly>
+inline constexpr int stages_of = kStateOnly ? 4 : Policy::kStages;
+
+// Shared memory of a block. A tile is 64 rows of 64 elements, 128 bytes each, swizzled as TMA writes and wgmma reads them.
+template <class Policy, bool kStateOnly>
+struct SharedStorage {
+  static constexpr int kStages = stages_of<Policy, kStateOnly>, kTilesOfBC = Policy::kState / kTile;
+  using Tile = char[kTileBytes];
+  alignas(1024) Tile B[kStages][kTilesOfBC];
+  alignas(1024) Tile C[kStateOnly ? 1 : kStages][kTilesOfBC];
+  alignas(1024) Tile x[kStages][2];
+  alignas(1024) Tile state[kStateOnly ? 1 : 2][kTilesOfBC];
+  alignas(1024) Tile y[kStateOnly ? 1 : 2][2];  // of each consumer two, by turns: z comes in where y goes out
+  Steps steps[kStages][2];
+  alignas(16) float D[2][kTile];
+  alignas(8) Barrier full[kStages], empty[kStages];
+  Barrier z_full[2][2], z_empty[2][2];
+};
+
+inline constexpr int kMostSharedBytes = 227 * 1024;
+
+// The place in a ring of buffers, and the parity of its barriers.
+template <int kStages>
+struct Ring {
+  int stage = 0, parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Which tokens a task takes, and for which slices.
+struct Task {
+  std::int64_t sequence, first_token, length;
+  int segment, batch, chunks, chunk_begin, chunk_count, group, first_slice;
+
+  __device__ Task(const FusedParams& p, unsigned task) {
+    const unsigned rest = task / static_cast<unsigned>(p.pairs);
+    const int pair = static_cast<int>(task % static_cast<unsigned>(p.pairs));
+    sequence = rest / static_cast<unsigned>(p.segments);
+    segment = static_cast<int>(rest % static_cast<unsigned>(p.segments));
+    group = pair / p.pairs_per_group;
+    first_slice = pair % p.pairs_per_group * 2;
+    first_token = 0, length = p.seqlen, batch = static_cast<int>(sequence);
+    if (p.cu_seqlens) {
+      first_token = bound(p, sequence), batch = 0;
+      const std::int64_t end = bound(p, sequence + 1);
+      length = end > first_token ? end - first_token : 0;
+    }
+    chunks = static_cast<int>((length + kTile - 1) / kTile);
+    chunk_begin = min(segment * p.chunks_per_segment, chunks);
+    chunk_count = min(p.chunks_per_segment, chunks - chunk_begin);
+  }
+
+  // Bounds outside the tensor are cut to it: whatever they hold, nothing is accessed past its end.
+  static __device__ std::int64_t bound(const FusedParams& p, std::int64_t i) {
+    const std::int64_t v = p.cu_is_int64 ? static_cast<const std::int64_t*>(p.cu_seqlens)[i * p.cu_stride]
+                                         : static_cast<const std::int32_t*>(p.cu_seqlens)[i * p.cu_stride];
+    return v < 0 ? 0 : (v > p.seqlen ? p.seqlen : v);
+  }
+
+  // First token, within the sequence, of the i-th chunk that is taken: in the order of the scan, or against it.
+  template <bool kBackwards>
+  __device__ std::int64_t start_of(const FusedParams& p, int i) const {
+    const int chunk = chunk_begin + (kBackwards ? chunk_count - 1 - i : i);
+    return static_cast<std::int64_t>(p.reverse ? chunks - 1 - chunk : chunk) * kTile;
+  }
+
+  __device__ bool has_slice(const FusedParams& p, int which) const {
+    return first_slice + which < p.heads_per_group * p.slices;
+  }
+  __device__ int head_of(const FusedParams& p, int which) const {
+    return group * p.heads_per_group + (first_slice + which) / p.slices;
+  }
+  __device__ int channel_of(const FusedParams& p, int which) const { return (first_slice + which) % p.slices * kTile; }
+};
+
+// Byte offset of the 16-byte unit `unit` of a row of a swizzled tile.
+inline __device__ int unit_offset(int row, int unit) { return row * 128 + ((unit ^ (row & 7)) << 4); }
+
+// ---- the warps that load -------------------------------------------------------------------------------------------------
+
+inline __device__ void load_tile(const CUtensorMap& map, Barrier& barrier, void* tile, int column, int slab, int token,
+                                 int batch) {
+  constexpr auto kHint = static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kHint, tile, column, slab, token, batch);
+}
+
+// One thread: B, C and x into the ring. An absent slice is counted as loaded and left alone.
+template <class Policy, bool kStateOnly>
+__device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
+  constexpr int kTilesOfBC = Policy::kState / kTile;
+  Ring<stages_of<Policy, kStateOnly>> ring;
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
+    const Task task(p, index);
+    const int slices = task.has_slice(p, 1) ? 2 : 1;
+    for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
+      const int stage = ring.stage, token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
+      shared.empty[stage].wait(ring.parity ^ 1);
+      Barrier& full = shared.full[stage];
+      full.arrive_and_expect_tx(kTileBytes * ((kStateOnly ? 1 : 2) * kTilesOfBC + slices));
+#pragma unroll
+      for (int k = 0; k < kTilesOfBC; ++k) {
+        load_tile(p.B, full, shared.B[stage][k], k * kTile, task.group, token, task.batch);
+        if constexpr (!kStateOnly) load_tile(p.C, full, shared.C[stage][k], k * kTile, task.group, token, task.batch);
+      }
+      for (int which = 0; which < slices; ++which)
+        load_tile(p.x, full, shared.x[stage][which], task.channel_of(p, which), task.head_of(p, which), token, task.batch);
+    }
+  }
+}
+
+// One thread: z into the tiles of y.
+template <class Policy, bool kStateOnly>
+__device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
+  Ring<2> ring[2];  // of each consumer
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
+    const Task task(p, index);
+    for (int i = 0; i < task.chunk_count; ++i) {
+      const int token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        if (!task.has_slice(p, which)) continue;
+        const int slot = ring[which].stage;
+        shared.z_empty[which][slot].wait(ring[which].parity ^ 1);
+        shared.z_full[which][slot].arrive_and_expect_tx(kTileBytes);
+        load_tile(p.z, shared.z_full[which][slot], shared.y[which][slot], task.channel_of(p, which), task.head_of(p, which),
+                  token, task.batch);
+        ring[which].advance();
+      }
+    }
+  }
+}
+
+// One warp per slice: discretises the steps of a chunk, two tokens a lane, and sums them up in the order of the scan.
+template <class Policy, bool kStateOnly>
+__device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const int lane = threadIdx.x % 32, place = p.reverse ? 31 - lane : lane;  // tokens 2 place and 2 place + 1
+  Ring<stages_of<Policy, kStateOnly>> ring;
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
+    const Task task(p, index);
+    const bool present = task.has_slice(p, which);
+    const int head = task.head_of(p, present ? which : 0);
+    const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head) * kLog2e;
+    const float bias = p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f;
+    const char* dt = p.dt.data + task.batch * p.dt.batch + head * p.dt.head + (task.first_token + 2 * place) * p.dt.token;
+
+    // Raw steps of the chunks to come: a load from memory takes longer than a chunk.
+    constexpr int kAhead = 4;
+    std::uint32_t next[kAhead][2] = {};
+    auto fetch = [&](int i, std::uint32_t (&raw)[2]) {
+      if (i >= task.chunk_count) return;
+      const std::int64_t start = task.template start_of<kStateOnly>(p, i), left = task.length - start - 2 * place;
+      if (left > 0) raw[0] = cuda::load_bits(dt + start * p.dt.token, p.dt.dtype);
+      if (left > 1) raw[1] = cuda::load_bits(dt + (start + 1) * p.dt.token, p.dt.dtype);
+    };
+    float after = 0.0f;  // log decay from the chunk's end to the segment's, where the state alone is wanted
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) fetch(k, next[k]);
+    for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
+      const std::int64_t left = task.length - task.template start_of<kStateOnly>(p, i) - 2 * place;
+      float step[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        step[k] =
+            left > k ? discretise(cuda::widen_bits(next[0][k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kAhead - 1; ++k) next[k][0] = next[k + 1][0], next[k][1] = next[k + 1][1];
+      fetch(i + kAhead, next[kAhead - 1]);
+
+      // Inclusive sums in the order of the scan. Past the end of the sequence steps are 0 and leave them as they are.
+      const float own[2] = {step[0] * A, step[1] * A};
+      float before = own[0] + own[1];
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const float other = __shfl_up_sync(~0u, before, distance);
+        if (lane >= distance) before += other;
+      }
+      const float total = __shfl_sync(~0u, before, 31);
+      before = __shfl_up_sync(~0u, before, 1);
+      if (lane == 0) before = 0.0f;
+      const float both = before + (own[0] + own[1]);
+      const float log_decay[2] = {p.reverse ? both : before + own[0], p.reverse ? before + own[1] : both};
+
+      shared.empty[ring.stage].wait(ring.parity ^ 1);
+      Steps& steps = shared.steps[ring.stage][which];
+      const float end = total + after;
+      reinterpret_cast<float2*>(steps.weight)[place] =
+          make_float2(step[0] * fast_exp2(end - log_decay[0]), step[1] * fast_exp2(end - log_decay[1]));
+      if constexpr (kStateOnly) {
+        after = end;
+        shared.full[ring.stage].arrive();
+        continue;
+      }
+      steps.pair[place] = make_float4(log_decay[0], log_decay[1], step[0], step[1]);
+      reinterpret_cast<float2*>(steps.enter)[place] = make_float2(fast_exp2(log_decay[0]), fast_exp2(log_decay[1]));
+#pragma unroll
+      for (int block = 0; block < kTile / 16; ++block) {
+        const float first =
+            p.reverse ? __shfl_sync(~0u, log_decay[1], 31 - (8 * block + 7)) : __shfl_sync(~0u, log_decay[0], 8 * block);
+        reinterpret_cast<float2*>(steps.to_block[block])[place] =
+            make_float2(step[0] * fast_exp2(first - log_decay[0]), step[1] * fast_exp2(first - log_decay[1]));
+        if (place / 8 == block)
+          reinterpret_cast<float2*>(steps.from_block)[place] =
+              make_float2(fast_exp2(log_decay[0] - first), fast_exp2(log_decay[1] - first));
+      }
+      if (lane == 0) steps.total = fast_exp2(total);
+      shared.full[ring.stage].arrive();
+    }
+    if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
+      p.segment_decays[(task.sequence * p.segments + task.segment) * p.nheads + head] = after / kLog2e;
+  }
+}
+
+// ---- the warps that compute ----------------------------------------------------------------------------------------------
+
+template <class Policy>
+struct Matmuls {
+  using Element = cute::conditional_t<Policy::kDType == DType::float16, cutlass::half_t, cutlass::bfloat16_t>;
+  static constexpr int kState = Policy::kState, kStages = Policy::kStages;
+  static constexpr auto kK = cute::GMMA::Major::K, kMN = cute::GMMA::Major::MN;
+
+  // C B^T and C h^T; scores x; weighted x^T B.
+  using Scores = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, _64, cute::Int<kState>>, kK, kK>()));
+  using Output = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, _64, _64>, kK, kMN>()));
+  using Update = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<_64, cute::Int<kState>, _64>, kK, kMN>()));
+
+  // kCount row-major arrays of 64 rows, one after the other in shared memory.
+  template <int kColumns, int kCount>
+  using Rows = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Element>{},
+                                            cute::Shape<_64, cute::Int<kColumns>, cute::Int<kCount>>{}));
+  // The same memory with the roles of rows and columns exchanged.
+  template <int kColumns, int kCount>
+  using Columns = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Element>{},
+                                               cute::Shape<cute::Int<kColumns>, _64, cute::Int<kCount>>{},
+                                               cute::Step<cute::_2, cute::_1, cute::_3>{}));
+
+  template <class Layout>
+  static __device__ auto tensor(void* tiles, Layout layout) {
+    return cute::make_tensor(cute::make_smem_ptr(static_cast<Element*>(tiles)), layout);
+  }
+};
+
+// acc (+)= a b of the given stages, issued and not waited for.
+template <bool kFromZero, class Mma, class A, class B, class Accumulators>
+__device__ void issue(Mma& mma, const A& a, const B& b, Accumulators& acc) {
+  mma.accumulate_ = kFromZero ? cute::GMMA::ScaleOut::Zero : cute::GMMA::ScaleOut::One;
+  CUTE_UNROLL
+  for (int k = 0; k < cute::size<2>(a); ++k) {
+    cute::gemm(mma, a(cute::_, cute::_, k), b(cute::_, cute::_, k), acc);
+    mma.accumulate_ = cute::GMMA::ScaleOut::One;
+  }
+  cute::warpgroup_commit_batch();
+}
+
+inline __device__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
+
+// Where a thread's values of a 64-row accumulator lie: value 4 k + 2 r + c is in row `row + 8 r`, column 8 k + `column` + c.
+// Tiles are aligned to their swizzle, so that units of a row are an exclusive or away from the first.
+struct Fragment {
+  int warp, lane, row, column;
+  int row_unit;     // bytes to this lane's unit of a warp's 16 rows x 16 columns
+  int column_unit;  // the same of the transposed tile: 16 columns x 16 rows
+
+  __device__ explicit Fragment(int thread)
+      : warp(thread / 32),
+        lane(thread % 32),
+        row(16 * warp + lane / 4),
+        column(lane % 4 * 2),
+        row_unit(unit_offset(16 * warp + lane % 16, lane / 16)),
+        column_unit(unit_offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)) {}
+
+  // Stores columns 16 j to 16 j + 15 of a warp's rows, rounded.
+  template <class Element, class Values>
+  __device__ void store(char* tiles, int j, const Values& values) const {
+    std::uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float pair[2] = {values(8 * j + 2 * i), values(8 * j + 2 * i + 1)};
+      word[i] = cuda::narrow_word<Element>(pair);
+    }
+    char* at = tiles + j / 4 * kTileBytes + (row_unit ^ j % 4 * 32);
+    cute::SM90_U32x4_STSM_N::copy(word[0], word[1], word[2], word[3], *reinterpret_cast<cute::uint128_t*>(at));
+  }
+
+  // The words of columns 16 j to 16 j + 15 of a warp's rows, as a thread's values of an accumulator.
+  __device__ void load(const char* tile, int j, std::uint32_t (&word)[4]) const {
+    const char* at = tile + (row_unit ^ j * 32);
+    cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(at), word[0], word[1], word[2], word[3]);
+  }
+
+  // The same of the transposed tile: rows 16 j to 16 j + 15 of it are the columns.
+  __device__ void load_transposed(const char* tile, int j, std::uint32_t* word) const {
+    const char* at = tile + column_unit + j * 16 * 128;
+    cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(at), word[0], word[1], word[2], word[3]);
+  }
+};
+
+// What a thread needs of a chunk's steps for its rows.
+struct RowDecays {
+  float enter[2], from_block[2];
+  float2 own_block[4];  // of each word of the block on the diagonal: dt_j exp(a_i - a_j)
+  float2 to_block[kTile / 8];
+
+  __device__ void load(const Steps& steps, const Fragment& at) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      enter[r] = steps.enter[at.row + 8 * r];
+      from_block[r] = steps.from_block[at.row + 8 * r];
+      const float log_i = steps.log_decay(at.row + 8 * r);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float4 step = steps.pair[8 * at.warp + 4 * h + at.column / 2];
+        own_block[2 * h + r] = make_float2(step.z * fast_exp2(log_i - step.x), step.w * fast_exp2(log_i - step.y));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTile / 8; ++k) to_block[k] = load2(steps.to_block[at.warp] + 8 * k + at.column);
+  }
+};
+
+// x^T of a chunk, as a thread's values of an accumulator, and the weights of its tokens.
+template <class Element>
+struct WeightedColumns {
+  std::uint32_t word[kTile / 4];
+  float2 weight[kTile / 8];
+
+  __device__ void load(const char* tile, const Steps& steps, const Fragment& at) {
+#pragma unroll
+    for (int j = 0; j < kTile / 16; ++j) at.load_transposed(tile, j, word + 4 * j);
+#pragma unroll
+    for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
+  }
+
+  // The k-th word of the matrix operand.
+  __device__ std::uint32_t weighted(int k) const {
+    float pair[2];
+    cuda::widen_word<Element>(word[k], pair);
+    pair[0] *= weight[k / 2].x, pair[1] *= weight[k / 2].y;
+    return cuda::narrow_word<Element>(pair);
+  }
+};
+
+// Which of a word's two columns the scan reaches from its row, in the 16 x 16 block on the diagonal.
+inline __device__ std::uint32_t diagonal_mask(const Fragment& at, bool reverse, int word) {
+  const int row = at.lane / 4 + word % 2 * 8, column = at.column + word / 2 * 8;
+  std::uint32_t mask = 0;
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+    if (reverse ? column + c >= row : column + c <= row) mask |= 0xffffu << 16 * c;
+  return mask;
+}
+
+// Zeros from row `first` on: what a box holds past the end of its sequence.
+inline __device__ void clear_rows(char* tile, int first, int thread) {
+  for (int i = first * 8 + thread; i < kTile * 8; i += kWarpgroup) reinterpret_cast<uint4*>(tile)[i] = uint4{};
+}
+
+// A box that reaches past the end of a packed sequence holds tokens of the next. Their weight is 0, but 0 times NaN is not.
+// Both consumers clear B: each must have it before it goes on.
+template <class Policy, bool kStateOnly>
+__device__ void clear_foreign_rows(SharedStorage<Policy, kStateOnly>& shared, int stage, int which, int valid, int thread) {
+  clear_rows(shared.x[stage][which], valid, thread);
+  for (int k = 0; k < Policy::kState / kTile; ++k) clear_rows(shared.B[stage][k], valid, thread);
+  cutlass::arch::fence_view_async_shared();
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
+}
+
+// A consumer without a slice leaves the ring to the other.
+template <class Policy, bool kStateOnly>
+__device__ void keep_up(SharedStorage<Policy, kStateOnly>& shared, Ring<stages_of<Policy, kStateOnly>>& ring, int chunks) {
+  for (int i = 0; i < chunks; ++i, ring.advance()) {
+    shared.full[ring.stage].wait(ring.parity);
+    shared.empty[ring.stage].arrive();
+  }
+}
+
+// Calls visit(accumulator value, row, column) for a thread's part of a [channel, state] accumulator.
+template <int kValues, class Visit>
+__device__ void for_each_state(const Fragment& at, Visit visit) {
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) visit(v, at.row + v / 2 % 2 * 8, v / 4 * 8 + at.column + v % 2);
+}
+
+// What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
+// reaches to the segment's end and the sums need no decay in between: nothing waits for a matmul but its own registers.
+template <class Policy>
+__device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>& shared, int which) {
+  using M = Matmuls<Policy>;
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  constexpr int kState = Policy::kState, kStages = stages_of<Policy, true>, kStateValues = kState / 2;
+  const int thread = threadIdx.x % kWarpgroup;
+  const Fragment at(thread);
+  typename M::Update update_mma;
+  auto state = cute::partition_fragment_C(update_mma, cute::Shape<_64, cute::Int<kState>>{});
+  auto weighted = cute::make_tensor<typename M::Element>(cute::partition_shape_A(update_mma, cute::Shape<_64, _64>{}));
+  auto weighted_words = cute::recast<std::uint32_t>(weighted);
+  const auto B_columns = update_mma.get_thread_slice(thread).partition_fragment_B(
+      M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
+  constexpr auto _ = cute::_;
+
+  cuda::let_next_kernel_start();
+  Ring<kStages> ring;
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
+    const Task task(p, index);
+    if (!task.has_slice(p, which)) {
+      keep_up(shared, ring, task.chunk_count);
+      continue;
+    }
+    const int head = task.head_of(p, which), channel = task.channel_of(p, which);
+#pragma unroll
+    for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
+    for (int i = 0; i < task.chunk_count; ++i) {
+      const int stage = ring.stage;
+      const int valid = static_cast<int>(min(task.length - task.template start_of<true>(p, i), std::int64_t{kTile}));
+      shared.full[stage].wait(ring.parity);
+      if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
+      WeightedColumns<NativeElement> x;
+      x.load(shared.x[stage][which], shared.steps[stage][which], at);
+      std::uint32_t words[kTile / 4];
+#pragma unroll
+      for (int k = 0; k < kTile / 4; ++k) words[k] = x.weighted(k);
+      cute::warpgroup_wait<0>();  // for the chunk before: its operands are free
+      cute::warpgroup_fence_operand(state);
+      if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
+#pragma unroll
+      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = words[k];
+      cute::warpgroup_fence_operand(weighted);
+      cute::warpgroup_fence_operand(state);
+      cute::warpgroup_arrive();
+      issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+      ring.advance();
+    }
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(state);
+    if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
+
+    float* to =
+        p.segment_states + (((task.sequence * p.segments + task.segment) * p.nheads + head) * p.headdim + channel) * p.dstate;
+    for_each_state<kStateValues>(at, [&](int v, int row, int column) {
+      if (channel + row < p.headdim && column < p.dstate) to[row * p.dstate + column] = state(v);
+    });
+  }
+}
+
+// The output of a slice, chunk by chunk.
+template <class Policy>
+__device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false>& shared, int which) {
+  using M = Matmuls<Policy>;
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  constexpr int kState = Policy::kState, kStages = Policy::kStages, kStateValues = kState / 2;
+  const int thread = threadIdx.x % kWarpgroup;
+  const Fragment at(thread);
+  auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which); };
+
+  typename M::Scores scores_mma;
+  typename M::Output output_mma;
+  typename M::Update update_mma;
+  const auto scores_of = scores_mma.get_thread_slice(thread);
+  const auto output_of = output_mma.get_thread_slice(thread);
+  const auto update_of = update_mma.get_thread_slice(thread);
+  auto scores = cute::partition_fragment_C(scores_mma, cute::Shape<_64, _64>{});               // (tokens i, tokens j)
+  auto y = cute::partition_fragment_C(scores_mma, cute::Shape<_64, _64>{});                    // (tokens, channels)
+  auto state = cute::partition_fragment_C(update_mma, cute::Shape<_64, cute::Int<kState>>{});  // (channels, states)
+  auto weighted = cute::make_tensor<typename M::Element>(cute::partition_shape_A(update_mma, cute::Shape<_64, _64>{}));
+  auto masked = cute::make_tensor<typename M::Element>(cute::partition_shape_A(output_mma, cute::Shape<_64, _64>{}));
+  auto weighted_words = cute::recast<std::uint32_t>(weighted);
+  auto masked_words = cute::recast<std::uint32_t>(masked);
+  // Descriptors of the operands in shared memory, for every stage.
+  const auto B_rows = scores_of.partition_fragment_B(M::tensor(shared.B, typename M::template Rows<kState, kStages>{}));
+  const auto C_rows = scores_of.partition_fragment_A(M::tensor(shared.C, typename M::template Rows<kState, kStages>{}));
+  const auto state_rows = scores_of.partition_fragment_B(M::tensor(shared.state, typename M::template Rows<kState, 2>{}));
+  const auto B_columns = update_of.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
+  const auto x_columns =
+      output_of.partition_fragment_B(M::tensor(shared.x, typename M::template Columns<kTile, 2 * kStages>{}));
+  constexpr auto _ = cute::_;
+
+  std::uint32_t diagonal[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    diagonal[w] = diagonal_mask(at, p.reverse, w);
+    asm volatile("" : "+r"(diagonal[w]));  // kept, not worked out again in every chunk
+  }
+
+  Ring<kStages> ring;
+  Ring<2> slots;
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
+    const Task task(p, index);
+    if (!task.has_slice(p, which)) {
+      keep_up(shared, ring, task.chunk_count);
+      continue;
+    }
+    const int head = task.head_of(p, which), channel = task.channel_of(p, which);
+
+    // ---- start
+#pragma unroll
+    for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
+    auto inside = [&](int row, int column) { return channel + row < p.headdim && column < p.dstate; };
+    if (p.initial_state.data && !(p.segment_states && p.segments_combined)) {
+      const StateView& from = p.initial_state;
+      const char* origin = from.data + task.sequence * from.sequence + head * from.head + channel * from.channel;
+      for_each_state<kStateValues>(at, [&](int v, int row, int column) {
+        if (inside(row, column)) state(v) = cuda::load_element(origin + row * from.channel + column * from.state, from.dtype);
+      });
+    }
+    if (p.segment_states) {
+      cuda::wait_for_kernel_ahead();
+      // Combined, they are the states before the segments; else what each adds, with its decay.
+      const int last = task.segment - (p.segments_combined ? 0 : 1);
+      for (int segment = p.segments_combined ? last : 0; segment <= last; ++segment) {
+        const std::int64_t before = (task.sequence * p.segments + segment) * p.nheads + head;
+        const float decay = p.segments_combined ? 0.0f : expf(p.segment_decays[before]);
+        const float* from = p.segment_states + (before * p.headdim + channel) * p.dstate;
+        for_each_state<kStateValues>(at, [&](int v, int row, int column) {
+          if (inside(row, column)) state(v) = fmaf(decay, state(v), from[row * p.dstate + column]);
+        });
+      }
+    }
+    if (p.D.data && thread < kTile)
+      shared.D[which][thread] =
+          channel + thread < p.headdim
+              ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head + (channel + thread) * p.D.channel)
+              : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
+    cutlass::arch::fence_view_async_shared();
+    sync();
+
+    auto valid_tokens = [&](int i) {
+      return static_cast<int>(min(task.length - task.template start_of<false>(p, i), std::int64_t{kTile}));
+    };
+    // Waits for the i-th chunk; its decay. Past the last one there is nothing to wait for.
+    auto await_chunk = [&](int i) {
+      if (i >= task.chunk_count) return 1.0f;
+      const int stage = ring.stage, valid = valid_tokens(i);
+      shared.full[stage].wait(ring.parity);
+      if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
+      return shared.steps[stage][which].total;
+    };
+    // Takes the chunk in: the state is decayed to its end, the scores are on their way, and what comes of steps and x follows.
+    // After the last chunk the scores are of no use: behind a condition, ptxas would let no matmul overlap with anything.
+    RowDecays decays;
+    WeightedColumns<NativeElement> x;
+    auto enter_chunk = [&](int i, float total) {
+      const int stage = ring.stage;
+      // Here, since a use of accumulators between matmuls in flight makes ptxas wait for all of them.
+#pragma unroll
+      for (int v = 0; v < kStateValues; ++v) state(v) *= total;
+      cute::warpgroup_fence_operand(scores);
+      cute::warpgroup_arrive();
+      issue<true>(scores_mma, C_rows(_, _, _, stage), B_rows(_, _, _, stage), scores);
+      if (i >= task.chunk_count) return;
+      const Steps& steps = shared.steps[stage][which];
+      x.load(shared.x[stage][which], steps, at);
+      decays.load(steps, at);
+    };
+
+    enter_chunk(0, await_chunk(0));
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+    for (int i = 0; i < task.chunk_count; ++i) {
+      const int stage = ring.stage;
+      const char* tile_x = shared.x[stage][which];
+      cute::warpgroup_fence_operand(y);
+      cute::warpgroup_arrive();
+      issue<true>(scores_mma, C_rows(_, _, _, stage), state_rows(_, _, _, which), y);
+
+      // x^T with the weights of its tokens, as a matrix operand, while these run.
+#pragma unroll
+      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
+      cute::warpgroup_fence_operand(state);
+      cute::warpgroup_fence_operand(weighted);
+      cute::warpgroup_arrive();
+      issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+
+      // Scores, decayed and masked, become a matrix operand.
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) {
+        const int later = p.reverse ? at.warp - j : j - at.warp;  // blocks of 16 x 16: 0 holds the diagonal, above it nothing
+        if (later > 0) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) masked_words(4 * j + w) = 0;
+        } else if (later == 0) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            const float pair[2] = {scores(8 * j + 2 * w) * decays.own_block[w].x,
+                                   scores(8 * j + 2 * w + 1) * decays.own_block[w].y};
+            masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair) & diagonal[w];
+          }
+        } else {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            const float2 to_block = decays.to_block[2 * j + w / 2];
+            const float from_block = decays.from_block[w % 2];
+            const float pair[2] = {scores(8 * j + 2 * w) * from_block * to_block.x,
+                                   scores(8 * j + 2 * w + 1) * from_block * to_block.y};
+            masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair);
+          }
+        }
+      }
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(y);
+#pragma unroll
+      for (int v = 0; v < kTile / 2; ++v) y(v) *= decays.enter[v / 2 % 2];
+      cute::warpgroup_fence_operand(y);
+      cute::warpgroup_fence_operand(masked);
+      cute::warpgroup_arrive();
+      issue<false>(output_mma, masked, x_columns(_, _, _, 2 * stage + which), y);
+
+      // The new state goes out once all warps are done with the old one.
+      const std::int64_t token = task.first_token + task.template start_of<false>(p, i);
+      const int valid = valid_tokens(i);
+      ring.advance();
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(state);
+      const float total = await_chunk(i + 1);
+      sync();
+#pragma unroll
+      for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
+
+      // The next chunk's scores run beside the end of this one.
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(y);
+      enter_chunk(i + 1, total);
+      if (p.D.data) {
+#pragma unroll
+        for (int j = 0; j < kTile / 16; ++j) {
+          std::uint32_t word[4];
+          at.load(tile_x, j, word);
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            const float2 D = load2(shared.D[which] + 16 * j + w / 2 * 8 + at.column);
+            float pair[2];
+            cuda::widen_word<NativeElement>(word[w], pair);
+            y(8 * j + 2 * w) += D.x * pair[0];
+            y(8 * j + 2 * w + 1) += D.y * pair[1];
+          }
+        }
+      }
+      shared.empty[stage].arrive();
+      char* tile_y = shared.y[which][slots.stage];
+      if (p.has_z) {
+        shared.z_full[which][slots.stage].wait(slots.parity);
+#pragma unroll
+        for (int j = 0; j < kTile / 16; ++j) {
+          std::uint32_t word[4];
+          at.load(tile_y, j, word);
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            float pair[2];
+            cuda::widen_word<NativeElement>(word[w], pair);
+            y(8 * j + 2 * w) *= cuda::fast_silu(pair[0]);
+            y(8 * j + 2 * w + 1) *= cuda::fast_silu(pair[1]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(scores);
+      cutlass::arch::fence_view_async_shared();
+      sync();
+      if (p.cu_seqlens && valid < kTile) {
+        const int row = thread / 2;
+        char* to = p.packed_y.data + (token + row) * p.packed_y.token + head * p.packed_y.head;
+        for (int unit = thread % 2 * 4; row < valid && unit < thread % 2 * 4 + 4; ++unit) {
+          const auto* elements = reinterpret_cast<const NativeElement*>(tile_y + unit_offset(row, unit));
+          for (int e = 0; e < 8; ++e) {
+            const int c = channel + 8 * unit + e;
+            if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
+          }
+        }
+      } else if (thread == 0) {
+        cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
+      }
+      if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
+        cute::tma_store_arrive();
+        cute::tma_store_wait<1>();
+        if (p.has_z) shared.z_empty[which][slots.stage ^ 1].arrive();
+      }
+      slots.advance();
+    }
+
+    // ---- end
+    const StateView& to = p.final_state;
+    if (!to.data || task.segment != p.segments - 1) continue;
+    char* origin = to.data + task.sequence * to.sequence + head * to.head + channel * to.channel;
+    for_each_state<kStateValues>(at, [&](int v, int row, int column) {
+      if (inside(row, column)) cuda::store_element(origin + row * to.channel + column * to.state, to.dtype, state(v));
+    });
+  }
+  if (thread == 0) cute::tma_store_wait<0>();
+}
+
+}  // namespace fused
+
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y.
+template <class Policy, bool kStateOnly>
+__global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ FusedParams p) {
+  using namespace fused;
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  static_assert(sizeof(SharedStorage<Policy, kStateOnly>) <= kMostSharedBytes);
+  auto& shared = *reinterpret_cast<SharedStorage<Policy, kStateOnly>*>(shared_bytes);
+  const int warpgroup = cutlass::canonical_warp_group_idx();
+
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&p.B, &p.x, &p.C, &p.y})
+      cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
+    for (int stage = 0; stage < stages_of<Policy, kStateOnly>; ++stage) {
+      shared.full[stage].init(1 + 2 * 32);  // the tiles, and the steps of each slice
+      shared.empty[stage].init(2 * kWarpgroup);
+    }
+    for (int which = 0; which < 2; ++which)
+      for (int slot = 0; slot < 2; ++slot) shared.z_full[which][slot].init(1), shared.z_empty[which][slot].init(1);
+    cutlass::arch::fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup == Policy::kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<Policy::kProducerRegisters>();
+    const int role = cutlass::canonical_warp_idx_sync() % 4;
+    if (role == 0) {
+      if (cute::elect_one_sync()) load_chunks<Policy, kStateOnly>(p, shared);
+    } else if (role < 3) {
+      prepare_steps<Policy, kStateOnly>(p, shared, role - 1);
+    } else if (!kStateOnly && p.has_z) {
+      if (cute::elect_one_sync()) load_gates<Policy, kStateOnly>(p, shared);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters>();
+    if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
+    else compute_output<Policy>(p, shared, warpgroup);
+  }
+}
+
+}  // namespace statescan::ssd_scan
