@@ -402,6 +402,19 @@ def test_lengths_share_one_graph(rng, device, op, dynamo):
     assert counter.frame_count <= 2
 
 
+def test_narrow_initial_state(rng, device, dynamo):
+    """Its gradient has its dtype, eager and compiled, whatever the library computes in."""
+    op = cases.STATE_SCAN
+    arrays = op.inputs(rng, state_dtype="bfloat16")
+    got = []
+    for run in (function(op), torch.compile(function(op), backend="aot_eager", fullgraph=True)):
+        inputs = tensors(arrays, device, requires_grad=True)
+        got.append(gradients(op, inputs, call(op, inputs, run)))
+    assert got[0]["initial_state"].dtype == torch.bfloat16
+    for name in got[0]:
+        assert_same(got[1][name], got[0][name], name)
+
+
 def test_inductor(rng, device, dynamo):
     """The default backend, around two ops with a gradient."""
     if not (shutil.which("g++") or shutil.which("clang++")):

@@ -226,7 +226,8 @@ class Op(_Operator):
         self._backward_overload = getattr(torch.ops.statescan, name).default
 
         def run(*args: Any) -> list[Tensor]:
-            return [gradient for gradient in self._backward_kernel(*args) if gradient is not None]
+            made = zip(self._backward_kernel(*args), self._like)
+            return [gradient.to(args[like].dtype) for gradient, like in made if gradient is not None]  # state_scan's is wide
 
         def fake(*args: Any) -> list[Tensor]:
             likes = (args[position] for bit, position in enumerate(self._like) if args[-1] >> bit & 1)
