@@ -57,10 +57,12 @@ def close(got, expected, name="out"):
 
 
 def call(function, *args, **kwargs):
-    """A test of what has no kernel is skipped."""
+    """A test of what has no CUDA kernel is skipped."""
     try:
         return function(*args, **kwargs)
     except NotImplementedError as missing:
+        if "CUDA" not in str(missing):
+            raise
         pytest.skip(str(missing))
 
 
