@@ -7,6 +7,7 @@
 //          time, bit for bit
 #pragma once
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "policy.h"
 
@@ -44,10 +45,13 @@ __global__ void __launch_bounds__(Policy::kThreads) causal_conv1d_update_kernel(
   constexpr DType kDType = Policy::kDType;
   const std::int64_t first_row = std::int64_t{blockIdx.x / p.tiles} * kRows;
   const std::int64_t channel = std::int64_t{blockIdx.x % p.tiles} * Policy::kThreads + threadIdx.x;
-  if (channel >= p.dim || p.ntokens == 0) return;
   const char* const x = p.x.data + (first_row * p.x.row + channel * p.x.channel);
   char* const y = p.y.data + (first_row * p.y.row + channel * p.y.channel);
   char* const state = p.state.data + channel * p.state.channel;
+
+  cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();
+  if (channel >= p.dim || p.ntokens == 0) return;
 
   // Window and weight end at the registers' end; what is before `unused` does not count. All rows are loaded before the first
   // is worked on.
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(Policy::kThreads) causal_conv1d_update_kernel(
     if (first_row + r >= p.batch) break;
     char* y_at = y + r * p.y.row;
     if (slot[r] < 0) {
-      for (std::int64_t t = 0; t < p.ntokens; ++t, y_at += p.y.token) cuda::store_element(y_at, kDType, 0.0f);
+      for (std::int64_t t = 0; t < p.ntokens; ++t, y_at += p.y.token) cuda::store_element(y_at, p.y.dtype, 0.0f);
       continue;
     }
     float window[kTaps];
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(Policy::kThreads) causal_conv1d_update_kernel(
 #pragma unroll
       for (int k = 0; k < kTaps; ++k)
         if (k >= unused) sum = fmaf(taps[k], window[k], sum);
-      cuda::store_element(y_at, kDType, p.silu ? cuda::fast_silu(sum) : sum);
+      cuda::store_element(y_at, p.y.dtype, p.silu ? cuda::fast_silu(sum) : sum);
 #pragma unroll
       for (int k = 0; k < kTaps - 1; ++k) window[k] = window[k + 1];
       if (++t == p.ntokens) break;

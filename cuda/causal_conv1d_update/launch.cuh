@@ -32,7 +32,8 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
     params.index_stride = args.state_indices.stride[0];
   }
   cuda::launch("causal_conv1d_update_kernel", causal_conv1d_update_kernel<Policy>,
-               {divide_up(dims.batch, Policy::kRows) * params.tiles, Policy::kThreads}, stream, params);
+               {.blocks = divide_up(dims.batch, Policy::kRows) * params.tiles, .threads = Policy::kThreads, .early = true},
+               stream, params);
 }
 
 }  // namespace statescan::causal_conv1d_update

@@ -39,6 +39,8 @@ int multiprocessors(int device) {
 
 int lowest_compute_capability() { return STATESCAN_CUDA_LOWEST; }
 
+bool has_sm90_code(int capability) { return capability >= STATESCAN_CUDA_LOWEST_FROM_90; }
+
 std::string describe(int device) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");

@@ -15,6 +15,9 @@ int multiprocessors(int device);
 // The lowest compute capability that the generic kernels of this build run on; newer ones run its PTX.
 int lowest_compute_capability();
 
+// Whether the generic kernels of this build have, on such a device, what came with sm_90: clusters and early launches.
+bool has_sm90_code(int capability);
+
 // "NVIDIA H100 80GB HBM3 (sm_90)".
 std::string describe(int device);
 

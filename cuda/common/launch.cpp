@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "device.h"
 #include "overlap.h"
 
 namespace statescan::cuda {
@@ -12,8 +13,14 @@ void check(cudaError_t status, const char* call) {
   fail<CudaError>(call, " failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status));
 }
 
-static void launch_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** parameters,
-                          bool overlapping) {
+// Whether the current device has early launches.
+static bool on_sm90() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return has_sm90_code(compute_capability(device));
+}
+
+void launch_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** parameters) {
   constexpr int kDefaultSharedBytes = 48 * 1024;  // more needs the attribute
   if (shape.blocks > std::numeric_limits<std::int32_t>::max())
     fail<NotImplementedError>(name, " would need ", shape.blocks, " thread blocks; CUDA launches at most 2^31 - 1");
@@ -25,10 +32,23 @@ static void launch_kernel(const char* name, const void* kernel, const LaunchShap
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  if (overlapping) config.attrs = &overlap, config.numAttrs = 1;
+  cudaLaunchAttribute attributes[3];
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+    cooperative.id = cudaLaunchAttributeCooperative;
+    cooperative.val.cooperative = 1;
+  }
+  if (shape.early && on_sm90()) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   const cudaError_t status = cudaLaunchKernelExC(&config, kernel, parameters);
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();
@@ -36,13 +56,11 @@ static void launch_kernel(const char* name, const void* kernel, const LaunchShap
                   " bytes of shared memory) failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status));
 }
 
-void launch_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** parameters) {
-  launch_kernel(name, kernel, shape, stream, parameters, false);
-}
-
 void launch_overlapping_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream,
                                void** parameters) {
-  launch_kernel(name, kernel, shape, stream, parameters, true);
+  LaunchShape early = shape;
+  early.early = true;
+  launch_kernel(name, kernel, early, stream, parameters);
 }
 
 }  // namespace statescan::cuda

@@ -18,6 +18,11 @@ struct LaunchShape {
   std::int64_t blocks;  // one axis, which goes to 2^31 - 1; y and z would end at 65,535
   int threads;
   int shared_bytes = 0;
+  int cluster = 1;           // blocks that meet in shared memory; from sm_90 on, at most 8
+  bool cooperative = false;  // all blocks must run at the same time: the kernel waits for the whole grid
+  // The kernel starts with wait_for_earlier_kernels() (early.cuh): from sm_90 on its blocks may then take their places while
+  // the kernel before it on the stream ends.
+  bool early = false;
 };
 
 void launch_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream, void** parameters);

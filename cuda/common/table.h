@@ -16,7 +16,7 @@ namespace statescan::cuda {
 struct Architectures {
   int lowest, highest;
 };
-inline constexpr Architectures kSm80AndNewer{80, 10000};
+inline constexpr Architectures kSm80AndNewer{80, 10000}, kSm90AndNewer{90, 10000};
 inline constexpr Architectures kSm90Only{90, 90};  // code for sm_90a runs on no other
 
 template <class Args, class Dims>

@@ -12,6 +12,7 @@
 
 #include <statescan/math.h>
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "params.h"
 
@@ -121,7 +122,6 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
   constexpr DType kRate = kParts == 2 ? DType::complex64 : DType::float32;
   constexpr unsigned kAll = 0xffffffffu;
   using Run = cuda::Run<Policy::kAccess, kRun, kParts>;
-
   const std::int64_t pieces = kRunsOfRow == 1 ? 1 : p.pieces, ntokens = kOneToken ? 1 : p.ntokens;
   const Unit unit = unit_of<kRows>(p);
   // What a row has one of, one lane in kRows loads and works out, and the first of them stores.
@@ -129,6 +129,8 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
   const bool has_row = row < unit.rows, stores_row = has_row && unit.lane < kRows;
   const bool has_step =
       kMamba1 ? has_row : unit.rows > 0;  // the rows of a head share dt: every lane works out the head's decay
+  cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();
   const std::int64_t from = p.from.data ? slot_at(p.from, unit.batch, p.slots) : unit.batch;
   if (from < 0) {
     char* y = at(p.y, unit, row);
@@ -202,6 +204,16 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
 #pragma unroll
       for (int v = 0; v < kRunsOfRow; ++v) packed_state[r][v].widen(Policy::kState, state[r][v]);
 
+    const std::int64_t to = p.to.data ? slot_at(p.to, unit.batch, p.slots) : from;
+    char* const to_at = at_slot(p.state, unit, to);
+    const auto store_states = [&] {
+      if (to < 0) return;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int v = 0; v < kRunsOfRow; ++v)
+          Run::store(to_at + r * p.state.row + column[v] * state_step, Policy::kState, state_step, count_of(r, v), state[r][v]);
+    };
 #pragma unroll 1
     for (std::int64_t t = 0; t < ntokens; ++t) {
       const float dt = discretise(cuda::widen_bits(dt_bits, p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max);
@@ -234,6 +246,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
           }
         }
       }
+      if (t + 1 == ntokens) store_states();  // they have the longest way: before the sums
       float y = kParts * sum_over_team(sums, unit.lanes);
       bool is_last = true;
       if (pieces > 1 && stores_row) {  // the same thread takes up what it left
@@ -249,15 +262,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
       x_at += p.x.token, dt_at += p.dt.token, z_at += p.z.token, B_at += p.B.token, C_at += p.C.token, y_at += p.y.token;
       if (t + 1 < ntokens) load_token();
     }
-
-    const std::int64_t to = p.to.data ? slot_at(p.to, unit.batch, p.slots) : from;
-    if (to < 0 || (ntokens == 0 && to == from)) continue;
-    char* const to_at = at_slot(p.state, unit, to);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int v = 0; v < kRunsOfRow; ++v)
-        Run::store(to_at + r * p.state.row + column[v] * state_step, Policy::kState, state_step, count_of(r, v), state[r][v]);
+    if (ntokens == 0 && to != from) store_states();
   }
 }
 

@@ -18,7 +18,7 @@ void launch_rows(Params params, const Dims& dims, std::int64_t bands, Stream str
   params.units_of_band = static_cast<std::uint32_t>(units_of_band);
   params.tiles = static_cast<std::uint32_t>(divide_up(units, Policy::kThreads / params.lanes));
   cuda::launch("selective_state_update_kernel", selective_state_update_kernel<Policy, kRunsOfRow, kOneToken>,
-               {dims.batch * params.tiles, Policy::kThreads}, stream, params);
+               {.blocks = dims.batch * params.tiles, .threads = Policy::kThreads, .early = true}, stream, params);
 }
 
 template <class Policy>
