@@ -7,6 +7,7 @@
 // Numerics float32 state in registers, chunks in order: the bits depend on the slice alone
 #pragma once
 
+#include "../common/early.cuh"
 #include "slice.cuh"
 
 namespace statescan::state_scan {
@@ -27,6 +28,8 @@ __global__ void __launch_bounds__(Policy::kThreads) state_scan_forward_kernel(co
   constexpr int kVector = Policy::kVector, kStages = Policy::kForwardStages;
   const Task task = task_of(params.tasks);
   const Lane<Policy> lane(params.slice, (task.tile * Policy::kThreads + threadIdx.x) * kVector);
+  cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();
   if (!lane.inside()) return;
   const Span span = span_of(params.sequences, task.sequence);
   if (params.sequences.cu_seqlens && task.sequence == params.sequences.count) {

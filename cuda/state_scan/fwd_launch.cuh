@@ -13,8 +13,8 @@ void launch_forward(const Args& args, const Dims& dims, Stream stream) {
   const ForwardParams params{tasks, layout.slice(), layout.sequences(), args.reverse, layout.decay(args.log_decay),
                              layout.chunks(args.update), layout.chunks(args.states), layout.state(args.initial_state),
                              layout.state(args.final_state)};
-  cuda::launch("state_scan_forward_kernel", state_scan_forward_kernel<Policy>, {tasks.blocks(), Policy::kThreads}, stream,
-               params);
+  cuda::launch("state_scan_forward_kernel", state_scan_forward_kernel<Policy>,
+               {.blocks = tasks.blocks(), .threads = Policy::kThreads, .early = true}, stream, params);
 }
 
 }  // namespace statescan::state_scan
