@@ -171,4 +171,12 @@ inline __device__ float fast_softplus(float v) {
   return fmaxf(v, 0.0f) + 2.0f * fmaf(q * s2, s, s);
 }
 
+inline __device__ float fast_sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+
+// d silu(v) / dv
+inline __device__ float fast_dsilu(float v) {
+  const float s = fast_sigmoid(v);
+  return s * fmaf(v, 1.0f - s, 1.0f);
+}
+
 }  // namespace statescan::cuda

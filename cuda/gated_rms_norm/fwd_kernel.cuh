@@ -10,6 +10,7 @@
 // alone
 #pragma once
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "policy.h"
 
@@ -24,23 +25,38 @@ struct View {
   std::int64_t leading[kMaxLeading], column;
 };
 
-struct ForwardParams {
-  std::uint32_t groups;                    // of a row
-  std::int64_t teams;                      // groups of all rows: each has a team of threads
-  std::int64_t group_size, chunks;         // chunks: of what a team holds at once
+// What both directions know of a call.
+struct Rows {
+  std::int64_t count;
+  std::uint32_t groups;             // of a row
+  std::int64_t group_size, chunks;  // chunks: of what a team of threads holds at once
   int leading_axes;
   std::int64_t leading_size[kMaxLeading];  // the last varies fastest
-  View x, z, weight, y;
   float eps, mean_scale;
   bool norm_before_gate;
 };
 
-inline __device__ char* row_of(const View& t, const ForwardParams& p, std::int64_t row) {
+struct ForwardParams {
+  Rows rows;
+  std::int64_t teams;  // groups of all rows: each has a team
+  View x, z, weight, y;
+  Padding padding;
+};
+
+inline __device__ bool is_padding(const Padding& p, std::int64_t row) {
+  if (!p.indices) return false;
+  const std::int64_t at = row / p.tokens * p.index_stride;
+  const std::int64_t slot =
+      p.indices_are_int64 ? static_cast<const std::int64_t*>(p.indices)[at] : static_cast<const std::int32_t*>(p.indices)[at];
+  return slot < 0 || slot >= p.slots;
+}
+
+inline __device__ char* row_of(const View& t, const Rows& rows, std::int64_t row) {
   std::int64_t offset = 0;
 #pragma unroll 1
-  for (int axis = p.leading_axes - 1; axis > 0; --axis) {
-    offset += row % p.leading_size[axis] * t.leading[axis];
-    row /= p.leading_size[axis];
+  for (int axis = rows.leading_axes - 1; axis > 0; --axis) {
+    offset += row % rows.leading_size[axis] * t.leading[axis];
+    row /= rows.leading_size[axis];
   }
   return t.data + (offset + row * t.leading[0]);
 }
@@ -62,27 +78,29 @@ template <class Policy, bool kTeamIsBlock>
 __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::kSmallThreads, kTeamIsBlock ? 2 : 6)
     gated_rms_norm_forward_kernel(const __grid_constant__ ForwardParams p) {
   constexpr int kRun = Policy::kRun, kRuns = Policy::kRuns;
-  constexpr DType kDType = Policy::kDType;
+  constexpr DType kDType = Policy::kDType, kGate = Policy::kGate;
   using Run = cuda::Run<Policy::kAccess, kRun>;
+  cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();
   const int threads = kTeamIsBlock ? blockDim.x : kWarp, thread = threadIdx.x % threads;
   const std::int64_t team = kTeamIsBlock ? blockIdx.x : std::int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (team >= p.teams) return;  // a whole warp
-  const std::int64_t row = team / p.groups, first = team % p.groups * p.group_size;
-  const char* const x = row_of(p.x, p, row) + first * p.x.column;
-  const char* const z = p.z.data ? row_of(p.z, p, row) + first * p.z.column : nullptr;
-  char* const y = row_of(p.y, p, row) + first * p.y.column;
+  const std::int64_t row = team / p.rows.groups, first = team % p.rows.groups * p.rows.group_size;
+  const char* const x = row_of(p.x, p.rows, row) + first * p.x.column;
+  const char* const z = p.z.data ? row_of(p.z, p.rows, row) + first * p.z.column : nullptr;
+  char* const y = row_of(p.y, p.rows, row) + first * p.y.column;
   const char* const weight = p.weight.data ? p.weight.data + first * p.weight.column : nullptr;
 
   // From one element to the next, in bytes; a constant where it can be.
   constexpr bool kVector = Policy::kAccess == Access::vector;
-  const auto step_of = [](const View& t) -> std::int64_t { return kVector ? 16 / kRun : t.column; };
-  const std::int64_t x_step = step_of(p.x), z_step = step_of(p.z), y_step = step_of(p.y);
+  const auto step_of = [](const View& t, DType dtype) -> std::int64_t { return kVector ? cuda::bytes_of(dtype) : t.column; };
+  const std::int64_t x_step = step_of(p.x, kDType), z_step = step_of(p.z, kGate), y_step = step_of(p.y, kGate);
   const std::int64_t weight_step = kVector ? cuda::bytes_of(p.weight.dtype) : p.weight.column;
   const auto column_of = [&](std::int64_t chunk, int v) -> std::int64_t {
     return ((chunk * kRuns + v) * threads + thread) * kRun;
   };
   const auto count_of = [&](std::int64_t column) {
-    const std::int64_t left = p.group_size - column;
+    const std::int64_t left = p.rows.group_size - column;
     return left < 0 ? 0 : (left < kRun ? static_cast<int>(left) : kRun);
   };
 
@@ -96,22 +114,29 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
       const std::int64_t column = column_of(chunk, v);
       const int count = count_of(column);
       packed_x[v].load(x + column * x_step, kDType, x_step, count);
-      if (z) packed_z[v].load(z + column * z_step, kDType, z_step, count);
+      if (z) packed_z[v].load(z + column * z_step, kGate, z_step, count);
     }
 #pragma unroll
     for (int v = 0; v < kRuns; ++v) {
       packed_x[v].widen(kDType, held[v]);
-      if (!z || p.norm_before_gate) continue;
+      if (!z || p.rows.norm_before_gate) continue;
       float gate[kRun];
-      packed_z[v].widen(kDType, gate);
+      packed_z[v].widen(kGate, gate);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) held[v][i] *= cuda::fast_silu(gate[i]);
     }
   };
 
+  if (is_padding(p.padding, row)) {
+    const float zeros[kRun] = {};
+    for (std::int64_t column = column_of(0, 0); column < p.rows.group_size; column += threads * kRun)
+      Run::store(y + column * y_step, kGate, y_step, count_of(column), zeros);
+    return;
+  }
+
   float sum = 0.0f;
 #pragma unroll 1
-  for (std::int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+  for (std::int64_t chunk = 0; chunk < p.rows.chunks; ++chunk) {
     load_chunk(chunk);
 #pragma unroll
     for (int v = 0; v < kRuns; ++v)
@@ -119,11 +144,11 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
       for (int i = 0; i < kRun; ++i) sum = fmaf(held[v][i], held[v][i], sum);
   }
   sum = sum_over_team(sum, kTeamIsBlock);
-  const float scale = 1.0f / sqrtf(fmaf(sum, p.mean_scale, p.eps));
+  const float scale = 1.0f / sqrtf(fmaf(sum, p.rows.mean_scale, p.rows.eps));
 
 #pragma unroll 1
-  for (std::int64_t chunk = p.chunks - 1; chunk >= 0; --chunk) {  // the last is still held
-    if (chunk + 1 < p.chunks) load_chunk(chunk);
+  for (std::int64_t chunk = p.rows.chunks - 1; chunk >= 0; --chunk) {  // the last is still held
+    if (chunk + 1 < p.rows.chunks) load_chunk(chunk);
 #pragma unroll
     for (int v = 0; v < kRuns; ++v) {
       const std::int64_t column = column_of(chunk, v);
@@ -138,12 +163,12 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
 #pragma unroll
         for (int i = 0; i < kRun; ++i) values[i] *= factor[i];
       }
-      if (z && p.norm_before_gate) {
-        packed_z[v].widen(kDType, factor);
+      if (z && p.rows.norm_before_gate) {
+        packed_z[v].widen(kGate, factor);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) values[i] *= cuda::fast_silu(factor[i]);
       }
-      Run::store(y + column * y_step, kDType, y_step, count, values);
+      Run::store(y + column * y_step, kGate, y_step, count, values);
     }
   }
 }

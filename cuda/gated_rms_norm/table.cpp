@@ -1,4 +1,6 @@
-// CUDA kernels of gated_rms_norm: forward; no backward yet.
+// CUDA kernels of gated_rms_norm.
+#include <utility>
+
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
 #include "policy.h"
@@ -7,35 +9,68 @@ namespace statescan::gated_rms_norm {
 
 namespace {
 
-std::string why_not_vector(const Args& args, const Dims& dims) {
-  const std::int64_t run = 16 / size_of(args.x.dtype);
+// Why runs of 16 bytes do not fit the tensors of a call, or "".
+std::string why_not_runs(const Inputs& in, const Dims& dims, const Tensor& weight,
+                         std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  const std::int64_t run = 16 / size_of(in.x.dtype);
   if (dims.group_size % run != 0)
     return "needs groups of a multiple of " + std::to_string(run) + " elements, got " + std::to_string(dims.group_size);
-  std::string reason = cuda::why_not_runs("x", args.x, args.x.ndim - 1, run);
-  if (reason.empty()) reason = cuda::why_not_runs("z", args.z, args.x.ndim - 1, run);
-  if (reason.empty()) reason = cuda::why_not_runs("weight", args.weight, 0, run);
-  if (reason.empty()) reason = cuda::why_not_runs("y", args.y, args.x.ndim - 1, run);
+  std::string reason = cuda::why_not_runs("weight", weight, 0, run);
+  for (const auto& [name, t] : tensors)
+    if (reason.empty()) reason = cuda::why_not_runs(name, *t, in.x.ndim - 1, run);
   return reason;
 }
 
-std::string never(const Args&, const Dims&) { return ""; }
+std::string why_not_vector(const Args& args, const Dims& dims) {
+  return why_not_runs(args, dims, args.weight, {{"x", &args.x}, {"z", &args.z}, {"y", &args.y}});
+}
+std::string why_not_vector(const BackwardArgs& args, const Dims& dims) {
+  return why_not_runs(args, dims, args.weight,
+                      {{"x", &args.x}, {"z", &args.z}, {"dy", &args.dy}, {"dx", &args.dx}, {"dz", &args.dz}});
+}
+
+template <class A>
+std::string never(const A&, const Dims&) {
+  return "";
+}
 
 std::size_t no_workspace(const Args&, const Dims&) { return 0; }
 
-template <Access access>
-void forward(const Args& args, const Dims& dims, Stream stream) {
-  if (args.x.dtype == DType::float32) launch_forward<Policy<DType::float32, access>>(args, dims, stream);
-  else if (args.x.dtype == DType::float16) launch_forward<Policy<DType::float16, access>>(args, dims, stream);
-  else launch_forward<Policy<DType::bfloat16, access>>(args, dims, stream);
+std::size_t weight_shares(const BackwardArgs& args, const Dims& dims) {
+  return args.dweight && dims.dim > 0 ? sizeof(float) * shares_of_rows(dims) * dims.dim : 0;
 }
 
+// Calls `visit` with the dtype as a template argument.
+template <class Visit>
+void with_dtype(DType dtype, Visit visit) {
+  if (dtype == DType::float32) visit.template operator()<DType::float32>();
+  else if (dtype == DType::float16) visit.template operator()<DType::float16>();
+  else visit.template operator()<DType::bfloat16>();
+}
+
+template <Access access>
+void forward(const Args& args, const Dims& dims, Stream stream) {
+  with_dtype(args.x.dtype, [&]<DType dtype> { launch_forward<Policy<dtype, access>>({args, {}}, dims, stream); });
+}
+
+template <Access access>
+void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  with_dtype(args.x.dtype, [&]<DType dtype> { launch_backward<Policy<dtype, access>>(args, dims, stream); });
+}
+
+using cuda::kSm80AndNewer;
+
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
-    {"vector", kReal, cuda::kSm80AndNewer, why_not_vector, no_workspace, forward<Access::vector>},
-    {"strided", kReal, cuda::kSm80AndNewer, never, no_workspace, forward<Access::strided>},
+    {"vector", kReal, kSm80AndNewer, why_not_vector, no_workspace, forward<Access::vector>},
+    {"strided", kReal, kSm80AndNewer, never, no_workspace, forward<Access::strided>},
+};
+constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
+    {"vector", kReal, kSm80AndNewer, why_not_vector, weight_shares, backward<Access::vector>},
+    {"strided", kReal, kSm80AndNewer, never, weight_shares, backward<Access::strided>},
 };
 
 constexpr cuda::Table<Args, Dims> kForward{"gated_rms_norm", &Args::x, kForwardRows};
-constexpr cuda::Table<BackwardArgs, Dims> kBackward{"gated_rms_norm_backward", &BackwardArgs::x};
+constexpr cuda::Table<BackwardArgs, Dims> kBackward{"gated_rms_norm_backward", &BackwardArgs::x, kBackwardRows};
 
 }  // namespace
 
