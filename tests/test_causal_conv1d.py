@@ -254,3 +254,24 @@ def test_backward_bad_channel_stays_alone(device, rng):
         assert_same_bits(got["dx"][:, 24:], expected["dx"][:, 24:], f"dx after a bad {name}")
         for gradient in ("dweight", "dbias"):
             assert_same_bits(got[gradient][others], expected[gradient][others], f"{gradient} beside a bad {name}")
+
+
+@pytest.mark.parametrize("sizes", (dict(seqlen=8), dict(seqlen=64), dict(seqlen=520), dict(seqlen=4104, dim=3)), ids=str)
+@pytest.mark.parametrize("width", (2, 4, 8))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_channels_first_callers(device, rng, dtype, width, sizes):
+    """x and dy as transposed views of [b,d,l], states and all."""
+    inputs = BACKWARD.inputs(rng, dtype, width=width, **sizes)
+    inputs |= {name: laid_out(inputs[name], "channels_first") for name in ("x", "dy")}
+    for reverse in (False, True):
+        BACKWARD.check(device, inputs, activation="silu", reverse=reverse)
+
+
+@pytest.mark.parametrize("width", (3, 4))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_backward_of_long_sequences(device, rng, dtype, width):
+    """Several segments of tokens, with runs of channels."""
+    BACKWARD.check(device, BACKWARD.inputs(rng, dtype, width=width, dim=16, seqlen=1031), activation="silu")
+    lengths = [700, 1, 330]
+    inputs = BACKWARD.inputs(rng, dtype, batch=1, width=width, dim=16, seqlen=1031, sequences=3)
+    BACKWARD.check(device, inputs, activation="silu", reverse=True, cu_seqlens=np.cumsum([0, *lengths]))

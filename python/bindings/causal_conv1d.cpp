@@ -22,7 +22,7 @@ nb::object forward(nb::handle x, nb::handle weight, nb::handle bias, nb::handle 
   args.reverse = reverse;
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.y = call.out_like("out", out, args.x, args.x.dtype);
+  args.y = call.out_as_laid_out("out", out, args.x);
   if (return_final_state || !final_state_out.is_none())
     args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.dim, d.width - 1}, args.x.dtype);
   return call.run(args, d);
@@ -45,7 +45,7 @@ nb::object backward(nb::handle x, nb::handle weight, nb::handle dy, nb::handle b
   args.dfinal_state = call.in("dfinal_state", dfinal_state);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.dx = call.gradient("dx", args.x);
+  args.dx = call.gradient_as_laid_out("dx", args.x);
   args.dweight = call.gradient("dweight", args.weight);
   args.dbias = call.gradient("dbias", args.bias);
   args.dinitial_state = call.gradient("dinitial_state", args.initial_state);

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include <nanobind/stl/string.h>
 
@@ -366,6 +367,19 @@ Tensor Call::out(const char* name, nb::handle object, std::initializer_list<std:
 
 Tensor Call::out_like(const char* name, nb::handle object, const Tensor& like, DType dtype) {
   return output(name, object, like.shape, like.ndim, dtype);
+}
+
+Tensor Call::out_as_laid_out(const char* name, nb::handle object, const Tensor& like) {
+  const bool has_views = api_ || traits_of(reinterpret_cast<PyTypeObject*>(main_object_.type().ptr())).is_numpy;
+  const bool channels_first = like.ndim == 3 && like.shape[1] > 1 && like.stride[1] == 1 && like.stride[2] >= like.shape[1];
+  if (!object.is_none() || !has_views || !channels_first) return out_like(name, object, like, like.dtype);
+  const std::int64_t shape[] = {like.shape[0], like.shape[2], like.shape[1]};
+  nb::object& result = results_[result_count_];
+  Tensor tensor = output(name, object, shape, 3, like.dtype);
+  result = result.attr("swapaxes")(1, 2);
+  std::swap(tensor.shape[1], tensor.shape[2]);
+  std::swap(tensor.stride[1], tensor.stride[2]);
+  return tensor;
 }
 
 void Call::lend_workspace(std::size_t bytes, Workspace& workspace) {

@@ -50,6 +50,10 @@ class __attribute__((visibility("hidden"))) Call {
   // The same as out(), with the shape of another tensor.
   Tensor out_like(const char* name, nb::handle object, const Tensor& like, DType dtype);
 
+  // The same for a [b,l,d] tensor in the layout of another: a caller whose tokens lie side by side (channels first) gets them back
+  // so, from the frameworks that have such views.
+  Tensor out_as_laid_out(const char* name, nb::handle object, const Tensor& like);
+
   // Which gradients a backward makes: bit i is its i-th result. All of them unless said.
   void want(std::uint32_t gradients) { wanted_ = gradients; }
   // Whether the next result is wanted; it is None if not.
@@ -63,6 +67,11 @@ class __attribute__((visibility("hidden"))) Call {
     if (of) return wants_next() ? out_like(name, nb::none(), of, of.dtype) : Tensor{};
     results_[result_count_++] = nb::none();
     return {};
+  }
+
+  // The same in the layout of x, [b,l,d].
+  Tensor gradient_as_laid_out(const char* name, const Tensor& of) {
+    return wants_next() ? out_as_laid_out(name, nb::none(), of) : Tensor{};
   }
 
   // Runs the op and returns its outputs: none as None, one alone, several as a tuple.

@@ -1,0 +1,116 @@
+// causal_conv1d backward, for tensors whose tokens lie side by side (channels first)
+// Math     as in bwd_walk_kernel.cuh
+// Shapes   x, dy, dx [b,l,d] with strides of 1 along l; weight [d,w]; states [b,d,w-1]
+// Traffic  read x and dy, write dx: 3*b*l*d*sizeof(Element); floor: that over 3.0 TB/s. The shares of dweight and dbias are
+//          8*(w+1) bytes a segment and channel
+// Launch   one axis of blocks of 4 warps over segments of tokens (fastest), channels and rows; a lane takes 16 bytes of tokens
+//          at a time, from the end to the start. Steps in which a sequence begins or ends look at each token. Then the shares
+//          are added up
+// Numerics float32; a lane adds up its tokens in order, the lanes of a warp as a tree. No atomics
+#pragma once
+
+#include "time.cuh"
+
+namespace statescan::causal_conv1d {
+
+template <class Policy>
+__global__ void __launch_bounds__(kThreads) causal_conv1d_backward_time_kernel(const __grid_constant__ BackwardParams p) {
+  constexpr int kTaps = Policy::kTaps, kRun = Policy::kRun, kStep = Policy::kStep;
+  using Lanes = Track<Policy>;
+  const Lanes track(p.shape, p.sequences.mirrored);
+  cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();
+  if (!track.has_work(p.shape)) return;  // a whole warp
+  float weight[kTaps], dweight[kTaps] = {}, dbias = 0.0f;
+  track.load_weights(p.weight, weight);
+  const float bias = p.bias.data ? cuda::load_element(p.bias.data + track.channel * p.bias.channel, p.bias.dtype) : 0.0f;
+  const char *const x = track.at(p.x), *const dy = track.at(p.dy);
+  char* const dx = p.dx.data ? track.at(p.dx) : nullptr;
+  const Span span{track.row, 0, track.seqlen};
+  float initial[kRun];
+  track.load_state(p.initial_state, p.shape.width, initial);
+
+  // The lane's run of x and dy in a step. The last lanes' x of the step before stands before the first lanes' of this one.
+  struct Step {
+    typename Lanes::Run x, dy;
+  };
+  const auto load = [&](Step& step, std::int64_t first, bool wants_x, bool wants_dy) {
+    const std::int64_t t = first + track.lane * kRun;
+    track.load(step.x, x, wants_x && t < track.seqlen ? t : -1);
+    track.load(step.dy, dy, wants_dy && t < track.seqlen ? t : -1);
+  };
+  // The gradients of the sums of the lane's run; a step of the segment adds to dweight and dbias.
+  const auto gradients_of = [&](const Step& step, const Step& step_before, std::int64_t first, bool counted,
+                                float (&gradient)[kRun]) {
+    float before[kRun], current[kRun], around[kTaps - 1 + kRun];
+    track.widen(step.x, current);
+    track.widen(step_before.x, before);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) before[i] = first == 0 ? initial[i] : before[i];
+    track.gather(before, current, around);
+    track.widen(step.dy, gradient);
+    const bool is_inside = first + track.lane * kRun < track.seqlen;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      // Past the end 0 would meet what the last tokens make of act', which may not be finite.
+      if (p.silu) gradient[i] = is_inside ? gradient[i] * cuda::fast_dsilu(track.convolve(weight, bias, around, i)) : 0.0f;
+      if (!counted) continue;
+      dbias += gradient[i];
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k)
+        if (track.counts(k)) dweight[k] = fmaf(gradient[i], around[i + k], dweight[k]);
+    }
+  };
+
+  // Three steps are held: the one worked on, the one before it, which is there by now, and the next, which is on its way. The
+  // first of all comes after the segment; of it only the first tokens matter, as of the last of all, before it, the last.
+  float gradient[kRun], after[kRun] = {};
+  std::int64_t first = track.first + (track.last - 1 - track.first) / kStep * kStep;
+  Step step, before, next;
+  load(step, first, true, true);
+  load(before, first - kStep, first > track.first || track.is_late(), first > track.first);
+  if (track.last < track.seqlen) {
+    load(next, track.last, track.is_early(), track.is_early());
+    gradients_of(next, step, track.last, false, after);
+  }
+#pragma unroll 1
+  for (; first >= track.first; first -= kStep) {
+    if (first > track.first)
+      load(next, first - 2 * kStep, first - kStep > track.first || track.is_late(), first - kStep > track.first);
+    gradients_of(step, before, first, true, gradient);
+    // The gradients after the lane's run; past the segment they stand in `after`, past the last token they are zero.
+    const std::int64_t t = first + track.lane * kRun;
+    float values[kRun], ahead[kTaps - 1 + kRun];
+    track.gather_after(gradient, after, ahead);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      values[i] = 0.0f;
+#pragma unroll
+      for (int k = kTaps - 1; k >= 0; --k)
+        if (track.counts(k)) values[i] = fmaf(weight[k], ahead[i + kTaps - 1 - k], values[i]);
+    }
+    if (p.dfinal_state.data && t + kRun > track.seqlen - (p.shape.width - 1) && t < track.last) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) values[i] += from_final_state(p, span, track.channel, t + i);
+    }
+    if (dx) track.store(dx, t, values);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) after[i] = gradient[i];
+    step = before;
+    before = next;
+  }
+
+  if (!p.partial) return;
+  float* share = p.partial + track.segment * (p.shape.width + 1) * p.shape.dim + track.channel;
+#pragma unroll
+  for (int k = 0; k < kTaps + 1; ++k) {
+    if (k < kTaps && !track.counts(k)) continue;
+    float sum = k < kTaps ? dweight[k] : dbias;
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    if (track.lane == 0) *share = sum;
+    share += p.shape.dim;
+  }
+}
+
+}  // namespace statescan::causal_conv1d
