@@ -216,12 +216,49 @@ def test_a_bad_token_stays_behind_in_segments(rng, dtype):
 
 
 @needs_gpu
-def test_ops_without_kernels_say_so():
+@pytest.mark.parametrize("width,dim,seqlen,row", ((4, 8, 5, "channels_w4"), (3, 8, 5, "channels"), (4, 5, 7, "strided")))
+def test_every_row_of_convolutions_is_reachable(width, dim, seqlen, row):
     import torch
 
-    x, weight = torch.randn(1, 3, 8, device="cuda"), torch.randn(8, 4, device="cuda")
-    with pytest.raises(NotImplementedError, match="causal_conv1d: no CUDA kernel yet"):
-        statescan.causal_conv1d(x, weight)
+    x, weight = torch.randn(2, seqlen, dim, device="cuda"), torch.randn(dim, width, device="cuda")
+    assert statescan.plan("causal_conv1d", x, weight).kernel == row
+    assert statescan.plan("causal_conv1d_backward", x, weight, x).kernel == row
+
+
+@needs_gpu
+@pytest.mark.parametrize("width,row", ((4, "time_w4"), (5, "time")))
+def test_channels_first_callers_keep_their_layout(width, row):
+    import torch
+
+    x, weight = torch.randn(2, 5, 64, device="cuda").transpose(1, 2), torch.randn(5, width, device="cuda")
+    assert statescan.plan("causal_conv1d", x, weight).kernel == row
+    assert statescan.plan("causal_conv1d_backward", x, weight, x).kernel == row
+    y, dx = statescan.causal_conv1d(x, weight), statescan.causal_conv1d_backward(x, weight, x)[0]
+    assert y.stride() == dx.stride() == x.stride()
+    same = statescan.causal_conv1d(x.contiguous(), weight)
+    assert same.is_contiguous() and torch.equal(same, y)
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch", (1, 3, 17))
+@pytest.mark.parametrize("state_dtype,dstate", (("float32", 32), ("float32", 128), ("bfloat16", 64), ("float16", 256)))
+def test_a_whole_step_in_one_launch(rng, state_dtype, dstate, batch):
+    """Its bits do not depend on the rows beside it. Several tokens take the launches that it stands for."""
+    op, gpu = cases.MAMBA2_UPDATE, DEVICES[1]
+
+    def kernel(inputs):
+        return statescan.plan("mamba2_update", **{name: gpu.put(value) for name, value in inputs.items()}, ngroups=2).kernel
+
+    sizes = dict(batch=batch, headdim=32, dstate=dstate, state_dtype=state_dtype)
+    made = op.inputs(rng, "bfloat16", **sizes)
+    assert kernel(made) == "one_launch"
+    assert kernel(op.inputs(rng, "bfloat16", ntokens=2, **sizes)) == "composed"
+    for options in ({}, {"norm_before_gate": True}, {"norm_group_size": 32}):
+        got = op.check(gpu, made, ngroups=2, **options)
+    op.check(gpu, {**made, "norm_weight": None}, ngroups=2)
+    last = op.rows(made, slice(batch - 1, batch)) | {name: made[name][batch - 1 :] for name in op.states}
+    for name, value in op.run(gpu, last, ngroups=2, norm_group_size=32).items():
+        assert_same_bits(value, got[name][batch - 1 :], name)
 
 
 @needs_gpu
@@ -331,6 +368,7 @@ def test_cupy(rng):
     cupy = pytest.importorskip("cupy")
     made = cases.state_scan(rng, headdim=4, dstate=8)
     inputs = {name: cupy.asarray(value) for name, value in made.items()}
+    cupy.cuda.Stream.null.synchronize()  # the stream below does not wait for the copies
     values = expected(made)
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
@@ -357,6 +395,7 @@ def test_cupy_graph(rng):
     inputs = {name: cupy.asarray(value) for name, value in made.items()}
     out = cupy.full_like(inputs["update"], np.nan)
     final = cupy.empty((2, 3, 4, 8), np.float32)
+    cupy.cuda.Stream.null.synchronize()  # the stream below does not wait for the copies
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         stream.begin_capture()
