@@ -65,6 +65,7 @@ class Benchmark:
     wide: frozenset[str] = frozenset()  # inputs that are float32 whatever the dtype
     in_place: tuple[str, ...] = ()  # inputs that the call updates
     updates: Callable[[Sizes], int] | None = None  # state elements that a call advances, for ops with a recurrence
+    takes_outputs: bool = True  # a backward makes its outputs itself
 
 
 # ---- devices -----------------------------------------------------------------------------------------------------------
@@ -362,6 +363,9 @@ def measure(benchmark: Benchmark, case: Case, dtype: str, machine: Machine, seco
         own = copy_of(arrays)
         positional, keywords = benchmark.arguments(own)
         op = getattr(statescan, benchmark.op)
+        if not benchmark.takes_outputs:
+            kept: list[Any] = []  # they stay alive, so that each captured call writes memory of its own
+            return lambda: kept.append(op(*positional, **keywords))
         result = op(*positional, **keywords)
         outputs = result if isinstance(result, tuple) else (result,)
         given = dict(zip(("out", "final_state_out"), outputs)) | keywords
