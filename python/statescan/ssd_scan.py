@@ -115,7 +115,10 @@ def ssd_scan_backward(
 
     Returns:
         (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state), each shaped and typed as what it differentiates, None for
-        what was not given. The gradient of dt goes through bias, softplus and limit.
+        what was not given. The gradient of dt goes through bias, softplus and limit; it is zero where the limit holds dt.
+
+    The states inside the scan are made again: on the CPU those that enter chunks of 64 tokens (chunk_size, if that is more, up to
+    256) are kept, for the heads that are worked on at the time.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`ssd_scan`.
