@@ -8,6 +8,7 @@ import cases
 import numpy as np
 import pytest
 import statescan
+import support
 
 torch = pytest.importorskip("torch")
 import statescan.torch
@@ -30,6 +31,7 @@ UPDATES = {
     "mamba2_state_update": cases.MAMBA2_STATE_UPDATE,
     "mamba2_update": cases.MAMBA2_UPDATE,
 }
+cpu = support.Cpu()
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_update = pytest.mark.parametrize("op", UPDATES.values(), ids=UPDATES)
 every_scan = pytest.mark.parametrize("op", [OPS[name] for name in SCANS], ids=SCANS)
@@ -279,6 +281,18 @@ def test_second_derivatives_are_refused(rng, device, op):
         (gradient,) = torch.autograd.grad(scalar(call(op, inputs)), first, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{op.name}: second derivatives are not available"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused(rng):
+    inputs = tensors(NORM.inputs(rng), cpu)
+    x, tangent = inputs["x"], torch.ones_like(inputs["x"])
+    with pytest.raises(NotImplementedError, match="gated_rms_norm: x has a tangent"):
+        torch.func.jvp(lambda x: statescan.torch.gated_rms_norm(x), (x,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        with pytest.raises(NotImplementedError, match="gated_rms_norm: z has a tangent"):
+            statescan.torch.gated_rms_norm(x, dual)
+        statescan.torch.gated_rms_norm(x)
 
 
 def test_errors_of_the_contract_come_through(rng):
@@ -535,10 +549,6 @@ def test_autocast_leaves_float64_alone(rng):
     inputs = tensors(NORM.inputs(rng, "float64"), cpu)
     with torch.autocast("cpu", torch.bfloat16):
         assert statescan.torch.gated_rms_norm(**inputs).dtype == torch.float64
-
-
-class cpu:
-    name = "cpu"
 
 
 # ---- CUDA graphs -----------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from torch import Tensor
 NAME = "selective_copying"
 TITLE = "Selective copying"
 
-DATA_TOKENS = 14  # numbered from 2
+DATA_TOKENS = 8  # numbered from 2
 NOISE, MARKER = 0, 1
 VOCAB_SIZE = 2 + DATA_TOKENS
-COUNT = 8
+COUNT = 4
 """Data tokens a sequence."""
-CONTEXT = 96
+CONTEXT = 32
 """Tokens among which they lie."""
 
 

@@ -38,7 +38,7 @@ class Settings:
 
     steps: int = 1000
     rows: int = 32
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     d_model: int = 64
     n_layer: int = 2

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_autograd, register_fake
 
 from .. import _C
@@ -86,6 +87,12 @@ class _Operator:
         for device in _DEVICES:
             _library.impl(name, self._run, device)
             _library.impl(name, self._autocast_kernel(device), f"Autocast{device}")
+
+    def _refuse_tangents(self, args: Sequence[Any]) -> None:
+        """Forward-mode AD would take an op that has no rule for it as a constant, and say nothing."""
+        for name, arg in zip(self.names, args):
+            if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+                raise NotImplementedError(f"{self.name}: {name} has a tangent, and forward-mode derivatives are not available")
 
     def _dispatched(self, args: Sequence[Any]) -> Any:
         """The call through the dispatcher, less the empty tensors that stand for results nobody asked for."""
@@ -187,6 +194,8 @@ class Op(_Operator):
 
     def __call__(self, *args: Any) -> Any:
         """The op on the arguments of the schema, by position: one result alone, several as a tuple."""
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
             return self._dispatched(args)
         requires_grad = _any_requires_grad(args, Tensor, _Parameter)
@@ -327,6 +336,8 @@ class Update(_Operator):
 
     def __call__(self, *args: Any) -> Tensor:
         """The op on the arguments of the schema, by position."""
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
             return self.overload(*args)
         requires_grad = _any_requires_grad(args, Tensor, _Parameter)
