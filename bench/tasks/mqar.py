@@ -12,11 +12,11 @@ from torch import Tensor
 NAME = "mqar"
 TITLE = "Multi-query associative recall"
 
-KEYS = 48  # numbered from 1
-VALUES = 48
+KEYS = 8  # numbered from 1
+VALUES = 8
 VOCAB_SIZE = 1 + KEYS + VALUES
-PAIRS = 12
-LENGTH = 80
+PAIRS = 4
+LENGTH = 16
 POWER = 0.1
 """A query lies i slots behind the pairs with a probability of i ** (POWER - 1)."""
 
