@@ -252,7 +252,7 @@ class Op(_Operator):
 
     def _remember(self, ctx: Any, args: Sequence[Any], first_result: Tensor) -> None:
         for (result, option), asked in zip(self._asked, self._results_asked(args)):
-            if asked and result in self._without_gradient:
+            if asked and result in self._without_gradient and any(ctx.needs_input_grad):  # torch 2.4 calls this always
                 raise NotImplementedError(
                     f"{self.name}: {result} have no gradient; ask for {self.names[option]} under torch.no_grad(), or not at all"
                 )
