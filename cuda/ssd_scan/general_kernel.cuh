@@ -4,7 +4,7 @@
 //          h    = exp(s[q-1]) h + sum_j B[j] exp(s[q-1] - s[j]) dt[j] x[j]
 // Shapes   x, z, y [b,l,h,p], dt [b,l,h], B, C [b,l,g,n], h [p,n] of each head
 // Traffic  x, z, y and dt once; B and C once for each tile of heads (from the second cache, mostly); states stay in registers
-// Launch   a block of 4 warps for each (sequence, segment, tile of heads), which walks the chunks; a warp takes 16 rows of p
+// Launch   a block of 8 warps for each (sequence, segment, tile of heads), which walks the chunks; a warp takes 16 rows of p
 // Numerics sums in a fixed order that depends on the segments alone; C B^T, scores, weighted x and h go into the products as
 //          sums of bfloat16 terms (policy.h). Scores above the diagonal are selected away, and an x that is not finite is kept
 //          out of the products that reach earlier tokens
@@ -346,7 +346,7 @@ __device__ void clear_outputs(const Params& p, const Task& task, const Walk& wal
 }
 
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(Policy::kThreads, 1)
     ssd_scan_general_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
   extern __shared__ __align__(16) char memory[];

@@ -13,14 +13,13 @@ void launch_general(const Args& args, const Dims& dims, Stream stream) {
   const Segments segments = general_segments<Policy>(args, dims);
   if (segments.count > 1)
     launch_segment_starts<Policy>({args, segments, SegmentWorkspace(args.workspace.data, dims, segments)}, dims, stream);
-  if (args.state_positions) launch_position_states<PositionPolicy<Policy::kDType>>({args, segments}, dims, stream);
+  if (args.state_positions) launch_position_states<Policy>({args, segments}, dims, stream);
 
   Params params = main_params(args, dims, segments);
-  const SharedMemory memory = shared_memory();
   int max_heads = Policy::kMaxHeads;
-  while (max_heads > 1 && Layout::bytes(1, max_heads) > memory.of_block) --max_heads;
+  while (max_heads > 1 && Layout::bytes(1, max_heads) > shared_memory()) --max_heads;
   params.tasks = tasks_of<Policy>(dims, segments.count, max_heads);
-  const int stages = stages_of<Policy, Layout>(memory, params.tasks.heads);
+  const int stages = stages_of<Policy, Layout>(params.tasks.heads);
   const std::int64_t sequences = dims.num_sequences + (args.cu_seqlens ? 1 : 0);
   if (sequences == 0) return;
   cuda::launch("ssd_scan_general_kernel", ssd_scan_general_kernel<Policy>,

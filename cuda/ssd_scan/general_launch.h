@@ -9,8 +9,7 @@ namespace statescan::ssd_scan {
 
 template <class Policy>
 Segments general_segments(const Args& args, const Dims& dims) {
-  return segments_for(dims, Policy::kRows, Policy::kBlocksPerMultiprocessor * kMultiprocessors, Policy::kChunk,
-                      args.batch_invariant);
+  return segments_for(dims, Policy::kRows, kMultiprocessors, Policy::kChunk, args.batch_invariant);
 }
 
 template <class Policy>
@@ -24,8 +23,8 @@ struct PositionArgs : Args {
   Segments segments;  // of the main pass
 };
 
-// The states at args.state_positions, for any dstate. To run before the main pass: final_state may lie where initial_state
-// does.
+// The states at args.state_positions, added up as in the main pass. To run before the main pass: final_state may lie where
+// initial_state does.
 template <class Policy>
 void launch_position_states(const PositionArgs& args, const Dims& dims, Stream stream);
 

@@ -29,8 +29,8 @@ inline Segments segments_for(const Dims& dims, std::int64_t rows_per_work_item, 
   // Times in units of a chunk of the main pass.
   constexpr double kStatePass = 0.5;  // a chunk of the first pass
   constexpr double kStart = 1.5;      // until a block of either pass is at work
-  constexpr double kSplit = 3;        // two more launches
-  constexpr double kStates = 4;       // all slots' states through memory and back, twice
+  constexpr double kSplit = 2;        // two more launches
+  constexpr double kStates = 2;       // all slots' states through memory and back, twice
   constexpr std::int64_t kMost = 32;
   // Packed sequences are taken to be of equal length: their real ones are on the device.
   const std::int64_t sequences = std::max<std::int64_t>(dims.num_sequences, 1);

@@ -112,14 +112,14 @@ __device__ void walk_states(const Params& p, int stages, char* memory) {
 
 // p.tasks.segments is one less than p.sequences.segments: what the last segment adds is of no use.
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(Policy::kThreads, 1)
     ssd_scan_segment_states_kernel(const __grid_constant__ Params p, int stages) {
   extern __shared__ __align__(16) char memory[];
   walk_states<Policy, false>(p, stages, memory);
 }
 
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, 2)
+__global__ void __launch_bounds__(Policy::kThreads, 1)
     ssd_scan_position_states_kernel(const __grid_constant__ Params p, int stages) {
   extern __shared__ __align__(16) char memory[];
   walk_states<Policy, true>(p, stages, memory);

@@ -14,7 +14,7 @@ void launch_segment_starts(const SegmentArgs& args, const Dims& dims, Stream str
   params.final_state = segment_states(args.workspace, dims, args.segments);
   params.log2_decay = args.workspace.log2_decay;
   params.tasks = tasks_of<Policy>(dims, args.segments.count - 1, Policy::kMaxHeads);
-  const int stages = stages_of<Policy, Layout>(shared_memory(), params.tasks.heads);
+  const int stages = stages_of<Policy, Layout>(params.tasks.heads);
   cuda::launch("ssd_scan_segment_states_kernel", ssd_scan_segment_states_kernel<Policy>,
                {dims.num_sequences * (args.segments.count - 1) * params.tasks.tiles, Policy::kThreads,
                 Layout::bytes(stages, params.tasks.heads)},
@@ -40,7 +40,7 @@ void launch_position_states(const PositionArgs& args, const Dims& dims, Stream s
   Params params = main_params(args, dims, args.segments);
   params.positions = positions_of(args, dims);
   params.tasks = tasks_of<Policy>(dims, params.sequences.segments, Policy::kMaxHeads);
-  const int stages = stages_of<Policy, Layout>(shared_memory(), params.tasks.heads);
+  const int stages = stages_of<Policy, Layout>(params.tasks.heads);
   cuda::launch("ssd_scan_position_states_kernel", ssd_scan_position_states_kernel<Policy>,
                {dims.num_sequences * params.sequences.segments * params.tasks.tiles, Policy::kThreads,
                 Layout::bytes(stages, params.tasks.heads)},
