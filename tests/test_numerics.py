@@ -9,6 +9,12 @@ from support import DTYPES, NARROW, exact
 ULP = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 
+def bound(device):
+    """Half-units that silu and softplus may be off: exp and reciprocal are the special-function unit's on a GPU, whose errors grow
+    with the exponent; float32 has 1e-5 to keep, which is 168."""
+    return 64 if device.name == "cuda" else 8
+
+
 def ones(device, dtype, *shape):
     return device.put(np.ones(shape, DTYPES[dtype]))
 
@@ -117,7 +123,7 @@ def test_silu(device, dtype):
     weight[:, 1] = 1
     y = device.get(device.call(statescan.causal_conv1d, device.put(v[None, None]), device.put(weight), activation="silu"))
     wide = v.astype(np.longdouble)
-    assert_pointwise(y[0, 0], (wide / (1 + np.exp(-wide))).astype(np.float64), dtype, 8, floor=float(np.finfo(dtype).tiny) * 100)
+    assert_pointwise(y[0, 0], (wide / (1 + np.exp(-wide))).astype(np.float64), dtype, bound(device), floor=float(np.finfo(dtype).tiny) * 100)
 
 
 @pytest.mark.parametrize("op", ("selective_scan", "selective_state_update", "ssd_scan"))
@@ -162,7 +168,9 @@ def test_softplus(device, dtype, op):
         )
     wide = v.astype(np.longdouble)
     expected = (np.maximum(wide, 0) + np.log1p(np.exp(-np.abs(wide)))).astype(np.float64)
-    assert_pointwise(device.get(y).ravel(), expected, dtype, 8)
+    # On a GPU ssd_scan multiplies float32 as sums of bfloat16 terms: the last of them ends where bfloat16 does.
+    floor = float(np.finfo(dtype).tiny) if device.name == "cuda" else 0.0
+    assert_pointwise(device.get(y).ravel(), expected, dtype, bound(device), floor)
 
 
 @pytest.mark.parametrize("turns", (1, 100, 1e4))
