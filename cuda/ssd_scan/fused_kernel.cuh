@@ -25,19 +25,13 @@ namespace statescan::ssd_scan {
 
 namespace fused {
 
+using cuda::fast_exp2;
 using cute::_64;
 using Barrier = cutlass::arch::ClusterTransactionBarrier;
 
 inline constexpr int kTile = kFusedTile;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kTileBytes = 2 * kTile * kTile;
-
-// exp2 by the special-function unit: 2 ulp; below 2^-126 it is 0.
-inline __device__ float fast_exp2(float v) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
 
 // The step sizes of a chunk, as one warp prepares them for a consumer. Logarithms are to base 2. A block is 16 tokens, what a
 // warp has of a chunk's rows. Between blocks, the decay from token j to token i is that from j to the first token of i's block

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "fused_policy.h"
+#include "plan.h"
 
 namespace statescan::ssd_scan {
 
@@ -17,36 +18,30 @@ struct FusedPlan {
   constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + (combines ? 2 : 1) * states_bytes : 0; }
 };
 
-// Of an H100. A constant, so that where a sequence is split, and with it the bits, depends on the shape alone.
-inline constexpr std::int64_t kFusedMultiprocessors = 132;
-
-constexpr std::int64_t fused_divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Splitting a sequence costs a pass over x and B for the states, the states of each segment to and from memory, and two more
 // launches; it pays when the pairs of slices leave multiprocessors without work. Costs are in units of one chunk through the
 // whole kernel (H100: 1.5 us).
 constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant) {
-  constexpr std::int64_t multiprocessors = kFusedMultiprocessors;
   constexpr std::int64_t kFewSegments = 6;
   constexpr double kStatePass = 0.45, kSegment = 5.0, kLaunches = 6.0;
   FusedPlan plan{};
-  plan.slices = fused_divide_up(d.headdim, kFusedTile);
-  plan.pairs_per_group = fused_divide_up(d.nheads / d.ngroups * plan.slices, 2);
+  plan.slices = divide_up(d.headdim, kFusedTile);
+  plan.pairs_per_group = divide_up(d.nheads / d.ngroups * plan.slices, 2);
   plan.pairs = plan.pairs_per_group * d.ngroups;
   // Lengths of packed sequences are on the device: reckon with equal ones, and cover the longest.
-  const std::int64_t longest = fused_divide_up(d.seqlen, kFusedTile);
+  const std::int64_t longest = divide_up(d.seqlen, kFusedTile);
   const std::int64_t chunks =
-      packed ? fused_divide_up(d.seqlen, kFusedTile * std::max<std::int64_t>(d.num_sequences, 1)) : longest;
+      packed ? divide_up(d.seqlen, kFusedTile * std::max<std::int64_t>(d.num_sequences, 1)) : longest;
   const std::int64_t items = plan.pairs * d.num_sequences;
   std::int64_t best = chunks;  // chunks of a segment
-  double least = static_cast<double>(fused_divide_up(items, multiprocessors) * chunks);
-  if (!batch_invariant && items < 2 * multiprocessors)
+  double least = static_cast<double>(divide_up(items, kMultiprocessors) * chunks);
+  if (!batch_invariant && items < 2 * kMultiprocessors)
     for (std::int64_t length = 1; length < chunks; ++length) {
-      const std::int64_t rounds = fused_divide_up(items * fused_divide_up(chunks, length), multiprocessors);
+      const std::int64_t rounds = divide_up(items * divide_up(chunks, length), kMultiprocessors);
       const double cost = static_cast<double>(rounds) * (static_cast<double>(length) * (1 + kStatePass) + kSegment) + kLaunches;
       if (cost < least) least = cost, best = length;
     }
-  plan.segments = best < chunks ? fused_divide_up(longest, best) : 1;
+  plan.segments = best < chunks ? divide_up(longest, best) : 1;
   plan.chunks_per_segment = plan.segments > 1 ? best : longest;
   plan.combines = plan.segments > kFewSegments;
   const std::size_t count = static_cast<std::size_t>(d.num_sequences * plan.segments * d.nheads);

@@ -1,4 +1,6 @@
 // CUDA kernels of ssd_scan.
+#include <limits>
+
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
 #include "../common/tma.h"
@@ -20,7 +22,12 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   if (args.state_positions) return "gives no states at positions";
   if (dims.dstate > 128) return "takes dstate up to 128, got " + std::to_string(dims.dstate);
-  if (dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one token, channel and state";
+  if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
+    return "needs at least one sequence, token, channel and state";
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // tokens are coordinates of boxes, tasks are counted
+  const FusedPlan plan = fused_plan_of(args, dims);
+  if (dims.seqlen > kMost || plan.pairs * plan.segments * dims.num_sequences > kMost - kMultiprocessors)
+    return "counts tokens, and pairs of heads in all segments, in 32 bits";
   for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"y", &args.y}})
     if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
   return "";
