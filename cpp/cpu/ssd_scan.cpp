@@ -139,7 +139,9 @@ struct Block {
         const std::int64_t h = view.unit.h0 + k;
         load_steps<T>(tiles.steps, view.args, view.walk, start, q, h);
         load_x(start, q, h);
+        view.prefetch_rows(view.args.y, start, q, h);
         decay_scores<T>(tiles, q);
+        view.prefetch_rows(view.args.x, start + q, least(chunk, length - start - q), h);
         from_state ? multiply_y<T, true>(tiles, state(k), q, dstate) : multiply_y<T, false>(tiles, state(k), q, dstate);
         view.finish_y(tiles.y, tiles.x, tiles.gate, start, q, h);
         for (Positions next = positions; next.next() < start + q; next.pop())

@@ -212,6 +212,19 @@ struct Block {
   T* adjoint(std::int64_t k) const { return tiles.adjoints + k * tiles.state_size; }
 
   TileView rows(const Tensor& tensor, std::int64_t i, std::int64_t h) const { return walk.rows(tensor, i, h, unit.p0); }
+
+  // The rows of head k in the chunk from token `start` on.
+  STATESCAN_INLINE void prefetch(const Tensor& tensor, std::int64_t start, std::int64_t k) const {
+    const std::int64_t q = least(t.chunk, walk.length() - start);
+    if (tensor && q > 0) prefetch_tile(rows(tensor, start, unit.h0 + k), q, unit.columns);
+  }
+
+  // The rows that follow on chunk c of head k in the order of the backward.
+  STATESCAN_INLINE void prefetch_next(const Tensor& tensor, std::int64_t c, std::int64_t k) const {
+    if (k + 1 < unit.heads) prefetch(tensor, c * t.chunk, k + 1);
+    else if (c > 0) prefetch(tensor, (c - 1) * t.chunk, 0);
+  }
+
   TileView state_view(const Tensor& tensor, std::int64_t k) const {
     return {tensor.data, tensor.dtype, offset_of(tensor, unit.sequence, unit.h0 + k, unit.p0), tensor.stride[2],
             tensor.stride[3]};
@@ -256,6 +269,7 @@ struct Block {
       for (std::int64_t k = 0; k < unit.heads; ++k) {
         load_steps<T>(tiles.steps, args, walk, start, t.chunk, unit.h0 + k);
         load_x(start, t.chunk, unit.h0 + k);
+        k + 1 < unit.heads ? prefetch(args.x, start, k + 1) : prefetch(args.x, start + t.chunk, 0);
         auto next = c > 0 || args.initial_state ? carry<true, T> : carry<false, T>;
         next(state(k, c + 1), state(k, c), tiles.steps.from_start[t.chunk - 1], tiles.x_weighted, tiles.p_stride, tiles.B,
              tiles.n_stride, unit.columns, t.chunk);
@@ -419,13 +433,16 @@ struct Block {
     load_steps<T>(tiles.steps, args, walk, start, q, head);
     const T decay = tiles.steps.from_start[q - 1];
     load_x(start, q, head);
+    prefetch(args.dx, start, k);
     load_tile<T>(tiles.x_transposed, tiles.q_stride, transposed(tile_view(tiles.x, tiles.p_stride)), unit.columns, q);
     load_g(start, q, head);
     if (args.D) load_D(head);
     multiply_pairs<T>(tiles.gx, tiles.q_stride, tiles.g, tiles.p_stride, tiles.x_transposed, q, unit.columns);
     combine_pairs(q);
+    prefetch_next(args.x, c, k);
     if (from_state) add_from_state(h, q);
     else clear(tiles.from_state, q);
+    prefetch_next(args.dy, c, k);
     if (from_adjoint) add_from_adjoint(G, q);
     else clear(tiles.from_adjoint, q);
     if (args.dz) store_dz(h, start, q, head);

@@ -33,6 +33,9 @@ struct UnitView {
   void load_rows(T* to, const Tensor& t, std::int64_t start, std::int64_t q, std::int64_t h) const {
     load_tile<T>(to, p_stride, rows(t, start, h), q, unit.columns);
   }
+  STATESCAN_INLINE void prefetch_rows(const Tensor& t, std::int64_t start, std::int64_t q, std::int64_t h) const {
+    if (q > 0) prefetch_tile(rows(t, start, h), q, unit.columns);
+  }
 
   // B or C as [q,n], and B as [n,q*].
   void load_projection(T* to, const Tensor& t, std::int64_t start, std::int64_t q) const {
