@@ -13,7 +13,7 @@ import reference.selective_state_update
 import reference.ssd_scan
 import reference.state_scan
 import statescan
-from support import DTYPES, assert_accurate, copied, dtype_name, exact
+from support import DTYPES, assert_accurate, copied, dtype_name, exact, rounded
 
 
 def normal(rng, dtype, *shape):
@@ -182,6 +182,14 @@ def mamba2_scan(
     )
 
 
+def roundings(scan, device, inputs):
+    """The oracle's option for what the backend rounds inside an op: on a GPU mamba2_scan keeps what lies between its parts in
+    memory, in the dtype of its input."""
+    if scan.name != "mamba2_scan" or device.name != "cuda":
+        return {}
+    return {"between": lambda value: rounded(value, dtype_name(inputs[scan.main]))}
+
+
 @dataclass(frozen=True)
 class Scan:
     """An op that walks along the tokens of axis 1, from an initial state to a final state."""
@@ -216,10 +224,12 @@ class Scan:
     def check(self, device, inputs, out=None, **options):
         """Runs the op and holds every result against the oracle."""
         got, expected = self.run(device, inputs, out, **options), self.expected(inputs, **options)
+        inside = roundings(self, device, inputs)
+        reachable = self.expected(inputs, **options, **inside) if inside else expected
         # Tensor cores round what they weigh and multiply to the input's type, also on the way to a float32 state.
         coarser = dtype_name(inputs[self.main]) if device.name == "cuda" else None
         for name in self.out:
-            assert_accurate(got[name], expected[name], name, coarser)
+            assert_accurate(got[name], expected[name], name, coarser, reachable[name])
         return got
 
     @property
@@ -328,13 +338,15 @@ class Backward:
     def check(self, device, inputs, **options):
         """Runs the op and holds every gradient against the oracle."""
         got, expected = self.run(device, inputs, **options), self.expected(inputs, **options)
+        inside = roundings(self.scan, device, inputs)
+        reachable = self.expected(inputs, **options, **inside) if inside else expected
         coarser = dtype_name(inputs[self.scan.main]) if device.name == "cuda" else None
         for name, value in expected.items():
             if value is None:
                 assert got[name] is None, f"{name} of an input that was not given"
                 continue
             assert got[name].dtype == inputs[name[1:]].dtype
-            assert_accurate(got[name], value, name, coarser)
+            assert_accurate(got[name], value, name, coarser, reachable[name])
         return got
 
     def has_tokens(self, name, value):

@@ -177,8 +177,8 @@ class GradientContract:
 
     def test_parameters_of_a_batch_and_of_its_packing_have_the_same_bits(self, device, rng):
         options = self.batch_invariant(device)
-        if device.name == "cuda" and not options:
-            pytest.skip("on a GPU the shape decides how such sums are split, and the op has no batch_invariant")
+        if device.name == "cuda" and (not options or self.op.scan.name == "mamba2_scan"):
+            pytest.skip("on a GPU the shape decides how such sums are split, those of the convolution and the norm in any case")
         inputs = self.make(rng, batch=3, seqlen=70)
         flat = {name: v.reshape(1, -1, *v.shape[2:]) if self.op.has_tokens(name, v) else v for name, v in inputs.items()}
         batch = self.run(device, inputs, **options)

@@ -149,13 +149,16 @@ def gate(expected, dtype):
     return max(1e-5, 1.5 * relative_error(rounded(expected, dtype), expected))
 
 
-def assert_accurate(got, expected, name, dtype=None):
-    """`got` against the exact result, by the gate of its own dtype, or of a coarser one."""
+def assert_accurate(got, expected, name, dtype=None, reachable=None):
+    """`got` against the exact result, by the gate of its own dtype, or of a coarser one. `reachable`: what exact arithmetic comes
+    to when it rounds wherever the op says that it stores a value; the gate is then 1.5 times the error of that."""
     assert got.shape == expected.shape, f"{name} has shape {got.shape}; expected {expected.shape}"
     assert np.all(np.isfinite(exact(got))), f"{name} is not finite"
     limit = gate(expected, dtype_name(got))
     if dtype is not None:
         limit = max(limit, gate(expected, dtype))
+    if reachable is not None:
+        limit = max(limit, 1.5 * relative_error(rounded(reachable, dtype_name(got)), expected))
     error = relative_error(got, expected)
     assert error <= limit, f"{name} ({dtype_name(got)}): relative error {error:.3g} above {limit:.3g}"
 

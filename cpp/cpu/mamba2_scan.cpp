@@ -16,7 +16,7 @@ using mamba2_scan::Dims;
 
 // The calls that the block is made of, on views of its tensors and of the scratch memory.
 struct Stages {
-  Stages(const Args& block, const Dims& d, void* memory) : args(block), dims(d), of_norm(norm_dims(block, d)) {
+  Stages(const Args& block, const Dims& d, void* memory) : args(block), dims(d), of_norm(packed_norm_dims(block, d)) {
     Arena arena(memory);
     const Tensor xBC = scratch_of(arena, args, d, d.conv_dim);
     // The norm works in place on a y of the working dtype.
@@ -31,7 +31,7 @@ struct Stages {
     ssd.y = channels_of(y, 0, d.nheads, d.headdim);
     ssd.final_state = args.final_state;
 
-    static_cast<gated_rms_norm::Inputs&>(norm) = norm_inputs(args, d, y);
+    static_cast<gated_rms_norm::Inputs&>(norm) = packed_norm_inputs(args, d, y);
     norm.y = tokens_of(args.y, 0, packed_tokens(args, d));
   }
 
@@ -45,8 +45,8 @@ struct Stages {
 
   void run() {
     const Workspace& memory = args.workspace;
-    conv.workspace = ssd.workspace = norm.workspace = {static_cast<char*>(memory.data) + scratch_bytes,
-                                                       memory.bytes - scratch_bytes};
+    conv.workspace = ssd.workspace =
+        norm.workspace = {static_cast<char*>(memory.data) + scratch_bytes, memory.bytes - scratch_bytes};
     cpu::STATESCAN_ISA_NAMESPACE::run(conv, conv_dims(dims));
     cpu::STATESCAN_ISA_NAMESPACE::run(ssd, ssd_dims(dims));
     if (!args.norm_weight) return;

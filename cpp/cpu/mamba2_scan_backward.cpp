@@ -17,7 +17,7 @@ using mamba2_scan::Dims;
 // The calls that the gradient is made of, on views of its tensors and of the scratch memory. The kernels allow a gradient of T
 // to lie where what it differentiates lies.
 struct Stages {
-  Stages(const BackwardArgs& block, const Dims& d, void* memory) : args(block), dims(d), of_norm(norm_dims(block, d)) {
+  Stages(const BackwardArgs& block, const Dims& d, void* memory) : args(block), dims(d), of_norm(packed_norm_dims(block, d)) {
     Arena arena(memory);
     const Tensor xBC = scratch_of(arena, args, d, d.conv_dim);
     const Tensor y = args.norm_weight ? scratch_of(arena, args, d, d.d_inner) : Tensor{};
@@ -31,7 +31,7 @@ struct Stages {
     ssd.y = channels_of(y, 0, d.nheads, d.headdim);
 
     const std::int64_t tokens = packed_tokens(args, d);
-    static_cast<gated_rms_norm::Inputs&>(dnorm) = norm_inputs(args, d, y);
+    static_cast<gated_rms_norm::Inputs&>(dnorm) = packed_norm_inputs(args, d, y);
     dnorm.dy = tokens_of(args.dy, 0, tokens);
     dnorm.dx = tokens_of(y, 0, tokens);
     dnorm.dz = tokens_of(gradient.z, 0, tokens);
@@ -62,17 +62,17 @@ struct Stages {
   // The kernels share what lies behind the scratch tensors, since they run one after the other.
   std::size_t bytes() const {
     std::size_t kernels = workspace_bytes(conv, conv_dims(dims));
-    for (const std::size_t needed : {workspace_bytes(dssd, ssd_dims(dims)), workspace_bytes(dconv, conv_dims(dims)),
-                                     args.norm_weight ? workspace_bytes(ssd, ssd_dims(dims)) : 0,
-                                     args.norm_weight ? workspace_bytes(dnorm, of_norm) : 0})
+    for (const std::size_t needed :
+         {workspace_bytes(dssd, ssd_dims(dims)), workspace_bytes(dconv, conv_dims(dims)),
+          args.norm_weight ? workspace_bytes(ssd, ssd_dims(dims)) : 0, args.norm_weight ? workspace_bytes(dnorm, of_norm) : 0})
       if (needed > kernels) kernels = needed;
     return scratch_bytes + kernels;
   }
 
   void run() {
     const Workspace& memory = args.workspace;
-    conv.workspace = ssd.workspace = dnorm.workspace = dssd.workspace = dconv.workspace = {
-        static_cast<char*>(memory.data) + scratch_bytes, memory.bytes - scratch_bytes};
+    conv.workspace = ssd.workspace = dnorm.workspace = dssd.workspace =
+        dconv.workspace = {static_cast<char*>(memory.data) + scratch_bytes, memory.bytes - scratch_bytes};
     cpu::STATESCAN_ISA_NAMESPACE::run(conv, conv_dims(dims));
     if (args.norm_weight) {
       cpu::STATESCAN_ISA_NAMESPACE::run(ssd, ssd_dims(dims));

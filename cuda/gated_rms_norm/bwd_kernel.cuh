@@ -21,6 +21,7 @@ struct BackwardParams {
   Rows rows;
   std::int64_t shares;  // of the rows, each of every shares-th
   View x, z, weight, dy, dx, dz;
+  End end;
   float* partial;  // [shares, d]: each share's sum of dweight; null: not wanted
 };
 
@@ -125,15 +126,23 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
     }
   };
 
+  const auto store = [&](const View& t, std::int64_t row, std::int64_t column, const float (&gradient)[kRun]) {
+    if (!t.data) return;
+    const std::int64_t step = step_of(t);
+    Run::store(row_of(t, p.rows, row) + first * t.column + column * step, kDType, step, count_of(column), gradient);
+  };
+
   cuda::wait_for_earlier_kernels();
   cuda::let_next_kernel_in();
   if (share >= p.shares) return;  // a whole warp
+  const std::int64_t rows = rows_before(p.end, p.rows.count);
   float dweight[kHeld] = {};
   Packed packed;
   load(packed, share, 0);
   int parity = 0;
+  std::int64_t row = share;
 #pragma unroll 1
-  for (std::int64_t row = share; row < p.rows.count; row += p.shares, parity ^= 1) {
+  for (; row < rows; row += p.shares, parity ^= 1) {
     Held held;
     float2 sums = make_float2(0.0f, 0.0f);  // of v^2 and dn v
 #pragma unroll 1
@@ -147,7 +156,7 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
       }
     }
     const Packed now = packed;
-    if (team != Team::chunked_block && row + p.shares < p.rows.count) load(packed, row + p.shares, 0);
+    if (team != Team::chunked_block && row + p.shares < rows) load(packed, row + p.shares, 0);
     sums = sum_over_team<team>(sums, of_warp[parity]);
     const float scale = 1.0f / sqrtf(fmaf(sums.x, p.rows.mean_scale, p.rows.eps)), mean = sums.y * scale * p.rows.mean_scale;
 #pragma unroll 1
@@ -178,23 +187,31 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
             dweight[e] += of_row;
           }
         }
-        const auto store = [&](const View& t, const float (&gradient)[kRun]) {
-          if (!t.data) return;
-          const std::int64_t step = step_of(t);
-          Run::store(row_of(t, p.rows, row) + first * t.column + column * step, kDType, step, count_of(column), gradient);
-        };
-        store(p.dx, dx);
-        store(p.dz, dz);
+        store(p.dx, row, column, dx);
+        store(p.dz, row, column, dz);
       }
     }
   }
 
-  if constexpr (team != Team::chunked_block) {
-    if (!p.partial) return;
+#pragma unroll 1
+  for (; row < p.rows.count; row += p.shares)  // padding has no gradient
+#pragma unroll 1
+    for (std::int64_t column = column_of(0, 0); column < p.rows.group_size; column += threads * kRun) {
+      const float zeros[kRun] = {};
+      store(p.dx, row, column, zeros);
+      store(p.dz, row, column, zeros);
+    }
+
+  if (!p.partial) return;
+  float* const share_of_dweight = p.partial + share * p.rows.groups * p.rows.group_size + first;
+  if constexpr (team == Team::chunked_block) {
+    if (share >= rows)
+      for (std::int64_t e = thread; e < p.rows.group_size; e += threads) share_of_dweight[e] = 0.0f;
+  } else {
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const std::int64_t column = column_of(0, r);
-      float* const at = p.partial + share * p.rows.groups * p.rows.group_size + first + column;
+      float* const at = share_of_dweight + column;
 #pragma unroll
       for (int i = 0; i < kRun; ++i)
         if (i < count_of(column)) at[i] = dweight[r * kRun + i];

@@ -7,7 +7,7 @@
 namespace statescan::gated_rms_norm {
 
 template <class Policy>
-void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+void launch_backward(const GradientArgs& args, const Dims& dims, Stream stream) {
   if (dims.dim == 0) return;
   const Layout layout(args, dims, {&args.x, &args.z, &args.dy, &args.dx, &args.dz});
   BackwardParams params{};
@@ -19,6 +19,7 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   params.dy = layout.view(args.dy);
   params.dx = layout.view(args.dx);
   params.dz = layout.view(args.dz);
+  params.end = args.end;
   if (args.dweight) params.partial = static_cast<float*>(args.workspace.data);
 
   const std::int64_t teams = params.shares * params.rows.groups;

@@ -41,6 +41,7 @@ struct ForwardParams {
   std::int64_t teams;  // groups of all rows: each has a team
   View x, z, weight, y;
   Padding padding;
+  End end;
 };
 
 inline __device__ bool is_padding(const Padding& p, std::int64_t row) {
@@ -49,6 +50,14 @@ inline __device__ bool is_padding(const Padding& p, std::int64_t row) {
   const std::int64_t slot =
       p.indices_are_int64 ? static_cast<const std::int64_t*>(p.indices)[at] : static_cast<const std::int32_t*>(p.indices)[at];
   return slot < 0 || slot >= p.slots;
+}
+
+// Of `count` rows, those before the end.
+inline __device__ std::int64_t rows_before(const End& end, std::int64_t count) {
+  if (!end.row) return count;
+  const std::int64_t row =
+      end.is_int64 ? *static_cast<const std::int64_t*>(end.row) : *static_cast<const std::int32_t*>(end.row);
+  return row < count ? row : count;
 }
 
 inline __device__ char* row_of(const View& t, const Rows& rows, std::int64_t row) {
@@ -127,7 +136,7 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
     }
   };
 
-  if (is_padding(p.padding, row)) {
+  if (is_padding(p.padding, row) || row >= rows_before(p.end, p.rows.count)) {
     const float zeros[kRun] = {};
     for (std::int64_t column = column_of(0, 0); column < p.rows.group_size; column += threads * kRun)
       Run::store(y + column * y_step, kGate, y_step, count_of(column), zeros);

@@ -61,9 +61,14 @@ template <class Policy>
 void launch_forward(const ForwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.rows == 0 || dims.dim == 0) return;
   const Layout layout(args, dims, {&args.x, &args.z, &args.y});
-  ForwardParams params{layout.rows(),       dims.rows * layout.rows().groups, layout.view(args.x),
-                       layout.view(args.z), layout.view(args.weight),         layout.view(args.y),
-                       args.padding};
+  ForwardParams params{layout.rows(),
+                       dims.rows * layout.rows().groups,
+                       layout.view(args.x),
+                       layout.view(args.z),
+                       layout.view(args.weight),
+                       layout.view(args.y),
+                       args.padding,
+                       args.end};
   if (dims.group_size <= kWarp * Policy::kHeld) {
     cuda::launch(
         "gated_rms_norm_forward_kernel", gated_rms_norm_forward_kernel<Policy, false>,

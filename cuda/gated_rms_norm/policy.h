@@ -53,13 +53,27 @@ struct Padding {
   bool indices_are_int64 = false;
   std::int64_t index_stride = 0, tokens = 1, slots = 0;
 };
+
+// Those from a row on whose number is in the device's memory, as the end of the last packed sequence is.
+struct End {
+  const void* row = nullptr;  // null: there are none
+  bool is_int64 = false;
+};
+
+// A call with padding: as a part of a Mamba-2 block.
 struct ForwardArgs : Args {
   Padding padding;
+  End end;
 };
+struct GradientArgs : BackwardArgs {
+  End end;
+};
+void run_padded(const ForwardArgs& args, const Dims& dims, Stream stream);
+void run_padded(const GradientArgs& args, const Dims& dims, Stream stream);
 
 template <class Policy>
 void launch_forward(const ForwardArgs& args, const Dims& dims, Stream stream);
 template <class Policy>
-void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream);
+void launch_backward(const GradientArgs& args, const Dims& dims, Stream stream);
 
 }  // namespace statescan::gated_rms_norm

@@ -21,10 +21,10 @@ std::string why_not_runs(const Inputs& in, const Dims& dims, const Tensor& weigh
   return reason;
 }
 
-std::string why_not_vector(const Args& args, const Dims& dims) {
+std::string why_not_vector(const ForwardArgs& args, const Dims& dims) {
   return why_not_runs(args, dims, args.weight, {{"x", &args.x}, {"z", &args.z}, {"y", &args.y}});
 }
-std::string why_not_vector(const BackwardArgs& args, const Dims& dims) {
+std::string why_not_vector(const GradientArgs& args, const Dims& dims) {
   return why_not_runs(args, dims, args.weight,
                       {{"x", &args.x}, {"z", &args.z}, {"dy", &args.dy}, {"dx", &args.dx}, {"dz", &args.dz}});
 }
@@ -34,9 +34,9 @@ std::string never(const A&, const Dims&) {
   return "";
 }
 
-std::size_t no_workspace(const Args&, const Dims&) { return 0; }
+std::size_t no_workspace(const ForwardArgs&, const Dims&) { return 0; }
 
-std::size_t weight_shares(const BackwardArgs& args, const Dims& dims) {
+std::size_t weight_shares(const GradientArgs& args, const Dims& dims) {
   return args.dweight && dims.dim > 0 ? sizeof(float) * shares_of_rows(dims) * dims.dim : 0;
 }
 
@@ -49,35 +49,37 @@ void with_dtype(DType dtype, Visit visit) {
 }
 
 template <Access access>
-void forward(const Args& args, const Dims& dims, Stream stream) {
-  with_dtype(args.x.dtype, [&]<DType dtype> { launch_forward<Policy<dtype, access>>({args, {}}, dims, stream); });
+void forward(const ForwardArgs& args, const Dims& dims, Stream stream) {
+  with_dtype(args.x.dtype, [&]<DType dtype> { launch_forward<Policy<dtype, access>>(args, dims, stream); });
 }
 
 template <Access access>
-void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+void backward(const GradientArgs& args, const Dims& dims, Stream stream) {
   with_dtype(args.x.dtype, [&]<DType dtype> { launch_backward<Policy<dtype, access>>(args, dims, stream); });
 }
 
 using cuda::kSm80AndNewer;
 
-constexpr cuda::Row<Args, Dims> kForwardRows[] = {
+constexpr cuda::Row<ForwardArgs, Dims> kForwardRows[] = {
     {"vector", kReal, kSm80AndNewer, why_not_vector, no_workspace, forward<Access::vector>},
     {"strided", kReal, kSm80AndNewer, never, no_workspace, forward<Access::strided>},
 };
-constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
+constexpr cuda::Row<GradientArgs, Dims> kBackwardRows[] = {
     {"vector", kReal, kSm80AndNewer, why_not_vector, weight_shares, backward<Access::vector>},
     {"strided", kReal, kSm80AndNewer, never, weight_shares, backward<Access::strided>},
 };
 
-constexpr cuda::Table<Args, Dims> kForward{"gated_rms_norm", &Args::x, kForwardRows};
-constexpr cuda::Table<BackwardArgs, Dims> kBackward{"gated_rms_norm_backward", &BackwardArgs::x, kBackwardRows};
+constexpr cuda::Table<ForwardArgs, Dims> kForward{"gated_rms_norm", &ForwardArgs::x, kForwardRows};
+constexpr cuda::Table<GradientArgs, Dims> kBackward{"gated_rms_norm_backward", &GradientArgs::x, kBackwardRows};
 
 }  // namespace
 
-Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan(args, dims); }
-void run_cuda(const Args& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
+Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan({args, {}, {}}, dims); }
+void run_cuda(const Args& args, const Dims& dims, Stream stream) { run_padded(ForwardArgs{args, {}, {}}, dims, stream); }
+void run_padded(const ForwardArgs& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
 
-Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan(args, dims); }
-void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { kBackward.run(args, dims, stream); }
+Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan({args, {}}, dims); }
+void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { run_padded(GradientArgs{args, {}}, dims, stream); }
+void run_padded(const GradientArgs& args, const Dims& dims, Stream stream) { kBackward.run(args, dims, stream); }
 
 }  // namespace statescan::gated_rms_norm

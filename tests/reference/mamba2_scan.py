@@ -25,8 +25,10 @@ def mamba2_scan(
     initial_state=None,
     cu_seqlens=None,
     reverse=False,
+    between=lambda value: value,
 ):
-    """A Mamba-2 block between its projections, from the oracles of its parts. Returns y and both final states."""
+    """A Mamba-2 block between its projections, from the oracles of its parts. Returns y and both final states. `between` is
+    what becomes of a value on its way from one part to the next: a backend that stores them may round them."""
     batch, seqlen, total = zxbcdt.shape
     nheads, conv_dim = A.shape[0], conv_weight.shape[0]
     d_inner = total - conv_dim - nheads
@@ -34,7 +36,7 @@ def mamba2_scan(
     xBC, final_conv_state = causal_conv1d(
         xBC, conv_weight, conv_bias, activation="silu", initial_state=initial_conv_state, cu_seqlens=cu_seqlens, reverse=reverse
     )
-    x, B, C = np.split(xBC, [d_inner, (d_inner + conv_dim) // 2], axis=2)
+    x, B, C = np.split(between(xBC), [d_inner, (d_inner + conv_dim) // 2], axis=2)
     dstate = B.shape[2] // ngroups
     y, final_state = ssd_scan(
         x.reshape(batch, seqlen, nheads, d_inner // nheads),
@@ -55,7 +57,7 @@ def mamba2_scan(
         y = y * silu(z)
     else:
         y = gated_rms_norm(
-            y, z, norm_weight, group_size=norm_group_size or d_inner // ngroups, eps=eps, norm_before_gate=norm_before_gate
+            between(y), z, norm_weight, group_size=norm_group_size or d_inner // ngroups, eps=eps, norm_before_gate=norm_before_gate
         )
     if cu_seqlens is not None:
         y[:, int(cu_seqlens[-1]) :] = 0  # whatever z holds past the last packed token
@@ -84,9 +86,10 @@ def mamba2_scan_backward(
     reverse=False,
     dfinal_conv_state=None,
     dfinal_state=None,
+    between=lambda value: value,
 ):
     """Backwards through the block, from the oracles of its parts. Returns the gradients in the order of the inputs, D and
-    norm_weight after A, then those of the initial states; None for what is absent."""
+    norm_weight after A, then those of the initial states; None for what is absent. `between` as in mamba2_scan."""
     batch, seqlen, total = zxbcdt.shape
     nheads, conv_dim = A.shape[0], conv_weight.shape[0]
     d_inner = total - conv_dim - nheads
@@ -94,7 +97,7 @@ def mamba2_scan_backward(
     packing = dict(cu_seqlens=cu_seqlens, reverse=reverse)
     conv = dict(activation="silu", initial_state=initial_conv_state, **packing)
     after_conv, _ = causal_conv1d(xBC, conv_weight, conv_bias, **conv)
-    x, B, C = np.split(after_conv, [d_inner, (d_inner + conv_dim) // 2], axis=2)
+    x, B, C = np.split(between(after_conv), [d_inner, (d_inner + conv_dim) // 2], axis=2)
     heads = lambda v, count: v.reshape(batch, seqlen, count, v.shape[2] // count)
     scanned = (heads(x, nheads), dt, A, heads(B, ngroups), heads(C, ngroups))
     scan = dict(D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit, initial_state=initial_state, **packing)
@@ -102,12 +105,13 @@ def mamba2_scan_backward(
     if norm_weight is None:
         scan["z"] = heads(z, nheads)
     else:
-        y, _ = ssd_scan(*scanned, **scan)
+        y = between(ssd_scan(*scanned, **scan)[0])
         last = seqlen if cu_seqlens is None else int(cu_seqlens[-1])  # past it y is zero, whatever z holds
         norm = dict(group_size=norm_group_size or d_inner // ngroups, eps=eps, norm_before_gate=norm_before_gate)
         y, gate, given = (v.reshape(batch, seqlen, d_inner)[:, :last] for v in (y, z, dy))
         dy = np.zeros(dy.shape)
         dy[:, :last], dz[:, :last], dnorm_weight = gated_rms_norm_backward(y, given, gate, norm_weight, **norm)
+        dy = between(dy)
     dx, ddt, dA, dB, dC, dD, dz_of_heads, ddt_bias, dinitial_state = ssd_scan_backward(
         *scanned, heads(dy, nheads), dfinal_state=dfinal_state, **scan
     )
@@ -115,7 +119,7 @@ def mamba2_scan_backward(
         dz = dz_of_heads.reshape(z.shape)
     dafter_conv = np.concatenate([v.reshape(batch, seqlen, v.shape[2] * v.shape[3]) for v in (dx, dB, dC)], axis=2)
     dxBC, dconv_weight, dconv_bias, dinitial_conv_state = causal_conv1d_backward(
-        xBC, conv_weight, dafter_conv, conv_bias, dfinal_state=dfinal_conv_state, **conv
+        xBC, conv_weight, between(dafter_conv), conv_bias, dfinal_state=dfinal_conv_state, **conv
     )
     dzxbcdt = np.concatenate([dz, dxBC, ddt], axis=2)
     return dzxbcdt, dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, dinitial_conv_state, dinitial_state

@@ -154,7 +154,7 @@ def mamba_split_conv1d_scan_combined(
         )
     block = zxbcdt[..., 2 * d_mlp :]
     packing = packing_of(seq_idx, name, batch, seqlen)
-    fused = activation is not None and not zxbcdt.is_cuda  # mamba2_scan always has its SiLU, and no CUDA kernels yet
+    fused = activation is not None  # mamba2_scan always has its SiLU
     y, states = (_fused if fused else partial(_composed, activation=activation))(
         block if packing is None else packing.pack(block),
         as_weight(conv1d_weight, zxbcdt),
