@@ -31,10 +31,11 @@ struct Policy {
   // to be fewer (b1 c32 h24 p64 n128 in bfloat16: 18.9 us with 8 blocks of 128, 19.4 with 16 of 64; H100, 2026-11-22).
   static constexpr int kThreads = sums == Sums::cluster ? kClusterThreads : kSmallThreads;
   // Chunks in flight. An H100 needs about 2.3 MB on the way to reach its bandwidth; b1 h24 p64 n128 in bfloat16 has 24,576
-  // threads of 16 bytes, so 8 chunks of one stream, or 4 of two. Fifth chunks of the 16-bit types save 4% there; sixth ones
-  // cost 6% at b1 c128 h80, where they spread over too many pages of memory (H100, 2026-11-22).
+  // threads of 16 bytes, so 8 chunks of one stream, or 4 of two. In clusters, which the small calls take, fifth chunks of the
+  // 16-bit types save 4%; in larger calls they spread over too many pages of memory (b1 c128 h80: 187 us with two to four,
+  // 203 with five; H100, 2026-11-22).
   static constexpr int kForwardStages = access == Access::vector ? 8 : 2;
-  static constexpr int kBackwardStages = access == Access::strided ? 2 : (size_of(dtype) == 2 ? 5 : 4);
+  static constexpr int kBackwardStages = access == Access::strided ? 2 : (sums == Sums::cluster && size_of(dtype) == 2 ? 5 : 4);
 };
 
 inline constexpr int kWarp = 32;
