@@ -215,6 +215,92 @@ def test_a_bad_token_stays_behind_in_segments(rng, dtype):
         assert np.isnan(exact(got["y"][:, 1001])).any()
 
 
+def as_layout(inputs, layout):
+    """On the GPU, with x, dt and z in a layout: "channels_last", "channels_first" or "gapped"."""
+    placed = {name: DEVICES[1].put(value) for name, value in inputs.items()}
+    for name in {"x", "dt", "z", "dy"} & placed.keys():
+        value = placed[name]
+        if layout == "channels_first":
+            placed[name] = value.transpose(1, 2).contiguous().transpose(1, 2)
+        elif layout == "gapped":
+            placed[name] = gapped(value)
+    return placed
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_rows_of_selective_scan_give_the_same_bits(rng, dtype):
+    import torch
+
+    made = cases.SELECTIVE_SCAN.inputs(rng, dtype, seqlen=2056, dim=72, ngroups=1, dstate=16)
+    kernels = {"channels_last": "channels_last", "channels_first": "channels_first", "gapped": "strided"}
+    results = []
+    for layout, kernel in kernels.items():
+        inputs = as_layout(made, layout)
+        y = torch.empty_like(inputs["x"])
+        assert statescan.plan("selective_scan", **inputs).kernel == kernel
+        results.append((statescan.selective_scan(**inputs, dt_softplus=True, out=y, return_final_state=True)))
+    for other in results[1:]:
+        for one, another in zip(results[0], other):
+            assert torch.equal(one, another)
+    values = cases.SELECTIVE_SCAN.expected(made, dt_softplus=True)
+    assert_accurate(DEVICES[1].get(results[0][0]), values["y"], "y")
+    backward = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, dtype, seqlen=2056, dim=72, ngroups=1, dstate=16)
+    gradients = []
+    for layout in kernels:
+        gradients.append(statescan.selective_scan_backward(**as_layout(backward, layout), dt_softplus=True))
+    for other in gradients[1:]:
+        for one, another in zip(gradients[0], other):
+            assert torch.equal(one, another)
+
+
+@needs_gpu
+@pytest.mark.parametrize("complex_A", (False, True))
+def test_segments_of_selective_scan(rng, complex_A):
+    """A batch of one is cut into segments, except where its bits must not depend on the batch."""
+    made = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, batch=1, seqlen=3001, dim=10, ngroups=2, complex_A=complex_A)
+    inputs = {name: DEVICES[1].put(value) for name, value in made.items()}
+    forward = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+    bytes_of = lambda invariant: statescan.plan("selective_scan", **forward, batch_invariant=invariant).workspace_bytes
+    assert bytes_of(False) > bytes_of(True) == 0
+    expected = cases.SELECTIVE_SCAN_BACKWARD.expected(made, dt_softplus=True)
+    for invariant in (False, True):
+        results = statescan.selective_scan_backward(**inputs, dt_softplus=True, batch_invariant=invariant)
+        for (name, value), got in zip(expected.items(), results, strict=True):
+            assert_accurate(DEVICES[1].get(got), value, f"{name}, batch_invariant={invariant}")
+
+
+@needs_gpu
+def test_more_channels_than_a_grid_axis_of_selective_scan(rng):
+    """known_bugs 7: dim past 65,535, in many groups of few channels and in one."""
+    for ngroups in (1, 32_770):
+        made = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, batch=1, seqlen=2, dim=65_540, ngroups=ngroups, dstate=3)
+        inputs = {name: DEVICES[1].put(value) for name, value in made.items()}
+        results = statescan.selective_scan_backward(**inputs, dt_softplus=True)
+        for (name, value), got in zip(cases.SELECTIVE_SCAN_BACKWARD.expected(made, dt_softplus=True).items(), results, strict=True):
+            assert_accurate(DEVICES[1].get(got), value, name)
+
+
+@needs_gpu
+@pytest.mark.large_memory
+def test_selective_scan_past_2_31(rng):
+    """known_bugs 1: x, dt and z as slices of a projection of 2.9e9 elements; the last row against itself alone."""
+    import torch
+
+    batch, seqlen, dim = 4, 40_960, 5120
+    projection = torch.randn(batch, seqlen, 3 * dim + 2304, device="cuda", dtype=torch.bfloat16)
+    assert projection.numel() > 2**31
+    x, dt, z = (projection[..., i * dim : (i + 1) * dim] for i in range(3))
+    B, C = (projection[..., 3 * dim + i * 16 : 3 * dim + (i + 1) * 16].unsqueeze(2) for i in range(2))
+    A = -torch.rand(dim, 16, device="cuda") - 0.1
+    options = dict(dt_bias=torch.full((dim,), -4.0, device="cuda"), dt_softplus=True, batch_invariant=True)
+    y = statescan.selective_scan(x, dt, A, B, C, z=z, **options)
+    last = slice(batch - 1, batch)
+    alone = statescan.selective_scan(*(v[last].contiguous() for v in (x, dt)), A, *(v[last].contiguous() for v in (B, C)),
+                                     z=z[last].contiguous(), **options)  # fmt: skip
+    assert torch.equal(y[last], alone)
+
+
 @needs_gpu
 @pytest.mark.parametrize("width,dim,seqlen,row", ((4, 8, 5, "channels_w4"), (3, 8, 5, "channels"), (4, 5, 7, "strided")))
 def test_every_row_of_convolutions_is_reachable(width, dim, seqlen, row):

@@ -6,34 +6,16 @@
 //          b*l*d*n/2 bytes; sums of dB and dC over 64 channels, written and read: b*l*d*n/4 bytes
 //          b8 l2048 d5120 n16 bf16: 2.2 GB, 0.72 ms at 3.0 TB/s, and 2.75 exp2 a state: 1.2 ms of the special-function units of
 //          an H100; about 28 instructions a state: 1.3 ms of issue
-// Launch   one axis of sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them. It walks its
-//          tiles from the last to the first: from the checkpoint forward to every fourth token, then four tokens at a time forward
-//          into registers and back
-// Numerics float32, fixed order. dB and dC: over the lanes as a tree, then over the blocks in order, by another launch; dA, dD and
-//          ddt_bias over a segment in order, then over segments and sequences in order
+// Launch   one axis of sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them. It walks
+//          its tiles from the last to the first: from the checkpoint forward to every fourth token, then four tokens at a time
+//          forward into registers and back
+// Numerics float32, fixed order. dB and dC: over the lanes as a tree, then over the blocks in order, by another launch; dA, dD
+//          and ddt_bias: over a segment in order, then over segments and sequences in order
 #pragma once
 
-#include "fwd_kernel.cuh"
+#include "bwd_step.cuh"
 
 namespace statescan::selective_scan {
-
-// Sums of kRows rows over a warp: lane i ends with the sum of row i % kRows.
-template <int kRows>
-__device__ float sum_over_warp(float (&left)[kRows]) {
-  constexpr unsigned kAll = 0xffffffffu;
-#pragma unroll
-  for (int distance = 1; distance < kRows; distance *= 2) {
-    const bool odd = threadIdx.x & distance;
-#pragma unroll
-    for (int k = 0; k < kRows / 2 / distance; ++k) {
-      const float kept = odd ? left[2 * k + 1] : left[2 * k], given = odd ? left[2 * k] : left[2 * k + 1];
-      left[k] = kept + __shfl_xor_sync(kAll, given, distance);
-    }
-  }
-#pragma unroll
-  for (int distance = kRows; distance < kWarp; distance *= 2) left[0] += __shfl_xor_sync(kAll, left[0], distance);
-  return left[0];
-}
 
 // dy silu(z) of the thread's elements, [token][channel] as sums lie.
 template <bool kAlongTokens>
@@ -83,119 +65,15 @@ struct BackwardStorage {
   static_assert(kBytes <= 99 * 1024);
 };
 
-// What a warp reads of a tile.
-struct TileInputs {
-  const float4* steps;
-  const float* gradients;  // of y, after the gate
-  const float *tile_B, *tile_C, *fixed_B, *fixed_C;
-};
-
-// The states and decays of kSub tokens, forward from h: hs[i] is the state before token i. Gives the warp's part of y.
-template <class Policy, int kSub>
-struct Trail {
-  static constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
-  float h[kSub + 1][2][kValues], factor[kSub][2][kValues];
-  std::uint32_t from_one = 0;  // a bit a decay
-
-  __device__ Step<Policy::kArithmetic> step(int i, int c, int v) const {
-    Step<Policy::kArithmetic> s;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) s.factor[part] = factor[i][c][v + part];
-    s.from_one = Policy::kArithmetic != Arithmetic::fast && from_one >> bit(i, c, v) & 1;
-    return s;
-  }
-  __device__ void walk(const TileInputs& in, int first, const float (&rate)[2][kValues], float* sums) {
-#pragma unroll
-    for (int i = 0; i < kSub; ++i) {
-      const float4 at = in.steps[(first + i) * (kChannels / 2)];
-      const float dt[2] = {at.x, at.y}, u[2] = {at.z, at.w};
-      float B[kValues], C[kValues], y[2] = {};
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (c == 0 || Policy::kTimeInvariant) {
-          read_projection<Policy>(B, in.tile_B, in.fixed_B, first + i, c);
-          read_projection<Policy>(C, in.tile_C, in.fixed_C, first + i, c);
-        }
-#pragma unroll
-        for (int v = 0; v < kValues; v += kParts) {
-          const Step<Policy::kArithmetic> s = step_of<Policy::kArithmetic>(dt[c], &rate[c][v]);
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) factor[i][c][v + part] = s.factor[part], h[i + 1][c][v + part] = h[i][c][v + part];
-          if constexpr (Policy::kArithmetic != Arithmetic::fast) from_one |= static_cast<std::uint32_t>(s.from_one) << bit(i, c, v);
-          advance<Policy::kArithmetic>(&h[i + 1][c][v], s, u[c], &B[v]);
-          y[c] = read_out<kParts>(&C[v], &h[i + 1][c][v], y[c]);
-        }
-      }
-      *reinterpret_cast<float2*>(sums + (first + i) * kChannels) = make_float2(kParts * y[0], kParts * y[1]);
-    }
-  }
-
- private:
-  static constexpr __device__ int bit(int i, int c, int v) { return (i * 2 + c) * (kValues / kParts) + v / kParts; }
-};
-
-// Gradients that a thread adds up over its segment.
-template <class Policy>
-struct Totals {
-  float A[2][Policy::kValues] = {};
-  float B[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {}, C[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {};
-};
-
-// One token backwards. `terms`: what this lane adds to dB, then to dC.
-template <class Policy>
-__device__ void step_back(const BackwardParams& p, const TileInputs& in, int token, const float (&rate)[2][Policy::kValues],
-                          const float (&before)[2][Policy::kValues], const float (&after)[2][Policy::kValues],
-                          const Step<Policy::kArithmetic> (&steps)[2][Policy::kStates], float (&g)[2][Policy::kValues],
-                          Totals<Policy>& totals, float (&terms)[2 * Policy::kValues], float4* pairs) {
-  constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
-  const float4 at = in.steps[token * (kChannels / 2)];
-  const float2 gradient = *reinterpret_cast<const float2*>(in.gradients + token * kChannels);
-  const float dt[2] = {at.x, at.y}, u[2] = {at.z, at.w}, dr[2] = {kParts * gradient.x, kParts * gradient.y};
-  float B[kValues], C[kValues], du[2] = {}, dlog[2] = {};
-#pragma unroll
-  for (int v = 0; v < 2 * kValues; ++v) terms[v] = 0.0f;
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    if (c == 0 || Policy::kTimeInvariant) {
-      read_projection<Policy>(B, in.tile_B, in.fixed_B, token, c);
-      read_projection<Policy>(C, in.tile_C, in.fixed_C, token, c);
-    }
-#pragma unroll
-    for (int v = 0; v < kValues; v += kParts) {
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const float sign = part == 0 ? 1.0f : -1.0f;  // of a conjugate
-        g[c][v + part] = fmaf(sign * C[v + part], dr[c], g[c][v + part]);
-        const float dB = g[c][v + part] * u[c], dC = sign * after[c][v + part] * dr[c];
-        terms[v + part] += dB, terms[kValues + v + part] += dC;
-        if constexpr (Policy::kTimeInvariant) totals.B[c][v + part] += dB, totals.C[c][v + part] += dC;
-        du[c] = fmaf(g[c][v + part], B[v + part], du[c]);
-      }
-      retreat<Policy::kArithmetic>(&g[c][v], steps[c][v / kParts]);
-      if constexpr (kParts == 1) {
-        const float q = g[c][v] * before[c][v];
-        dlog[c] = fmaf(q, rate[c][v], dlog[c]);
-        totals.A[c][v] = fmaf(q, dt[c], totals.A[c][v]);
-      } else {
-        const float real = fmaf(g[c][v + 1], before[c][v + 1], g[c][v] * before[c][v]);
-        const float imag = fmaf(g[c][v + 1], before[c][v], -g[c][v] * before[c][v + 1]);
-        dlog[c] = fmaf(real, rate[c][v], fmaf(imag * kRateScale, rate[c][v + 1], dlog[c]));
-        totals.A[c][v] = fmaf(real, dt[c], totals.A[c][v]), totals.A[c][v + 1] = fmaf(imag, dt[c], totals.A[c][v + 1]);
-      }
-    }
-  }
-  constexpr float kUnscale = 0.693147181f;
-  pairs[token * (kChannels / 2)] = make_float4(du[0], du[1], kUnscale * dlog[0], kUnscale * dlog[1]);
-}
-
 // The gradients of the thread's elements from the sums of the warps; what they add to dD and ddt_bias goes to `sums`.
 template <bool kAlongTokens>
-__device__ void finish_gradients(const BackwardParams& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
-                                 const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy, const float* bias, const float* skip,
-                                 int tokens, int channels, const float (&y)[kRun], const float (&du)[kRun],
-                                 const float (&dlog)[kRun], float (&dx)[kRun], float (&ddt)[kRun], float (&dz)[kRun],
-                                 float (&dD)[kRun]) {
-  float x[kRun], z[kRun], dy[kRun], raw[kRun];
+__device__ void finish_gradients(const BackwardParams& p, const Place& place, const float4* steps, const Slot<kRun>& slot_dt,
+                                 const Slot<kRun>& slot_x, const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy,
+                                 const float* bias, const float* skip, int tokens, int channels, const float (&y)[kRun],
+                                 const float (&du)[kRun], const float (&dlog)[kRun], float (&dx)[kRun], float (&ddt)[kRun],
+                                 float (&dz)[kRun], float (&dD)[kRun]) {
+  float x[kRun], z[kRun], dy[kRun], raw[kRun], dt[kRun] = {}, u[kRun] = {};
+  add_pairs<kAlongTokens>(steps, place, dt, u);
   slot_x.widen(p.x.dtype, x);
   slot_dy.widen(p.x.dtype, dy);
   slot_dt.widen(p.dt.dtype, raw);
@@ -210,11 +88,12 @@ __device__ void finish_gradients(const BackwardParams& p, const Place& place, co
       gradient *= z[i] * gate;
     }
     raw[i] += of_channel<kAlongTokens>(bias, place, i);
-    const float free = p.dt_softplus ? cuda::fast_softplus(raw[i]) : raw[i];
     float slope = p.dt_softplus ? cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * raw[i])) : 1.0f;
-    if (free < p.dt_min || free > p.dt_max) slope = 0.0f;
-    const float dt = clamp(free, p.dt_min, p.dt_max);
-    dx[i] = fmaf(D, gradient, dt * du[i]);
+    if (p.dt_limited) {
+      const float free = p.dt_softplus ? cuda::fast_softplus(raw[i]) : raw[i];
+      if (free < p.dt_min || free > p.dt_max) slope = 0.0f;
+    }
+    dx[i] = fmaf(D, gradient, dt[i] * du[i]);
     ddt[i] = slope * fmaf(x[i], du[i], dlog[i]);
     dD[i] = gradient * x[i];
     if (!place.holds(i, tokens, channels)) ddt[i] = 0.0f, dD[i] = 0.0f;
@@ -260,10 +139,12 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
   float* const tile_B = reinterpret_cast<float*>(own);
   float* const tile_C = reinterpret_cast<float*>(own + Storage<Policy>::kProjection);
   uint4* const raw = own + 2 * Storage<Policy>::kProjection + lane;
-  float* const fixed_B = reinterpret_cast<float*>(own + 2 * Storage<Policy>::kProjection + Storage<Policy>::kRaw) + lane * kValues;
+  float* const fixed_B =
+      reinterpret_cast<float*>(own + 2 * Storage<Policy>::kProjection + Storage<Policy>::kRaw) + lane * kValues;
   float* const fixed_C = fixed_B + 4 * Storage<Policy>::kFixed;
-  const TileInputs in{steps + slot_of_pair(lane), gradients + place_in_sums(2 * lane), tile_B, tile_C,
-                      p.varying_B ? nullptr : fixed_B, p.varying_C ? nullptr : fixed_C};
+  const TileInputs in{steps + slot_of_pair(lane), tile_B, tile_C, p.varying_B ? nullptr : fixed_B,
+                      p.varying_C ? nullptr : fixed_C};
+  const float* const lane_gradients = gradients + place_in_sums(2 * lane);
 
   load_channels(p.dt_bias, task, bias);
   load_channels(p.D, task, skip);
@@ -301,20 +182,33 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
 
     const std::int64_t tiles = (span.end - span.begin + kTile - 1) / kTile, last = span.begin + (tiles - 1) * kTile;
     const bool of_C = lane >= kTile;
-    Projection<Policy> projection(p, of_C ? p.C : p.B, scans && (of_C ? p.varying_C : p.varying_B),
-                                  of_C ? p.vectors_C : p.vectors_B, span, last, task.group, state, states, raw);
+    Projection<Policy> projection(p, of_C, scans, span, last, task.group, state, states, raw);
     const auto fetch_tile = [&](std::int64_t token) {
       if (token >= span.begin) {
         const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
-        fetch(slot_dt, walk_of(p, p.dt, span, place, token, task.channel), p.dt.dtype, place, tokens, task.channels);
-        fetch(slot_x, walk_of(p, p.x, span, place, token, task.channel), p.x.dtype, place, tokens, task.channels);
-        fetch(slot_dy, walk_of(p, p.dy, span, place, token, task.channel), p.x.dtype, place, tokens, task.channels);
-        if (p.z.data) fetch(slot_z, walk_of(p, p.z, span, place, token, task.channel), p.x.dtype, place, tokens, task.channels);
-        projection.fetch(tokens, -1);
+        const auto fetch_to = [&](const Slot<kRun>& slot, const View& t) {
+          fetch(slot, place_at(p, t, span, place, token, task.channel), p, t, place, tokens, task.channels);
+        };
+        fetch_to(slot_dt, p.dt), fetch_to(slot_x, p.x), fetch_to(slot_dy, p.dy);
+        if (p.z.data) fetch_to(slot_z, p.z);
+        projection.fetch(p, tokens, -1);
       }
       commit_copies();
     };
     fetch_tile(last);
+    float h[2][kValues];  // the state at the start of a tile
+    const auto fetch_checkpoint = [&](std::int64_t token) {
+      if (kEndsOnly || !scans || token < span.begin) return;
+      const float4* const checkpoint = checkpoint_at<Policy>(p, span, task, token, state);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int v = 0; v < kValues; v += 4) {
+          const float4 four = checkpoint[(c * kValues + v) / 4 * kWarp];
+          h[c][v] = four.x, h[c][v + 1] = four.y, h[c][v + 2] = four.z, h[c][v + 3] = four.w;
+        }
+    };
+    fetch_checkpoint(last);
     Totals<Policy> totals;
 
 #pragma unroll 1
@@ -338,14 +232,14 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
         put_steps_of<false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
         put_gradient<false>(gradients, place, dr);
       }
-      projection.put(of_C ? tile_C : tile_B);
+      projection.put(p, of_C ? tile_C : tile_B);
       __syncthreads();
 
       if (kEndsOnly && scans) {
 #pragma unroll 4
         for (int t = kTile - 1; t >= 0; --t) {
           const float4 at = in.steps[t * (kChannels / 2)];
-          const float2 gradient = *reinterpret_cast<const float2*>(in.gradients + t * kChannels);
+          const float2 gradient = *reinterpret_cast<const float2*>(lane_gradients + t * kChannels);
           const float dt[2] = {at.x, at.y}, scaled[2] = {kParts * gradient.x, kParts * gradient.y};
           float C[kValues];
 #pragma unroll
@@ -363,15 +257,6 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
         }
       }
       if (!kEndsOnly && scans) {
-        float h[2][kValues];
-        const float4* const checkpoint = checkpoint_at<Policy>(p, span, task, token, state);
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int v = 0; v < kValues; v += 4) {
-            const float4 four = checkpoint[(c * kValues + v) / 4 * kWarp];
-            h[c][v] = four.x, h[c][v + 1] = four.y, h[c][v + 2] = four.z, h[c][v + 3] = four.w;
-          }
         // Forward to the start of each group of kSub tokens.
 #pragma unroll 1
         for (int sub = 0; sub < kSubTiles; ++sub) {
@@ -406,33 +291,37 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
 #pragma unroll
             for (int v = 0; v < kValues; v += 4) {
               const float4 four = starts[(sub * 2 * kValues + c * kValues + v) / 4 * kWarp];
-              trail.h[0][c][v] = four.x, trail.h[0][c][v + 1] = four.y, trail.h[0][c][v + 2] = four.z, trail.h[0][c][v + 3] = four.w;
+              trail.h[0][c][v] = four.x, trail.h[0][c][v + 1] = four.y, trail.h[0][c][v + 2] = four.z,
+              trail.h[0][c][v + 3] = four.w;
             }
           trail.walk(in, sub * kSub, rate, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
-          float kept = 0.0f;
+          float terms[kWarp];  // [token][state of B, then of C]
+          float4 back[kSub];
 #pragma unroll
           for (int i = kSub - 1; i >= 0; --i) {
-            float terms[kReduced];
             Step<Policy::kArithmetic> decays[2][kStates];
 #pragma unroll
             for (int c = 0; c < 2; ++c)
 #pragma unroll
               for (int k = 0; k < kStates; ++k) decays[c][k] = trail.step(i, c, k * kParts);
-            step_back<Policy>(p, in, sub * kSub + i, rate, trail.h[i], trail.h[i + 1], decays, g, totals, terms,
-                              pairs + warp * Memory::kPairs + slot_of_pair(lane));
-            if (p.projections) {
-              const float sum = sum_over_warp<kReduced>(terms);
-              if (lane / kReduced == i) kept = sum;
-            }
+            back[i] = step_back<Policy>(in, lane_gradients, sub * kSub + i, rate, trail.h[i], trail.h[i + 1], decays, g, totals,
+                                        terms + i * kReduced);
           }
-          const std::int64_t t = token + sub * kSub + lane / kReduced;
-          if (p.projections && t < span.end) {
-            const std::int64_t fours = (p.dstate + kStates - 1) / kStates;
-            const std::int64_t at = span.row * p.seqlen + (p.reverse ? span.last - 1 - t : span.first + t);
-            p.projections[((at * p.blocks + task.block) * fours + state / kStates) * kReduced + lane % kReduced] = kept;
+#pragma unroll
+          for (int i = 0; i < kSub; ++i)
+            pairs[warp * Memory::kPairs + (sub * kSub + i) * (kChannels / 2) + slot_of_pair(lane)] = back[i];
+          if (p.projections) {
+            const float sum = sum_over_warp(terms);
+            const std::int64_t t = token + sub * kSub + lane / kReduced;
+            if (t < span.end) {
+              const std::int64_t fours = (p.dstate + kStates - 1) / kStates;
+              const std::int64_t at = span.row * p.seqlen + (p.reverse ? span.last - 1 - t : span.first + t);
+              p.projections[((at * p.blocks + task.block) * fours + state / kStates) * kReduced + lane % kReduced] = sum;
+            }
           }
         }
       }
+      fetch_checkpoint(token - kTile);
       __syncthreads();
 
       if constexpr (!kEndsOnly) {
@@ -454,13 +343,13 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
         }
         if (last_piece) {
           if (place.along_tokens)
-            finish_gradients<true>(p, place, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du, dlog, dx, ddt,
-                                   dz, dD);
+            finish_gradients<true>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du,
+                                   dlog, dx, ddt, dz, dD);
           else
-            finish_gradients<false>(p, place, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du, dlog, dx,
-                                    ddt, dz, dD);
-          const auto store_to = [&](const View& t, const float(&values)[kRun]) {
-            if (t.data) store(walk_of(p, t, span, place, token, task.channel), t.dtype, place, tokens, task.channels, values);
+            finish_gradients<false>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du,
+                                    dlog, dx, ddt, dz, dD);
+          const auto store_to = [&](const View& t, const float (&values)[kRun]) {
+            if (t.data) store(place_at(p, t, span, place, token, task.channel), p, t, place, tokens, task.channels, values);
           };
           store_to(p.dx, dx), store_to(p.ddt, ddt);
           if (p.z.data) store_to(p.dz, dz);
@@ -484,7 +373,8 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
     if constexpr (kEndsOnly) {
       store_end<Policy>(p, p.adjoint_ends, task.sequence * ends + task.segment - 1, task, state, states, g, total_dt);
     } else {
-      if (task.segment == 0 && p.dinitial_state.data) store_states<Policy>(p.dinitial_state, task.sequence, task, state, states, g);
+      if (task.segment == 0 && p.dinitial_state.data)
+        store_states<Policy>(p.dinitial_state, task.sequence, task, state, states, g);
       store_states<Policy>(view_of<Policy>(p, p.dA), row, task, state, states, totals.A);
       if constexpr (Policy::kTimeInvariant) {
         if (!p.varying_B) store_states<Policy>(view_of<Policy>(p, p.dB), row, task, state, states, totals.B);
@@ -494,55 +384,6 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
   }
   if (!kEndsOnly && thread < task.channels)
     p.dD[row * p.dim + task.channel + thread] = total_D, p.ddt_bias[row * p.dim + task.channel + thread] = total_bias;
-}
-
-// ---- sums over blocks, and over sequences and segments ------------------------------------------------------------------------
-struct ProjectionSumParams {
-  const float* projections;
-  const void* cu_seqlens;
-  bool cu_is_int64;
-  std::int64_t cu_last, seqlen, tokens, groups, blocks_of_group, dstate, values;  // values: of a block at a token
-  View dB, dC;
-};
-
-// A thread: one state of B or C at one token, of one group.
-template <class Policy>
-__global__ void __launch_bounds__(kRuns) selective_scan_projection_sum_kernel(const __grid_constant__ ProjectionSumParams p) {
-  constexpr int kReduced = 2 * Policy::kValues;
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x;
-  if (index >= p.tokens * p.groups * p.values) return;
-  const std::int64_t value = index % p.values, group = index / p.values % p.groups, token = index / p.values / p.groups;
-  const int within = static_cast<int>(value % kReduced);
-  const std::int64_t state = value / kReduced * Policy::kStates + within % Policy::kValues / Policy::kParts;
-  const View& to = within < Policy::kValues ? p.dB : p.dC;
-  if (!to.data || state >= p.dstate) return;
-  float sum = 0.0f;
-  const bool inside = !p.cu_seqlens || token < (p.cu_is_int64 ? static_cast<const std::int64_t*>(p.cu_seqlens)[p.cu_last]
-                                                              : static_cast<const std::int32_t*>(p.cu_seqlens)[p.cu_last]);
-  if (inside) {
-    const float* const from = p.projections + (token * p.groups + group) * p.blocks_of_group * p.values + value;
-#pragma unroll 8
-    for (std::int64_t block = 0; block < p.blocks_of_group; ++block) sum += from[block * p.values];
-  }
-  char* const at = to.data + token / p.seqlen * to.row + token % p.seqlen * to.token + group * to.channel + state * to.state;
-  cuda::store_element(at + within % Policy::kParts * 4, Policy::kParts == 2 ? DType::float32 : to.dtype, sum);
-}
-
-struct RowSumParams {
-  const float* rows;  // [rows, channels, states, parts]
-  std::int64_t count, channels, states;
-  View to;
-};
-
-template <int kParts>
-__global__ void __launch_bounds__(kRuns) selective_scan_row_sum_kernel(const __grid_constant__ RowSumParams p) {
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x, each = p.channels * p.states * kParts;
-  if (index >= each) return;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (std::int64_t row = 0; row < p.count; ++row) sum += p.rows[row * each + index];
-  const std::int64_t part = index % kParts, state = index / kParts % p.states, channel = index / kParts / p.states;
-  *reinterpret_cast<float*>(p.to.data + channel * p.to.channel + state * p.to.state + part * 4) = sum;
 }
 
 }  // namespace statescan::selective_scan

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "bwd_kernel.cuh"
+#include "bwd_sums.cuh"
 #include "fwd_launch.cuh"
 
 namespace statescan::selective_scan {
@@ -10,7 +11,8 @@ void launch_row_sum(const float* rows, std::int64_t count, std::int64_t channels
                     Stream stream) {
   if (to.data && channels * states > 0)
     cuda::launch("selective_scan_row_sum_kernel", selective_scan_row_sum_kernel<kParts>,
-                 {divide_up(channels * states * kParts, kRuns), kRuns}, stream, RowSumParams{rows, count, channels, states, to});
+                 {divide_up(channels * states * kParts, kRuns), kRuns}, stream,
+                 RowSumParams{rows, count, channels, states, to});
 }
 
 template <class Policy>
@@ -18,23 +20,32 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   if (dims.ngroups == 0) return;
   const BackwardParams params = params_of(args, dims);
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
-  const std::int64_t end_blocks = params.sequences * (params.segments - 1) * params.blocks, rows = params.sequences * params.segments;
+  const std::int64_t end_blocks = params.sequences * (params.segments - 1) * params.blocks,
+                     rows = params.sequences * params.segments;
   constexpr int kBytes = BackwardStorage<Policy>::kBytes;
   launch_pass<Policy, Pass::ends>(params, params.sequences, params.segments - 1, stream);
   launch_pass<Policy, Pass::checkpoints>(params, params.sequences, params.segments, stream);
   if (end_blocks > 0)
-    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>, {end_blocks, kRuns, kBytes}, stream,
-                 params);
+    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>, {end_blocks, kRuns, kBytes},
+                 stream, params);
   if (blocks > 0)
-    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>, {blocks, kRuns, kBytes}, stream,
-                 params);
+    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>, {blocks, kRuns, kBytes},
+                 stream, params);
 
   const std::int64_t tokens = dims.batch * dims.seqlen;
   const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
   if (wants_projections(args, dims) && tokens * dims.ngroups * values > 0) {
     const std::int64_t last = params.sequences * params.cu_stride;
-    const ProjectionSumParams sum{params.projections, params.cu_seqlens, params.cu_is_int64, last, dims.seqlen, tokens, dims.ngroups,
-                                  params.blocks_of_group, dims.dstate, values,
+    const ProjectionSumParams sum{params.projections,
+                                  params.cu_seqlens,
+                                  params.cu_is_int64,
+                                  last,
+                                  dims.seqlen,
+                                  tokens,
+                                  dims.ngroups,
+                                  params.blocks_of_group,
+                                  dims.dstate,
+                                  values,
                                   dims.varying_B && args.dB ? projection_view(args.dB) : View{},
                                   dims.varying_C && args.dC ? projection_view(args.dC) : View{}};
     cuda::launch("selective_scan_projection_sum_kernel", selective_scan_projection_sum_kernel<Policy>,

@@ -16,7 +16,7 @@ struct Decay {
   bool from_one;
 };
 
-// 2^v: from one below 2^-3, by a polynomial that is within 6e-9 of 2^v - 1 there; a memory of what lies beyond is 12 tokens long.
+// 2^v: from one below 2^-3, by a polynomial that is within 6e-9 of 2^v - 1 there; what lies beyond has a memory of 12 tokens.
 inline __device__ Decay decay_of(float v) {
   constexpr float kNear = 0.125f;
   float q = fmaf(9.6211430e-3f, v, 5.5524953e-2f);

@@ -3,7 +3,7 @@
 // Shapes   x, dt, z, y [b,l,d]; A, h [d,n]; B, C [b,l,g,n] or [d,n]
 // Traffic  x, dt, z, y once: 4*b*l*d elements; B, C once a block of 64 channels, from L2
 //          b8 l2048 d5120 n16 bf16: 0.67 GB, 0.22 ms at 3.0 TB/s. 1.34 G states take 1.34 G exp2 beside 0.34 G for softplus and
-//          silu: 0.45 ms of the special-function units of an H100; and 5.5 instructions a state with 45 a token, 0.38 ms of issue
+//          silu: 0.45 ms of the special-function units of an H100; 5.5 instructions a state and 45 a token: 0.38 ms of issue
 // Launch   one axis of sequences x segments x blocks; a block: 64 channels, one warp for 4 states of them (8 of long rows)
 // Numerics float32. A warp adds up its states of a channel in order, then the warps in order. Where a sequence is cut into
 //          segments, a first launch leaves the end of each, started from zero, with the sum of its dt; a segment starts from
@@ -23,8 +23,8 @@ struct Storage {
   static constexpr int kFetched = kRuns * (2 * 2 * Policy::kWords + 2);  // two tiles of x and of z, one of dt
   static constexpr int kShared = kSteps + kPerChannel + kFetched;
   static constexpr int kSums = kTile * kChannels / 4;
-  static constexpr int kProjection = kTile * Policy::kValues / 4;                            // of one of B and C
-  static constexpr int kRaw = kWarp * Policy::kValues / 4;                                   // of both, as they came
+  static constexpr int kProjection = kTile * Policy::kValues / 4;                              // of one of B and C
+  static constexpr int kRaw = kWarp * Policy::kValues / 4;                                     // of both, as they came
   static constexpr int kFixed = Policy::kTimeInvariant ? kChannels * Policy::kValues / 4 : 0;  // of one
   static constexpr int kPerWarp = kSums + 2 * kProjection + kRaw + 2 * kFixed;
 };
@@ -58,8 +58,8 @@ __device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRu
 
 // y of the thread's elements from the sums of the warps.
 template <bool kAlongTokens>
-__device__ void finish(const Params& p, const Place& place, const Slot<kRun>& slot_x, const Slot<kRun>& slot_z, const float* skip,
-                       float (&y)[kRun]) {
+__device__ void finish(const Params& p, const Place& place, const Slot<kRun>& slot_x, const Slot<kRun>& slot_z,
+                       const float* skip, float (&y)[kRun]) {
   float values[kRun];
   if (p.D.data) {
     slot_x.widen(p.x.dtype, values);
@@ -76,35 +76,64 @@ __device__ void finish(const Params& p, const Place& place, const Slot<kRun>& sl
 // What a launch is for.
 enum class Pass {
   output,       // y and the final state
+  positions,    // and states at chosen positions
   ends,         // the end of each segment but the last, started from zero
   checkpoints,  // the state at the start of each tile
 };
 
-// One tile: h goes through its tokens, and the warp's part of y to `sums`.
+constexpr __host__ __device__ bool gives_output(Pass pass) { return pass == Pass::output || pass == Pass::positions; }
+
+// What a warp reads of a tile, in shared memory. fixed_B and fixed_C are null where B and C change with the token.
+struct TileInputs {
+  const float4* steps;
+  const float *tile_B, *tile_C, *fixed_B, *fixed_C;
+};
+
+// The inputs of one token, for the two channels of a lane.
+template <class Policy, bool kWithC>
+struct TokenInputs {
+  static constexpr int kOwn = Policy::kTimeInvariant ? 2 : 1;  // B and C may differ from channel to channel
+  float dt[2], u[2], B[kOwn][Policy::kValues], C[kWithC ? kOwn : 1][Policy::kValues];
+
+  __device__ void read(const TileInputs& in, int token) {
+    const float4 step = in.steps[token * (kChannels / 2)];
+    dt[0] = step.x, dt[1] = step.y, u[0] = step.z, u[1] = step.w;
+#pragma unroll
+    for (int c = 0; c < kOwn; ++c) {
+      read_projection<Policy>(B[c], in.tile_B, in.fixed_B, token, c);
+      if constexpr (kWithC) read_projection<Policy>(C[c], in.tile_C, in.fixed_C, token, c);
+    }
+  }
+  __device__ const float* B_of(int c) const { return B[c % kOwn]; }
+  __device__ const float* C_of(int c) const { return C[c % kOwn]; }
+};
+
+// Tokens first..last-1 of a tile: h goes through them, and the warp's part of y to `sums`.
 template <class Policy, Pass kPass>
-__device__ void scan(const float4* steps, const float* tile_B, const float* tile_C, const float* fixed_B, const float* fixed_C,
-                     const float (&rate)[2][Policy::kValues], float (&h)[2][Policy::kValues], float (&total)[2], float* sums) {
-  constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
-#pragma unroll(Policy::kArithmetic == Arithmetic::complex_rate ? 1 : 4)
-  for (int t = 0; t < kTile; ++t) {
-    const float4 step = steps[t * (kChannels / 2)];
-    const float dt[2] = {step.x, step.y}, u[2] = {step.z, step.w};
-    float B[kValues], C[kValues], y[2] = {};
+__device__ void scan(const TileInputs& in, int first, int last, const float (&rate)[2][Policy::kValues],
+                     float (&h)[2][Policy::kValues], float (&total)[2], float* sums) {
+  constexpr int kParts = Policy::kParts;
+  constexpr bool kOutput = gives_output(kPass);
+  TokenInputs<Policy, kOutput> next;
+  if (first < last) next.read(in, first);
+  constexpr int kUnroll = Policy::kArithmetic == Arithmetic::complex_rate || kPass == Pass::positions ? 1
+                          : Policy::kArithmetic == Arithmetic::fast && kOutput                        ? 64 / Policy::kStates
+                                                                                                      : 4;
+#pragma unroll(kUnroll)
+  for (int t = first; t < last; ++t) {
+    const TokenInputs<Policy, kOutput> now = next;
+    if (t + 1 < last) next.read(in, t + 1);  // before y is stored, which the compiler takes for a hazard
+    float y[2] = {};
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      if (c == 0 || Policy::kTimeInvariant) {
-        read_projection<Policy>(B, tile_B, fixed_B, t, c);
-        if constexpr (kPass == Pass::output) read_projection<Policy>(C, tile_C, fixed_C, t, c);
-      }
-      if constexpr (kPass == Pass::ends) total[c] += dt[c];
+      if constexpr (kPass == Pass::ends) total[c] += now.dt[c];
 #pragma unroll
-      for (int v = 0; v < kValues; v += kParts) {
-        advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(dt[c], &rate[c][v]), u[c], &B[v]);
-        if constexpr (kPass == Pass::output) y[c] = read_out<kParts>(&C[v], &h[c][v], y[c]);
+      for (int v = 0; v < Policy::kValues; v += kParts) {
+        advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(now.dt[c], &rate[c][v]), now.u[c], now.B_of(c) + v);
+        if constexpr (kOutput) y[c] = read_out<kParts>(now.C_of(c) + v, &h[c][v], y[c]);
       }
     }
-    if constexpr (kPass == Pass::output)
-      *reinterpret_cast<float2*>(sums + t * kChannels) = make_float2(kParts * y[0], kParts * y[1]);
+    if constexpr (kOutput) *reinterpret_cast<float2*>(sums + t * kChannels) = make_float2(kParts * y[0], kParts * y[1]);
   }
 }
 
@@ -112,7 +141,7 @@ template <class Policy, Pass kPass>
 __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
     selective_scan_forward_kernel(const __grid_constant__ Params p) {
   constexpr int kStates = Policy::kStates, kValues = Policy::kValues;
-  constexpr bool kOutput = kPass == Pass::output, kEnds = kPass == Pass::ends;
+  constexpr bool kOutput = gives_output(kPass), kEnds = kPass == Pass::ends;
   using Memory = Storage<Policy>;
   extern __shared__ uint4 memory[];
 
@@ -138,6 +167,9 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
   float* const tile_C = reinterpret_cast<float*>(own + Memory::kProjection);
   float* const fixed_B = reinterpret_cast<float*>(own + 2 * Memory::kProjection + Memory::kRaw) + lane * kValues;
   float* const fixed_C = fixed_B + 4 * Memory::kFixed;
+
+  const TileInputs in{steps + slot_of_pair(lane), tile_B, tile_C, p.varying_B ? nullptr : fixed_B,
+                      p.varying_C ? nullptr : fixed_C};
 
   load_channels(p.dt_bias, task, bias);
   load_channels(p.D, task, skip);
@@ -167,31 +199,32 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
       if (scans && !p.varying_C) keep_fixed<Policy>(p.C, task, state, states, fixed_C);
     }
 
-    Walk walk_x = walk_of(p, p.x, span, place, span.begin, task.channel);
-    Walk walk_dt = walk_of(p, p.dt, span, place, span.begin, task.channel);
-    Walk walk_z = walk_of(p, p.z, span, place, span.begin, task.channel);
-    Walk walk_y = walk_of(p, p.y, span, place, span.begin, task.channel);
+    const char* at_x = place_at(p, p.x, span, place, span.begin, task.channel);
+    const char* at_dt = place_at(p, p.dt, span, place, span.begin, task.channel);
+    const char* at_z = place_at(p, p.z, span, place, span.begin, task.channel);
+    char* at_y = place_at(p, p.y, span, place, span.begin, task.channel);
     const bool of_C = lane >= kTile;
-    Projection<Policy> projection(p, of_C ? p.C : p.B, scans && (of_C ? kOutput && p.varying_C : p.varying_B),
-                                  of_C ? p.vectors_C : p.vectors_B, span, span.begin, task.group, state, states, raw);
+    Projection<Policy> projection(p, of_C, scans && (kOutput || !of_C), span, span.begin, task.group, state, states, raw);
     int parity = 0;  // of the tile that is fetched next
     const auto fetch_next = [&](std::int64_t token) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
       if (tokens > 0) {
         if (moves) {
           const int half = parity * (Policy::kWords * kRuns);
-          fetch(slot_dt, walk_dt, p.dt.dtype, place, tokens, task.channels);
-          fetch({slots_x.at + half, kRuns}, walk_x, p.x.dtype, place, tokens, task.channels);
-          if (gates) fetch({slots_z.at + half, kRuns}, walk_z, p.x.dtype, place, tokens, task.channels);
-          walk_dt.at += walk_dt.tile, walk_x.at += walk_x.tile, walk_z.at += walk_z.tile;
+          fetch(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
+          fetch({slots_x.at + half, kRuns}, at_x, p, p.x, place, tokens, task.channels);
+          if (gates) fetch({slots_z.at + half, kRuns}, at_z, p, p.z, place, tokens, task.channels);
+          at_dt += kTile * token_step(p, p.dt), at_x += kTile * token_step(p, p.x), at_z += kTile * token_step(p, p.z);
         }
-        projection.fetch(tokens, 1);
+        projection.fetch(p, tokens, 1);
       }
       commit_copies();
       parity ^= 1;
     };
     fetch_next(span.begin);
     float total[2] = {};
+    Positions positions(p, task, span);
+    if (kPass == Pass::positions && scans && task.segment == 0) positions.template store_first<Policy>(task, state, states, h);
 
 #pragma unroll 1
     for (std::int64_t token = span.begin; token < span.end; token += kTile) {
@@ -203,7 +236,7 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
         if (place.along_tokens) put_steps_of<true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
         else put_steps_of<false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
       }
-      projection.put(of_C ? tile_C : tile_B);
+      projection.put(p, of_C ? tile_C : tile_B);
       __syncthreads();
       fetch_next(token + kTile);
       if (scans) {
@@ -215,8 +248,21 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
             for (int v = 0; v < kValues; v += 4)
               to[(c * kValues + v) / 4 * kWarp] = make_float4(h[c][v], h[c][v + 1], h[c][v + 2], h[c][v + 3]);
         }
-        scan<Policy, kPass>(steps + slot_of_pair(lane), tile_B, tile_C, p.varying_B ? nullptr : fixed_B,
-                            p.varying_C ? nullptr : fixed_C, rate, h, total, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
+        const auto scan_tokens = [&](int first, int last) {
+          scan<Policy, kPass>(in, first, last, rate, h, total, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
+        };
+        if constexpr (kPass == Pass::positions) {
+          int first = 0;
+          for (; positions.next() - token <= kTile; positions.step()) {
+            const int last = static_cast<int>(positions.next() - token);
+            scan_tokens(first, last);
+            store_states<Policy>(positions.view(), task.sequence, task, state, states, h);
+            first = last;
+          }
+          scan_tokens(first, kTile);
+        } else {
+          scan_tokens(0, kTile);
+        }
       }
       __syncthreads();
 
@@ -233,8 +279,8 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
         }
         if (place.along_tokens) finish<true>(p, place, slot_x, slot_z, skip, y);
         else finish<false>(p, place, slot_x, slot_z, skip, y);
-        store(walk_y, p.x.dtype, place, tokens, task.channels, y);
-        walk_y.at += walk_y.tile;
+        store(at_y, p, p.y, place, tokens, task.channels, y);
+        at_y += kTile * token_step(p, p.y);
       }
     }
 

@@ -20,7 +20,9 @@ void launch_forward(const Args& args, const Dims& dims, Stream stream) {
   if (dims.dim == 0) return;
   const Params params = params_of(args, dims);
   launch_pass<Policy, Pass::ends>(params, params.sequences, params.segments - 1, stream);
-  launch_pass<Policy, Pass::output>(params, params.sequences + (params.cu_seqlens ? 1 : 0), params.segments, stream);
+  const std::int64_t tasks = params.sequences + (params.cu_seqlens ? 1 : 0);
+  if (params.positions) launch_pass<Policy, Pass::positions>(params, tasks, params.segments, stream);
+  else launch_pass<Policy, Pass::output>(params, tasks, params.segments, stream);
 }
 
 }  // namespace statescan::selective_scan

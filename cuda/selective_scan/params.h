@@ -1,9 +1,9 @@
 // A call as the kernels take it: plain numbers, worked out on the host.
 #pragma once
 
+#include <array>
 #include <limits>
 #include <string>
-#include <vector>
 
 #include "policy.h"
 
@@ -11,17 +11,17 @@ namespace statescan::selective_scan {
 
 // How x, dt, z and y are reached: all alike, so that a thread has the same elements of each.
 enum class Reach {
-  channels,        // 16-byte accesses along the channels
-  tokens,          // 16-byte accesses along the tokens
-  by_channel,      // element by element, neighbouring lanes on neighbouring channels
-  by_token,        // element by element, neighbouring lanes on neighbouring tokens
+  channels,    // 16-byte accesses along the channels
+  tokens,      // 16-byte accesses along the tokens
+  by_channel,  // element by element, neighbouring lanes on neighbouring channels
+  by_token,    // element by element, neighbouring lanes on neighbouring tokens
 };
 
 // A tensor; strides in bytes. data is null where it is absent.
 struct View {
   char* data;
   DType dtype;
-  std::int64_t row, token, channel, state;  // a row: of the batch, or a sequence's states; a varying B or C has groups as channels
+  std::int64_t row, token, channel, state;  // a row: of the batch, or a sequence's; a varying B or C has groups as channels
 };
 
 inline View tokens_view(const Tensor& t) {  // [b,l,d]
@@ -37,6 +37,10 @@ inline View states_view(const Tensor& t) {  // [d,n], or [b or s,d,n]
   const std::int64_t e = size_of(t.dtype);
   return {static_cast<char*>(t.data), t.dtype, t.ndim == 3 ? t.stride[0] * e : 0, 0, t.stride[t.ndim - 2] * e,
           t.stride[t.ndim - 1] * e};
+}
+inline View position_states_view(const Tensor& t) {  // [s,k,d,n]
+  const std::int64_t e = size_of(t.dtype);
+  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, t.stride[1] * e, t.stride[2] * e, t.stride[3] * e};
 }
 inline View projection_view(const Tensor& t) {  // [b,l,g,n], or [d,n]
   if (t.ndim == 2) return states_view(t);
@@ -58,21 +62,25 @@ struct Params {
   std::int64_t cu_stride;
   Reach reach;
   bool reverse, dt_softplus, dt_limited, varying_B, varying_C;
-  bool vectors_B, vectors_C;        // a warp's states of B or C at a token are one access
+  bool vectors_B, vectors_C;  // a warp's states of B or C at a token are one access
   float dt_min, dt_max;
   View x, dt, A, B, C, D, z, dt_bias, initial_state, y, final_state;
   Ends ends;              // of all segments but the last
   float* partial;         // y [b,l,d] when there are several pieces
   float* checkpoints;     // states at the start of each tile
+  const void* positions;  // [sequence, position]: after how many tokens the state is wanted
+  bool positions_are_int64;
+  std::int64_t npositions, positions_row, positions_step;
+  View position_states;  // [sequence, position, d, n]; a position is a token
 };
 
 struct BackwardParams : Params {
   View dy, dfinal_state, dx, ddt, dz, dinitial_state;
-  Ends adjoint_ends;      // of all segments but the first, seen from the right
-  float* partial_steps;   // sums for dx and ddt [2,b,l,d] when there are several pieces
-  float* projections;     // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
-  float *dA, *dB, *dC;    // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
-  float *dD, *ddt_bias;   // the same, [.., d]
+  Ends adjoint_ends;     // of all segments but the first, seen from the right
+  float* partial_steps;  // sums for dx and ddt [2,b,l,d] when there are several pieces
+  float* projections;    // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
+  float *dA, *dB, *dC;   // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
+  float *dD, *ddt_bias;  // the same, [.., d]
 };
 
 // The tensors that a thread moves in runs.
@@ -80,9 +88,9 @@ struct Moved {
   const char* name;
   const Tensor* tensor;
 };
-inline std::vector<Moved> moved(const Args& a) { return {{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"y", &a.y}}; }
-inline std::vector<Moved> moved(const BackwardArgs& a) {
-  return {{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"dy", &a.dy}, {"dx", &a.dx}, {"ddt", &a.ddt}, {"dz", &a.dz}};
+inline std::array<Moved, 4> moved(const Args& a) { return {{{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"y", &a.y}}}; }
+inline std::array<Moved, 7> moved(const BackwardArgs& a) {
+  return {{{"x", &a.x}, {"dt", &a.dt}, {"z", &a.z}, {"dy", &a.dy}, {"dx", &a.dx}, {"ddt", &a.ddt}, {"dz", &a.dz}}};
 }
 
 // Why all of them cannot be reached by vectors along axis 1 (tokens) or 2 (channels), or "".
@@ -90,7 +98,8 @@ template <class A>
 std::string why_not_vectors(const A& args, const Dims& dims, int along) {
   if (along == 1 && args.cu_seqlens) return "needs sequences that are not packed";
   if (along == 2 && dims.ngroups > 0 && dims.dim / dims.ngroups % kRun != 0)
-    return "needs groups of a multiple of " + std::to_string(kRun) + " channels, got " + std::to_string(dims.dim / dims.ngroups);
+    return "needs groups of a multiple of " + std::to_string(kRun) + " channels, got " +
+           std::to_string(dims.dim / dims.ngroups);
   for (const Moved& m : moved(args))
     if (std::string reason = cuda::why_not_runs(m.name, *m.tensor, along, kRun); !reason.empty()) return reason;
   return "";
@@ -135,6 +144,11 @@ inline Params params_of(const Args& args, const Dims& d) {
   set_inputs(p, args, d, states_per_thread(d));
   p.piece = states_per_piece(d);
   p.y = tokens_view(args.y), p.final_state = states_view(args.final_state);
+  if (const Tensor& at = args.state_positions) {
+    p.positions = at.data, p.positions_are_int64 = at.dtype == DType::int64;
+    p.npositions = d.npositions, p.positions_row = at.stride[0], p.positions_step = at.stride[1];
+    p.position_states = position_states_view(args.position_states);
+  }
   const ForwardScratch scratch(args, d);
   float* const memory = static_cast<float*>(args.workspace.data);
   p.partial = memory + scratch.partial;

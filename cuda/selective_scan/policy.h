@@ -1,4 +1,5 @@
-// What the selective_scan kernels are compiled for, as plain C++: the table, the launchers and the kernels read the same numbers.
+// What the selective_scan kernels are compiled for, as plain C++: the table, the launchers and the kernels read the same
+// numbers.
 #pragma once
 
 #include <algorithm>
@@ -17,22 +18,23 @@ enum class Arithmetic {
 };
 
 inline constexpr int kWarp = 32;
-inline constexpr int kTile = 16;           // tokens that a block stages at a time
-inline constexpr int kChannels = 64;       // of a block; every lane carries two
-inline constexpr int kRun = 8;             // elements of x, dt, z and y that a thread moves at a time
+inline constexpr int kTile = 16;      // tokens that a block stages at a time
+inline constexpr int kChannels = 64;  // of a block; every lane carries two
+inline constexpr int kRun = 8;        // elements of x, dt, z and y that a thread moves at a time
 inline constexpr int kRuns = kTile * kChannels / kRun;
-inline constexpr int kMostWarps = 16;      // that share the states of a channel; what they stage fits 99 KB
+inline constexpr int kMostWarps = 16;  // that share the states of a channel; what they stage fits 99 KB
 
 // Bits depend on kStates through the order in which y is summed, and dstate alone decides it.
 template <Arithmetic arithmetic, int states, bool time_invariant>
 struct Policy {
   static constexpr Arithmetic kArithmetic = arithmetic;
   static constexpr int kParts = arithmetic == Arithmetic::complex_rate ? 2 : 1;
-  static constexpr int kStates = states;                  // of each of its channels that a thread carries
+  static constexpr int kStates = states;  // of each of its channels that a thread carries
   static constexpr int kValues = kStates * kParts;
-  static constexpr bool kTimeInvariant = time_invariant;  // B or C is [d,n]
-  static constexpr int kWords = arithmetic == Arithmetic::fast ? 1 : 2;   // of 16 bytes, that kRun elements of x may take
-  // Four states of a channel make four warps of the usual 16, so that blocks of 64 channels spread evenly over the multiprocessors.
+  static constexpr bool kTimeInvariant = time_invariant;                 // B or C is [d,n]
+  static constexpr int kWords = arithmetic == Arithmetic::fast ? 1 : 2;  // of 16 bytes, that kRun elements of x may take
+  // Four states of a channel make four warps of the usual 16, so that blocks of 64 channels spread evenly over the
+  // multiprocessors.
   static constexpr int kMostThreads = states == 4 && kParts == 1 ? kRuns : kMostWarps * kWarp;
   static constexpr int kLeastBlocks = kMostThreads != kRuns ? 1 : (kWords == 1 ? 5 : 4);
 };
@@ -86,7 +88,7 @@ struct ForwardScratch : Scratch {
   }
 };
 
-// ---- backward ----------------------------------------------------------------------------------------------------------------
+// ---- backward --------------------------------------------------------------------------------------------------------------
 inline constexpr int kBackwardStates = 4;  // of a thread
 // Warps that scan; the rest of a block's four only move tiles. What two stage of complex states, or four of others, fits 99 KB.
 constexpr int backward_warps(bool complex_A, bool time_invariant) { return complex_A || time_invariant ? 2 : 4; }
@@ -103,10 +105,11 @@ inline std::int64_t tiles_of(const BackwardArgs& args, const Dims& d) {
 }
 
 struct BackwardScratch : Scratch {
-  std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB, dC,
-      dD, ddt_bias;
+  std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB,
+      dC, dD, ddt_bias;
   BackwardScratch(const BackwardArgs& args, const Dims& d) {
-    const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1), rows = d.num_sequences * cut;
+    const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1),
+                       rows = d.num_sequences * cut;
     const std::int64_t parts = d.complex_A ? 2 : 1, blocks = blocks_per_group(d) * d.ngroups;
     const std::int64_t fours = divide_up(d.dstate, kBackwardStates), sums = d.batch * d.seqlen * d.dim;
     const bool one_piece = fours <= backward_warps(d);

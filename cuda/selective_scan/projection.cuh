@@ -10,47 +10,48 @@ namespace statescan::selective_scan {
 template <class Policy>
 class Projection {
  public:
-  // From the tile that starts with `token`.
-  __device__ Projection(const Params& p, const View& t, bool varying, bool by_vectors, const Span& s, std::int64_t token,
-                        std::int64_t group, std::int64_t state, std::int64_t states, uint4* slot)
-      : token_(threadIdx.x % kTile), states_(varying ? static_cast<int>(min(states, std::int64_t(Policy::kStates))) : 0),
-        by_vectors_(by_vectors), dtype_(Policy::kParts == 2 ? DType::float32 : t.dtype), step_(t.state), slot_{slot, kWarp} {
-    const std::int64_t step = row_step(p, t);
-    at_ = row_at(p, t, s, token) + token_ * step + group * t.channel + state * t.state;
-    tile_ = kTile * step;
+  // B, or C, from the tile that starts with `token`.
+  __device__ Projection(const Params& p, bool of_C, bool wanted, const Span& s, std::int64_t token, std::int64_t group,
+                        std::int64_t state, std::int64_t states, uint4* slot)
+      : token_(threadIdx.x % kTile), of_C_(of_C), slot_{slot, kWarp} {
+    const View& t = of(p);
+    states_ = wanted && (of_C ? p.varying_C : p.varying_B) ? static_cast<int>(min(states, std::int64_t(Policy::kStates))) : 0;
+    at_ = row_at(p, t, s, token) + token_ * token_step(p, t) + group * t.channel + state * t.state;
   }
   // Then moves by `tiles`.
-  __device__ void fetch(int tokens, int tiles) {
+  __device__ void fetch(const Params& p, int tokens, int tiles) {
     if (states_ == 0) return;
+    const View& t = of(p);
     const bool wanted = token_ < tokens;
-    if (by_vectors_) {
-      slot_.fetch_vector(at_, dtype_, wanted);
+    if (of_C_ ? p.vectors_C : p.vectors_B) {
+      slot_.fetch_vector(at_, dtype(p), wanted);
     } else {
 #pragma unroll
       for (int i = 0; i < Policy::kValues; ++i) {
         const int state = i / Policy::kParts, part = i % Policy::kParts;
-        slot_.fetch_element(i, at_ + state * step_ + 4 * part, dtype_, wanted && state < states_);
+        slot_.fetch_element(i, at_ + state * t.state + 4 * part, dtype(p), wanted && state < states_);
       }
     }
-    at_ += tiles * tile_;
+    at_ += tiles * kTile * token_step(p, t);
   }
-  __device__ void put(float* tile) const {
+  __device__ void put(const Params& p, float* tile) const {
     if (states_ == 0) return;
     float values[Policy::kValues];
-    slot_.widen(dtype_, values);
+    slot_.widen(dtype(p), values);
     float4* const to = reinterpret_cast<float4*>(tile + token_ * Policy::kValues);
 #pragma unroll
-    for (int v = 0; v < Policy::kValues; v += 4) to[v / 4] = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
+    for (int v = 0; v < Policy::kValues; v += 4)
+      to[v / 4] = make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]);
   }
 
  private:
   char* at_;
-  std::int64_t tile_;
   int token_, states_;  // states_: 0 where it does not change with the token
-  bool by_vectors_;
-  DType dtype_;
-  std::int64_t step_;
+  bool of_C_;
   Slot<Policy::kValues> slot_;
+
+  __device__ const View& of(const Params& p) const { return of_C_ ? p.C : p.B; }
+  __device__ DType dtype(const Params& p) const { return Policy::kParts == 2 ? DType::float32 : of(p).dtype; }
 };
 
 // The same for a B or C of [d,n]: the states of a lane's two channels, [channel of the lane][lane][state].
@@ -67,7 +68,8 @@ __device__ void keep_fixed(const View& t, const Task& task, std::int64_t state, 
 // B or C at a token of the tile, for channel c of the lane; `fixed` is null where it changes with the token.
 template <class Policy>
 __device__ void read_projection(float (&to)[Policy::kValues], const float* tile, const float* fixed, int token, int c) {
-  const float* const from = Policy::kTimeInvariant && fixed ? fixed + c * kWarp * Policy::kValues : tile + token * Policy::kValues;
+  const float* const from =
+      Policy::kTimeInvariant && fixed ? fixed + c * kWarp * Policy::kValues : tile + token * Policy::kValues;
 #pragma unroll
   for (int v = 0; v < Policy::kValues; v += 4) {
     const float4 four = *reinterpret_cast<const float4*>(from + v);

@@ -8,8 +8,8 @@ namespace statescan::selective_scan {
 
 // The tokens of a sequence's segment, counted in scan order from the sequence's start.
 struct Span {
-  std::int64_t row, first, last;   // of the sequence, in memory
-  std::int64_t begin, end;         // of the segment
+  std::int64_t row, first, last;  // of the sequence, in memory
+  std::int64_t begin, end;        // of the segment
 };
 
 // What a block works on.
@@ -48,18 +48,15 @@ inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int6
   return s;
 }
 
-// Where the rows of a tensor that change with the token lie: the address of one in scan order, and the step to the next.
+// A row of a tensor that changes with the token, which counts in scan order.
 inline __device__ char* row_at(const Params& p, const View& t, const Span& s, std::int64_t token) {
   return t.data + s.row * t.row + (p.reverse ? s.last - 1 - token : s.first + token) * t.token;
 }
-inline __device__ std::int64_t row_step(const Params& p, const View& t) { return p.reverse ? -t.token : t.token; }
 
 // A [b,l,d] tensor at a thread's first element of the tile that starts with `token`.
-inline __device__ Walk walk_of(const Params& p, const View& t, const Span& s, const Place& place, std::int64_t token,
-                               std::int64_t channel) {
-  const std::int64_t step = row_step(p, t);
-  return {row_at(p, t, s, token) + place.token * step + (channel + place.channel) * t.channel, kTile * step,
-          place.along_tokens ? place.token_step * step : t.channel};
+inline __device__ char* place_at(const Params& p, const View& t, const Span& s, const Place& place, std::int64_t token,
+                                 std::int64_t channel) {
+  return row_at(p, t, s, token) + place.token * token_step(p, t) + (channel + place.channel) * t.channel;
 }
 
 // A warp's part of a [d,n] tensor or of one sequence's states: two channels of each lane.
@@ -87,7 +84,8 @@ __device__ void load_states(const View& t, std::int64_t row, const Task& task, s
 #pragma unroll
     for (int v = 0; v < Policy::kValues; ++v) values[c][v] = 0.0f;
   if (!t.data) return;
-  visit_states<Policy>(t, row, task, state, states, [&](int c, int v, const char* at) { values[c][v] = cuda::load_element(at, dtype); });
+  visit_states<Policy>(t, row, task, state, states,
+                       [&](int c, int v, const char* at) { values[c][v] = cuda::load_element(at, dtype); });
 }
 
 // A's rates, the real ones scaled by kRateScale.
@@ -111,7 +109,8 @@ inline __device__ View view_of(const Params& p, float* states) {
 // state = what it becomes over a segment, whose end from zero is number `index` of `ends`.
 template <class Policy>
 __device__ void cross_segment(const Params& p, const Ends& ends, std::int64_t index, const Task& task, std::int64_t first,
-                              std::int64_t states, const float (&rate)[2][Policy::kValues], float (&state)[2][Policy::kValues]) {
+                              std::int64_t states, const float (&rate)[2][Policy::kValues],
+                              float (&state)[2][Policy::kValues]) {
   float end[2][Policy::kValues];
   load_states<Policy>(view_of<Policy>(p, ends.states), index, task, first, states, end);
 #pragma unroll
@@ -128,7 +127,8 @@ template <class Policy>
 __device__ void store_states(const View& t, std::int64_t row, const Task& task, std::int64_t state, std::int64_t states,
                              const float (&values)[2][Policy::kValues]) {
   const DType dtype = Policy::kParts == 2 ? DType::float32 : t.dtype;
-  visit_states<Policy>(t, row, task, state, states, [&](int c, int v, char* at) { cuda::store_element(at, dtype, values[c][v]); });
+  visit_states<Policy>(t, row, task, state, states,
+                       [&](int c, int v, char* at) { cuda::store_element(at, dtype, values[c][v]); });
 }
 
 template <class Policy>
@@ -145,7 +145,8 @@ __device__ void store_end(const Params& p, const Ends& ends, std::int64_t index,
 
 // States at the start of a tile, in an order of their own: [tile, block, four states, channel of the lane, lane].
 template <class Policy>
-inline __device__ float4* checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t token, std::int64_t state) {
+inline __device__ float4* checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t token,
+                                        std::int64_t state) {
   const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
   const std::int64_t warps = (p.dstate + Policy::kStates - 1) / Policy::kStates;
   const std::int64_t index = ((first + token / kTile) * p.blocks + task.block) * warps + state / Policy::kStates;
@@ -159,8 +160,8 @@ inline __device__ void load_channels(const View& t, const Task& task, float* val
 }
 
 // Sums [b,l,d] of the thread's elements that go on from one piece of the states to the next.
-inline __device__ void pass_on(float* partial, const Params& p, const Span& s, std::int64_t token, const Place& place, int tokens,
-                               const Task& task, bool is_first, bool is_last, float (&values)[kRun]) {
+inline __device__ void pass_on(float* partial, const Params& p, const Span& s, std::int64_t token, const Place& place,
+                               int tokens, const Task& task, bool is_first, bool is_last, float (&values)[kRun]) {
   float* const at = partial + ((s.row * p.seqlen + s.first + token) * p.dim + task.channel);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
@@ -170,6 +171,57 @@ inline __device__ void pass_on(float* partial, const Params& p, const Span& s, s
     if (!is_last) *sum = values[i];
   }
 }
+
+// The positions of a sequence at which states are wanted, in order.
+class Positions {
+ public:
+  __device__ Positions(const Params& p, const Task& task, const Span& s)
+      : p_(p), row_(task.sequence * p.positions_row), length_(s.last - s.first), after_(s.begin) {
+    find();
+  }
+  // The next one past the segment's start, or one that no sequence reaches.
+  __device__ std::int64_t next() const { return next_; }
+  __device__ void step() {
+    ++index_;
+    after_ = next_ - 1;  // they ascend; those that do not are passed over
+    find();
+  }
+  __device__ View view() const { return view_of(index_); }
+  // The state before the first token at the positions that ask for it, zeros at those outside of the sequence.
+  template <class Policy>
+  __device__ void store_first(const Task& task, std::int64_t state, std::int64_t states,
+                              const float (&h)[2][Policy::kValues]) const {
+    const float zeros[2][Policy::kValues] = {};
+    for (std::int64_t k = 0; k < p_.npositions; ++k) {
+      const std::int64_t at = position(k);
+      if (at < 0 || at > length_) store_states<Policy>(view_of(k), task.sequence, task, state, states, zeros);
+      else if (at == 0) store_states<Policy>(view_of(k), task.sequence, task, state, states, h);
+    }
+  }
+
+ private:
+  const Params& p_;
+  static constexpr std::int64_t kNever = std::numeric_limits<std::int64_t>::max();
+  std::int64_t row_, length_, after_, index_ = 0, next_ = 0;
+
+  __device__ std::int64_t position(std::int64_t k) const {
+    const std::int64_t at = row_ + k * p_.positions_step;
+    return p_.positions_are_int64 ? static_cast<const std::int64_t*>(p_.positions)[at]
+                                  : static_cast<const std::int32_t*>(p_.positions)[at];
+  }
+  __device__ View view_of(std::int64_t k) const {
+    View view = p_.position_states;
+    view.data += k * view.token;
+    return view;
+  }
+  __device__ void find() {
+    for (; index_ < p_.npositions; ++index_) {
+      next_ = position(index_);
+      if (next_ > after_ && next_ <= length_) return;
+    }
+    next_ = kNever;
+  }
+};
 
 // Zeros in the rows past the last packed token.
 inline __device__ void clear_rows(const View& t, const Span& span, const Task& task) {

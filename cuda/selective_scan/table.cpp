@@ -7,19 +7,18 @@ namespace statescan::selective_scan {
 
 namespace {
 
-std::string why_not_any(const Args& args, const Dims&) {
-  return args.state_positions ? "gives no states at positions" : "";
+template <class A>
+std::string never(const A&, const Dims&) {
+  return "";
 }
-std::string why_not_channels(const Args& args, const Dims& dims) {
-  return args.state_positions ? why_not_any(args, dims) : why_not_vectors(args, dims, 2);
+template <class A>
+std::string why_not_channels(const A& args, const Dims& dims) {
+  return why_not_vectors(args, dims, 2);
 }
-std::string why_not_tokens(const Args& args, const Dims& dims) {
-  return args.state_positions ? why_not_any(args, dims) : why_not_vectors(args, dims, 1);
+template <class A>
+std::string why_not_tokens(const A& args, const Dims& dims) {
+  return why_not_vectors(args, dims, 1);
 }
-
-std::string why_not_any(const BackwardArgs&, const Dims&) { return ""; }
-std::string why_not_channels(const BackwardArgs& args, const Dims& dims) { return why_not_vectors(args, dims, 2); }
-std::string why_not_tokens(const BackwardArgs& args, const Dims& dims) { return why_not_vectors(args, dims, 1); }
 
 std::size_t scratch_bytes(const Args& args, const Dims& dims) { return sizeof(float) * ForwardScratch(args, dims).total(); }
 std::size_t scratch_bytes(const BackwardArgs& args, const Dims& dims) {
@@ -57,12 +56,12 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
     {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, forward},
     {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, forward},
-    {"strided", kReal, cuda::kSm80AndNewer, why_not_any, scratch_bytes, forward},
+    {"strided", kReal, cuda::kSm80AndNewer, never, scratch_bytes, forward},
 };
 constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
     {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, backward},
     {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, backward},
-    {"strided", kReal, cuda::kSm80AndNewer, why_not_any, scratch_bytes, backward},
+    {"strided", kReal, cuda::kSm80AndNewer, never, scratch_bytes, backward},
 };
 constexpr cuda::Table<Args, Dims> kForward{"selective_scan", &Args::x, kForwardRows};
 constexpr cuda::Table<BackwardArgs, Dims> kBackward{"selective_scan_backward", &BackwardArgs::x, kBackwardRows};

@@ -14,8 +14,7 @@ __device__ void copy_async(void* to, const char* from, bool wanted) {
   const int bytes = wanted ? kBytes : 0;
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
 }
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 inline __device__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
@@ -80,7 +79,7 @@ struct Slot {
 struct Place {
   int token, channel;  // of the first element
   bool along_tokens, is_vector;
-  int token_step;      // along the tokens: -1 where a vector runs against the scan
+  int token_step;  // along the tokens: -1 where a vector runs against the scan
 
   __device__ int token_of(int i) const { return along_tokens ? token + i * token_step : token; }
   __device__ int channel_of(int i) const { return along_tokens ? channel : channel + i; }
@@ -89,27 +88,33 @@ struct Place {
 
 inline __device__ Place place_of(Reach reach, bool reverse, int thread) {
   switch (reach) {
-    case Reach::channels: return {thread / 8, thread % 8 * kRun, false, true, 1};
-    case Reach::tokens: return {thread % 2 * kRun + (reverse ? kRun - 1 : 0), thread / 2, true, true, reverse ? -1 : 1};
-    case Reach::by_channel: return {thread / kChannels * kRun, thread % kChannels, true, false, 1};
-    default: return {thread % kTile, thread / kTile * kRun, false, false, 1};
+    case Reach::channels:
+      return {thread / 8, thread % 8 * kRun, false, true, 1};
+    case Reach::tokens:
+      return {thread % 2 * kRun + (reverse ? kRun - 1 : 0), thread / 2, true, true, reverse ? -1 : 1};
+    case Reach::by_channel:
+      return {thread / kChannels * kRun, thread % kChannels, true, false, 1};
+    default:
+      return {thread % kTile, thread / kTile * kRun, false, false, 1};
   }
 }
 
-// A thread's first element of a tensor in the tile at hand; moves from tile to tile in scan order. Strides in bytes.
-struct Walk {
-  char* at;
-  std::int64_t tile, element;  // to the next tile, to the thread's next element
-};
+// From one token to the next in scan order, and from one of a thread's elements to its next, in bytes.
+inline __device__ std::int64_t token_step(const Params& p, const View& t) { return p.reverse ? -t.token : t.token; }
+inline __device__ std::int64_t element_step(const Params& p, const View& t, const Place& place) {
+  return place.along_tokens ? place.token_step * token_step(p, t) : t.channel;
+}
 
-inline __device__ void fetch(const Slot<kRun>& slot, const Walk& walk, DType dtype, const Place& place, int tokens, int channels) {
+// The thread's elements of a tile, of which the first lies at `from`.
+inline __device__ void fetch(const Slot<kRun>& slot, const char* from, const Params& p, const View& t, const Place& place,
+                             int tokens, int channels) {
   if (place.is_vector) {
-    slot.fetch_vector(walk.at, dtype, place.holds(0, tokens, channels));
+    slot.fetch_vector(from, t.dtype, place.holds(0, tokens, channels));
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    slot.fetch_element(i, walk.at + i * walk.element, dtype, place.holds(i, tokens, channels));
+  const std::int64_t step = element_step(p, t, place);
+#pragma unroll 4
+  for (int i = 0; i < kRun; ++i) slot.fetch_element(i, from + i * step, t.dtype, place.holds(i, tokens, channels));
 }
 
 inline __device__ void store_vector(char* to, DType dtype, const float (&values)[kRun]) {
@@ -132,20 +137,21 @@ inline __device__ void store_vector(char* to, DType dtype, const float (&values)
   words[0] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-inline __device__ void store(const Walk& walk, DType dtype, const Place& place, int tokens, int channels,
+inline __device__ void store(char* to, const Params& p, const View& t, const Place& place, int tokens, int channels,
                              const float (&values)[kRun]) {
   if (place.is_vector) {
-    if (place.holds(0, tokens, channels)) store_vector(walk.at, dtype, values);
+    if (place.holds(0, tokens, channels)) store_vector(to, t.dtype, values);
     return;
   }
+  const std::int64_t step = element_step(p, t, place);
 #pragma unroll
   for (int i = 0; i < kRun; ++i)
-    if (place.holds(i, tokens, channels)) cuda::store_element(walk.at + i * walk.element, dtype, values[i]);
+    if (place.holds(i, tokens, channels)) cuda::store_element(to + i * step, t.dtype, values[i]);
 }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
-// Steps of a tile, [token][pair of channels] of {dt, dt, u, u}. The pairs are permuted so that threads that write eight channels
-// each, and lanes that read one pair each, both touch all banks.
+// Steps of a tile, [token][pair of channels] of {dt, dt, u, u}. The pairs are permuted so that threads that write eight
+// channels each, and lanes that read one pair each, both touch all banks.
 inline __device__ int slot_of_pair(int pair) { return pair ^ (pair >> 3 & 3); }
 
 template <bool kAlongTokens>

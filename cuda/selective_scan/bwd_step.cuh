@@ -1,0 +1,115 @@
+// A few tokens of the backward: their states forward into registers, then their gradients from the last to the first.
+#pragma once
+
+#include "fwd_kernel.cuh"
+
+namespace statescan::selective_scan {
+
+// Sums of 32 rows over a warp: lane i ends with the sum of row i.
+inline __device__ float sum_over_warp(float (&left)[kWarp]) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const bool odd = threadIdx.x & distance;
+#pragma unroll
+    for (int k = 0; k < kWarp / 2 / distance; ++k) {
+      const float kept = odd ? left[2 * k + 1] : left[2 * k], given = odd ? left[2 * k] : left[2 * k + 1];
+      left[k] = kept + __shfl_xor_sync(0xffffffffu, given, distance);
+    }
+  }
+  return left[0];
+}
+
+// The states and decays of kSub tokens, forward from h: hs[i] is the state before token i. Gives the warp's part of y.
+template <class Policy, int kSub>
+struct Trail {
+  static constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
+  float h[kSub + 1][2][kValues], factor[kSub][2][kValues];
+  std::uint32_t from_one = 0;  // a bit a decay
+
+  __device__ Step<Policy::kArithmetic> step(int i, int c, int v) const {
+    Step<Policy::kArithmetic> s;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) s.factor[part] = factor[i][c][v + part];
+    s.from_one = Policy::kArithmetic != Arithmetic::fast && from_one >> bit(i, c, v) & 1;
+    return s;
+  }
+  __device__ void walk(const TileInputs& in, int first, const float (&rate)[2][kValues], float* sums) {
+    float y[kSub][2] = {};  // stored last: the compiler takes a store for a hazard to the loads after it
+#pragma unroll
+    for (int i = 0; i < kSub; ++i) {
+      TokenInputs<Policy, true> now;
+      now.read(in, first + i);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int v = 0; v < kValues; v += kParts) {
+          const Step<Policy::kArithmetic> s = step_of<Policy::kArithmetic>(now.dt[c], &rate[c][v]);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+            factor[i][c][v + part] = s.factor[part], h[i + 1][c][v + part] = h[i][c][v + part];
+          if constexpr (Policy::kArithmetic != Arithmetic::fast)
+            from_one |= static_cast<std::uint32_t>(s.from_one) << bit(i, c, v);
+          advance<Policy::kArithmetic>(&h[i + 1][c][v], s, now.u[c], now.B_of(c) + v);
+          y[i][c] = read_out<kParts>(now.C_of(c) + v, &h[i + 1][c][v], y[i][c]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kSub; ++i)
+      *reinterpret_cast<float2*>(sums + (first + i) * kChannels) = make_float2(kParts * y[i][0], kParts * y[i][1]);
+  }
+
+ private:
+  static constexpr __device__ int bit(int i, int c, int v) { return (i * 2 + c) * (kValues / kParts) + v / kParts; }
+};
+
+// Gradients that a thread adds up over its segment.
+template <class Policy>
+struct Totals {
+  float A[2][Policy::kValues] = {};
+  float B[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {}, C[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {};
+};
+
+// One token backwards. `terms`: what this lane adds to dB, then to dC. Returns du and A.q of the lane's channels.
+template <class Policy>
+__device__ float4 step_back(const TileInputs& in, const float* gradients, int token, const float (&rate)[2][Policy::kValues],
+                            const float (&before)[2][Policy::kValues], const float (&after)[2][Policy::kValues],
+                            const Step<Policy::kArithmetic> (&steps)[2][Policy::kStates], float (&g)[2][Policy::kValues],
+                            Totals<Policy>& totals, float* terms) {
+  constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
+  TokenInputs<Policy, true> now;
+  now.read(in, token);
+  const float2 gradient = *reinterpret_cast<const float2*>(gradients + token * kChannels);
+  const float dr[2] = {kParts * gradient.x, kParts * gradient.y};
+  float du[2] = {}, dlog[2] = {};
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+#pragma unroll
+    for (int v = 0; v < kValues; v += kParts) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const float sign = part == 0 ? 1.0f : -1.0f;  // of a conjugate
+        g[c][v + part] = fmaf(sign * now.C_of(c)[v + part], dr[c], g[c][v + part]);
+        const float dB = g[c][v + part] * now.u[c], dC = sign * after[c][v + part] * dr[c];
+        terms[v + part] = c == 0 ? dB : fmaf(g[c][v + part], now.u[c], terms[v + part]);
+        terms[kValues + v + part] = c == 0 ? dC : fmaf(sign * after[c][v + part], dr[c], terms[kValues + v + part]);
+        if constexpr (Policy::kTimeInvariant) totals.B[c][v + part] += dB, totals.C[c][v + part] += dC;
+        du[c] = fmaf(g[c][v + part], now.B_of(c)[v + part], du[c]);
+      }
+      retreat<Policy::kArithmetic>(&g[c][v], steps[c][v / kParts]);
+      if constexpr (kParts == 1) {
+        const float q = g[c][v] * before[c][v];
+        dlog[c] = fmaf(q, rate[c][v], dlog[c]);
+        totals.A[c][v] = fmaf(q, now.dt[c], totals.A[c][v]);
+      } else {
+        const float real = fmaf(g[c][v + 1], before[c][v + 1], g[c][v] * before[c][v]);
+        const float imag = fmaf(g[c][v + 1], before[c][v], -g[c][v] * before[c][v + 1]);
+        dlog[c] = fmaf(real, rate[c][v], fmaf(imag * kRateScale, rate[c][v + 1], dlog[c]));
+        totals.A[c][v] = fmaf(real, now.dt[c], totals.A[c][v]), totals.A[c][v + 1] = fmaf(imag, now.dt[c], totals.A[c][v + 1]);
+      }
+    }
+  }
+  constexpr float kUnscale = 0.693147181f;
+  return make_float4(du[0], du[1], kUnscale * dlog[0], kUnscale * dlog[1]);
+}
+
+}  // namespace statescan::selective_scan

@@ -1,0 +1,57 @@
+// The gradients that many blocks add to: sums of what each of them left, in a fixed order.
+#pragma once
+
+#include "../common/element.cuh"
+#include "params.h"
+
+namespace statescan::selective_scan {
+
+struct ProjectionSumParams {
+  const float* projections;
+  const void* cu_seqlens;
+  bool cu_is_int64;
+  std::int64_t cu_last, seqlen, tokens, groups, blocks_of_group, dstate, values;  // values: of a block at a token
+  View dB, dC;
+};
+
+// A thread: one state of B or C at one token, of one group.
+template <class Policy>
+__global__ void __launch_bounds__(kRuns) selective_scan_projection_sum_kernel(const __grid_constant__ ProjectionSumParams p) {
+  constexpr int kReduced = 2 * Policy::kValues;
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x;
+  if (index >= p.tokens * p.groups * p.values) return;
+  const std::int64_t value = index % p.values, group = index / p.values % p.groups, token = index / p.values / p.groups;
+  const int within = static_cast<int>(value % kReduced);
+  const std::int64_t state = value / kReduced * Policy::kStates + within % Policy::kValues / Policy::kParts;
+  const View& to = within < Policy::kValues ? p.dB : p.dC;
+  if (!to.data || state >= p.dstate) return;
+  float sum = 0.0f;
+  const bool inside = !p.cu_seqlens || token < (p.cu_is_int64 ? static_cast<const std::int64_t*>(p.cu_seqlens)[p.cu_last]
+                                                              : static_cast<const std::int32_t*>(p.cu_seqlens)[p.cu_last]);
+  if (inside) {
+    const float* const from = p.projections + (token * p.groups + group) * p.blocks_of_group * p.values + value;
+#pragma unroll 8
+    for (std::int64_t block = 0; block < p.blocks_of_group; ++block) sum += from[block * p.values];
+  }
+  char* const at = to.data + token / p.seqlen * to.row + token % p.seqlen * to.token + group * to.channel + state * to.state;
+  cuda::store_element(at + within % Policy::kParts * 4, Policy::kParts == 2 ? DType::float32 : to.dtype, sum);
+}
+
+struct RowSumParams {
+  const float* rows;  // [rows, channels, states, parts]
+  std::int64_t count, channels, states;
+  View to;
+};
+
+template <int kParts>
+__global__ void __launch_bounds__(kRuns) selective_scan_row_sum_kernel(const __grid_constant__ RowSumParams p) {
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x, each = p.channels * p.states * kParts;
+  if (index >= each) return;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (std::int64_t row = 0; row < p.count; ++row) sum += p.rows[row * each + index];
+  const std::int64_t part = index % kParts, state = index / kParts % p.states, channel = index / kParts / p.states;
+  *reinterpret_cast<float*>(p.to.data + channel * p.to.channel + state * p.to.state + part * 4) = sum;
+}
+
+}  // namespace statescan::selective_scan
