@@ -160,10 +160,10 @@ inline __device__ float fast_silu(float v) { return v * fast_reciprocal(1.0f + f
 
 // log(1 + exp(v)) within 4e-7 of itself: max(v, 0) + log1p(exp(-|v|)), and log1p(e) = 2 atanh(e / (2 + e)) as a polynomial.
 inline __device__ float fast_softplus(float v) {
-  constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+  constexpr float kLog2e = 1.44269504f, kLog2eTail = 1.92596299e-8f, kLn2 = 0.693147181f;
   const float size = fabsf(v), scaled = size * kLog2e;
   float e = fast_exp2(-scaled);
-  e = fmaf(-kLn2 * fmaf(size, kLog2e, -scaled), e, e);  // what rounding the product took off
+  e = fmaf(-kLn2 * fmaf(size, kLog2eTail, fmaf(size, kLog2e, -scaled)), e, e);  // what rounding product and constant took off
   const float s = e * fast_reciprocal(2.0f + e), s2 = s * s;
   float q = fmaf(0.1401382f, s2, 0.13999087f);
   q = fmaf(q, s2, 0.20010895f);
