@@ -107,6 +107,48 @@ def test_both_rows_give_the_same_bits(rng):
         assert_same_bits(other.cpu().numpy(), one.cpu().numpy(), "backward")
 
 
+@needs_gpu
+@pytest.mark.parametrize("back", (False, True), ids=("forward", "backward"))
+def test_a_packed_block_of_long_rows(rng, back):
+    """The norm's groups are longer than what a block of threads holds at once, and past the last token there is poison."""
+    op = cases.MAMBA2_SCAN_BACKWARD if back else cases.MAMBA2_SCAN
+    inputs = op.inputs(rng, "bfloat16", batch=1, seqlen=600, nheads=144, headdim=64, dstate=3, ngroups=1, sequences=3)
+    lengths = np.array([0, 9, 9, 17], np.int64)
+    for name in ("zxbcdt", "dy"):
+        if name in inputs:
+            inputs[name][:, 17:] = np.nan
+    got = op.check(DEVICES[1], inputs, cu_seqlens=lengths, ngroups=1)
+    assert not np.any(got["dzxbcdt" if back else "y"][:, 17:])
+
+
+@needs_gpu
+def test_a_block_finds_the_scan_s_tensor_cores():
+    """zxbcdt of a published model: what the block makes of it is laid out for the fastest row of each part."""
+    import torch
+
+    nheads, headdim, dstate, tokens = 24, 64, 128, 300
+    conv_dim = nheads * headdim + 2 * dstate
+    zxbcdt = torch.randn(2, tokens, nheads * headdim + conv_dim + nheads, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(conv_dim, 4, device="cuda"), torch.randn(conv_dim, device="cuda")
+    dt_bias, A = torch.randn(nheads, device="cuda"), -torch.rand(nheads, device="cuda")
+    D, norm_weight = torch.ones(nheads, device="cuda"), torch.ones(nheads * headdim, device="cuda")
+    arguments = (zxbcdt, weight, bias, dt_bias, A)
+    backend, kernel, workspace = statescan.plan("mamba2_scan", *arguments, D=D, norm_weight=norm_weight)
+    assert (backend, kernel) == ("cuda", "composed")
+    assert workspace < 2 * 2 * tokens * conv_dim * 2  # xBC in bfloat16, and the scan's own
+    y, conv_state, state = statescan.mamba2_scan(*arguments, D=D, norm_weight=norm_weight, return_final_states=True)
+    z, xBC, dt = zxbcdt.split([nheads * headdim, conv_dim, nheads], -1)
+    xBC, conv_expected = statescan.causal_conv1d(xBC, weight, bias, activation="silu", return_final_state=True)
+    x, B, C = (v.unflatten(-1, (-1, size)) for v, size in zip(xBC.split([nheads * headdim, dstate, dstate], -1), (64, 128, 128)))
+    scan = dict(D=D, dt_bias=dt_bias, dt_softplus=True)
+    if torch.cuda.get_device_capability() == (9, 0) and "sm_90a" in statescan.info()["cuda_architectures"]:
+        assert statescan.plan("ssd_scan", x, dt, A, B, C, **scan).kernel == "fused_bfloat16"
+    scanned, expected = statescan.ssd_scan(x, dt, A, B, C, return_final_state=True, **scan)
+    normed = statescan.gated_rms_norm(scanned.flatten(2), z, norm_weight)
+    for got, value in ((y, normed), (conv_state, conv_expected), (state, expected)):
+        assert torch.equal(got, value)
+
+
 def gapped(value):
     """A copy with room between any two elements."""
     import torch

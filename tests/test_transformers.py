@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import statescan.compat
+import support
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.15")
@@ -26,26 +27,30 @@ SAME = 1e-5
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, tf32 = transformers.logging.get_verbosity(), torch.backends.cudnn.allow_tf32
     transformers.logging.set_verbosity_error()
+    torch.backends.cudnn.allow_tf32 = False  # the models' own convolutions
     yield
     transformers.logging.set_verbosity(verbosity)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[(device.name, name) for device in support.DEVICES for name in MODELS], ids="-".join)
 def model(request):
-    return build(request.param)
+    device, name = request.param
+    return build(name).to(device)
 
 
 @pytest.fixture
-def ids():
-    return torch.randint(3, 512, (2, 37), generator=torch.Generator().manual_seed(1))
+def ids(request):
+    tokens = torch.randint(3, 512, (2, 37), generator=torch.Generator().manual_seed(1))
+    return tokens.to(request.getfixturevalue("model").device) if "model" in request.fixturenames else tokens
 
 
 @pytest.fixture
-def padded():
+def padded(ids):
     """A mask that hides the first tokens of the first row."""
-    mask = torch.ones(2, 37, dtype=torch.long)
+    mask = torch.ones_like(ids)
     mask[0, :5] = 0
     return mask
 
@@ -153,7 +158,7 @@ def test_compiled_without_a_graph_break(name, ids):
 @torch.no_grad()
 def test_autocast(model, ids):
     def forward():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
             return model(input_ids=ids, use_cache=True).logits.float()
 
     exact = model(input_ids=ids, use_cache=False).logits
