@@ -113,6 +113,15 @@ def _mamba_selective(a: Arrays) -> torch.Tensor:
     return first(y)
 
 
+def _mamba_block(a: Arrays) -> torch.Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+    return mamba_split_conv1d_scan_combined(
+        a["zxbcdt"], a["conv_weight"], a["conv_bias"], a["dt_bias"], a["A"], a["D"], 256, rmsnorm_weight=a["norm_weight"],
+        rmsnorm_eps=1e-5, headdim=a["norm_weight"].shape[0] // a["A"].shape[0], norm_before_gate=False,
+    )  # fmt: skip
+
+
 def _causal_conv1d(a: Arrays) -> torch.Tensor:
     from causal_conv1d import causal_conv1d_fn
 
@@ -153,7 +162,10 @@ INSTALLED = {
         Peer("gated_rms_norm", "mamba-ssm", _mamba_norm),
         Peer("selective_state_update", "mamba-ssm", _mamba_update),
     ),
-    "causal_conv1d": (Peer("causal_conv1d", "causal-conv1d", _causal_conv1d),),
+    "causal_conv1d": (
+        Peer("causal_conv1d", "causal-conv1d", _causal_conv1d),
+        Peer("mamba2_scan", "mamba-ssm", _mamba_block),  # whose convolution is causal-conv1d's
+    ),
 }
 
 
