@@ -49,19 +49,39 @@ def test_it_learns_step_for_step_as_plain_torch_does(monkeypatch):
     assert math.log(256) == pytest.approx(ours[0], rel=0.05)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path):
-    whole = trainer()
+@pytest.mark.parametrize("dropout", (0.0, 0.2))
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, dropout):
+    settings = dataclasses.replace(SETTINGS, dropout=dropout)
+    whole = trainer(settings)
     expected = losses(whole, 6)
-    first = trainer()
+    first = trainer(settings)
     losses(first, 3)
     first.save_checkpoint(tmp_path / "run.pt")
-    resumed = trainer()
+    resumed = trainer(settings)
     resumed.load_checkpoint(tmp_path / "run.pt")
     assert losses(resumed, 3) == expected[3:]
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="resume: rows=5 must be 2"):
         trainer(dataclasses.replace(SETTINGS, rows=5)).load_checkpoint(tmp_path / "run.pt")
+
+
+def test_dropout_is_for_training_alone():
+    with_dropout, without = trainer(dataclasses.replace(SETTINGS, dropout=0.5)), trainer()
+    assert train.bits_per_byte(with_dropout.model, DOCUMENTS[:1]) == train.bits_per_byte(without.model, DOCUMENTS[:1])
+    assert losses(with_dropout, 1) != losses(without, 1)
+    assert len(train.quantised_model(with_dropout.model).backbone.layers) == CONFIG.n_layer  # a copy, hooks and all
+
+
+def test_further_sources_are_new_and_hold_nothing_back(tmp_path):
+    """Of another version of the library: no held-out module by name or by content, nothing that is known for the most part."""
+    known, secret = DOCUMENTS[1], DOCUMENTS[0]
+    new = b"".join(b"a_line_of_its_own_number_%d = %d\n" % (i, i * i) for i in range(40))
+    files = {"a.py": new, "bisect.py": new, "copy.py": known, "near.py": known + b"# and a line of more than 30 characters\n"}
+    files |= {"quotes.py": new.replace(b"own", b"new") + secret[:1000], "second.py": new, "empty.py": b""}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert corpus.further([tmp_path], [known], [secret]) == [new]
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
@@ -80,6 +100,13 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "%" in printed.err  # the bar
     assert checkpoint.is_file()
     assert len(NumpyModel(output).layers) == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "new.py").write_bytes(b"a_name_that_the_others_have_not = 1\n" * 3)
+    train.main([*arguments, "--further", str(other)])
+    capsys.readouterr()
+    _, metadata = train.load(output)
+    assert metadata["corpus"]["further"] == {"folders": ["other"], "files": 1}
     train.main([*arguments, "--resume"])
     assert "4 steps" in capsys.readouterr().out
     train.main(["--stdlib", str(library), "--device", "cpu", "--evaluate", str(output)])

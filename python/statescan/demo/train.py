@@ -1,6 +1,6 @@
 """Trains the demo's byte-level Mamba-2 language model and writes it as an int8 safetensors file.
 
-    python -m statescan.demo.train --minutes 7 --output model.safetensors
+    python -m statescan.demo.train --minutes 5 --output model.safetensors
     python -m statescan.demo.train --evaluate model.safetensors
 
 The model reads bytes and predicts the next one. Its training set is the Python standard library (`corpus.py`); its
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import gzip
 import json
 import lzma
@@ -267,6 +268,12 @@ def format_table(rows: Sequence[Row]) -> str:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def drop_output(probability: float, mixer: nn.Module, _: Any, output: tuple[Tensor, State]) -> tuple[Tensor, State]:
+    """A forward hook of a mixer: while training, dropout of what it adds to the residual stream. Its state stays whole."""
+    y, state = output
+    return F.dropout(y, probability, mixer.training), state
+
+
 def learning_rate_factor(progress: float, warmup: float) -> float:
     """Linear warm-up over the first `warmup` of the run, then a cosine down to 0; `progress` in [0, 1]."""
     if progress < warmup:
@@ -312,6 +319,7 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0
+    dropout: float = 0.0
     fake_quantise_from: float = 0.9
     evaluations: int = 10
     seed: int = 0
@@ -334,7 +342,10 @@ class Trainer:
     def __init__(self, config: Config, settings: Settings, documents: Sequence[bytes], device: torch.device) -> None:
         torch.manual_seed(settings.seed)
         self.config, self.settings, self.device = config, settings, device
-        self.model = build(config).to(device)
+        self.model = build(config).to(device).eval()
+        if settings.dropout > 0:
+            for layer in self.model.backbone.layers:
+                layer.mixer.register_forward_hook(functools.partial(drop_output, settings.dropout))
         self.stream = Stream(documents, settings.rows, settings.window, settings.reset_probability, settings.seed, device)
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
@@ -361,11 +372,14 @@ class Trainer:
         inputs, targets, keep = self.stream.batch(self.step)
         states = [State(conv * keep[:, None, None], ssm * keep[:, None, None, None]) for conv, ssm in self.states]
         parameters = list(self.model.parameters())
+        self.model.train()
+        torch.manual_seed(self.settings.seed + self.step)  # for dropout: a resumed run drops what the whole one would have
         with fake_quantised(parameters, progress >= self.settings.fake_quantise_from):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 logits, states = self.model(inputs, initial_states=states, return_final_states=True)
                 loss = cross_entropy(logits, targets)
             loss.backward()
+        self.model.eval()
         nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -467,6 +481,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stdlib", type=Path, default=None, help="folder of the library; default: this interpreter's")
+    parser.add_argument("--further", type=Path, nargs="+", default=[], help="folders of other versions, to train on as well")
     parser.add_argument("--stdlib-version", default=None, help="its Python version, recorded with the weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("model.safetensors"), help="the int8 weight file to write")
@@ -500,6 +515,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}) for cls in (Config, Settings)
     )
     documents = corpus.load_bytes(train_files)
+    further = corpus.further(options.further, documents, heldout)
+    documents += further
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     print(
         f"{len(documents)} files, {sum(map(len, documents)):,} bytes; held out {len(heldout)} files, "
@@ -519,6 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "corpus": {
             "name": "CPython standard library",
             "version": options.stdlib_version,
+            "further": {"folders": [path.name for path in options.further], "files": len(further)},
             "train": {"files": len(documents), "bytes": sum(map(len, documents)), "sha256": corpus.digest(documents)},
             "heldout": {"files": len(heldout), "bytes": sum(map(len, heldout)), "sha256": corpus.digest(heldout)},
         },
