@@ -67,8 +67,14 @@ def test_every_row_is_reachable(rng):
         states = statescan.state_scan(**inputs)[0]
         backward = (inputs["log_decay"], states, torch.randn_like(states))
         assert statescan.plan("state_scan_backward", *backward)[:2] == ("cuda", row)
-    scan = {name: DEVICES[1].put(value) for name, value in cases.ssd_scan(rng).items()}
-    assert statescan.plan("ssd_scan", **scan)[:2] == ("cuda", "general")
+    for row, sizes, mode in (
+        ("general", dict(), None),
+        ("recurrent", dict(), "recurrent"),
+        ("fused_float16", dict(dtype="float16", headdim=8, dstate=16), None),
+        ("fused_bfloat16", dict(dtype="bfloat16", headdim=8, dstate=16), "chunked"),
+    ):
+        scan = {name: DEVICES[1].put(value) for name, value in cases.ssd_scan(rng, **sizes).items()}
+        assert statescan.plan("ssd_scan", **scan, ssd_mode=mode)[:2] == ("cuda", row)
 
 
 @needs_gpu
@@ -230,18 +236,29 @@ def test_segments_of_few_long_sequences(rng, dtype, lengths, reverse):
 
 
 @needs_gpu
-def test_positions_in_segments(rng):
-    inputs = cases.ssd_scan(rng, batch=1, seqlen=2000, nheads=2, ngroups=1, headdim=20, dstate=32)
-    gpu, positions = DEVICES[1], np.array([[0, 1, 640, 999, 1000, 2000, -1]], np.int64)
-    on_device = {name: gpu.put(value) for name, value in (inputs | dict(state_positions=positions)).items()}
-    y, states = statescan.ssd_scan(**on_device, dt_softplus=True)
-    assert_same_bits(gpu.get(y), cases.SSD_SCAN.run(gpu, inputs, dt_softplus=True)["y"], "y")
-    for k, position in enumerate(positions[0]):
-        if position >= 0:
-            prefix = cases.SSD_SCAN.tokens(inputs, slice(0, position))
-            expected = cases.SSD_SCAN.expected(prefix, dt_softplus=True)["final_state"]
-            assert_accurate(gpu.get(states)[:, k], expected, f"state after {position} tokens")
-    assert not np.any(gpu.get(states)[:, -1])
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("packed", (False, True))
+@pytest.mark.parametrize("nheads", (3, 24))  # many segments, and a few
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_positions_in_segments(rng, dtype, nheads, packed, reverse):
+    seqlen = 1990
+    inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=seqlen, nheads=nheads, ngroups=1, headdim=80, dstate=16)
+    gpu, positions = DEVICES[1], np.array([[0, 1, 64, 130, 640, 641, seqlen, -1]], np.int64)
+    options = dict(dt_softplus=True, reverse=reverse)
+    if packed:
+        options["cu_seqlens"] = np.array([0, seqlen], np.int32)
+    on_device = {name: gpu.put(value) for name, value in (inputs | options | dict(state_positions=positions)).items()}
+    assert statescan.plan("ssd_scan", **on_device).workspace_bytes > 0
+    y, final_state, states = (gpu.get(v) for v in statescan.ssd_scan(**on_device, return_final_state=True))
+    plain = cases.SSD_SCAN.run(gpu, inputs, **options)
+    assert_same_bits(y, plain["y"], "y")
+    assert_same_bits(final_state, plain["final_state"], "final_state")
+    assert_same_bits(states[:, -2], final_state, "the state at the end")
+    for k, position in enumerate(positions[0, :-1]):
+        part = slice(seqlen - position, seqlen) if reverse else slice(0, position)
+        expected = cases.SSD_SCAN.expected(cases.SSD_SCAN.tokens(inputs, part), dt_softplus=True, reverse=reverse)["final_state"]
+        assert_accurate(states[:, k], expected, f"state after {position} tokens", dtype)
+    assert not np.any(states[:, -1])
 
 
 @needs_gpu

@@ -21,6 +21,13 @@ class TestPositions(PositionsContract):
     op = OP
 
 
+class TestPositionsInTiles(PositionsContract):
+    """Sizes that the fused CUDA kernel takes."""
+
+    op = OP
+    sizes = dict(dtype="bfloat16", headdim=8, dstate=16)
+
+
 # ---- ssd_mode ----------------------------------------------------------------------------------------------------------
 def in_mode(mode):
     return dataclasses.replace(OP, options={**OP.options, "ssd_mode": mode})

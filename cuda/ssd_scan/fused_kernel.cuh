@@ -20,6 +20,8 @@
 #include "../common/overlap.h"
 #include "../common/vector.cuh"
 #include "fused_policy.h"
+#include "positions.cuh"
+#include "state_access.cuh"
 
 namespace statescan::ssd_scan {
 
@@ -113,6 +115,12 @@ struct Task {
   __device__ std::int64_t start_of(const FusedParams& p, int i) const {
     const int chunk = chunk_begin + (kBackwards ? chunk_count - 1 - i : i);
     return static_cast<std::int64_t>(p.reverse ? chunks - 1 - chunk : chunk) * kTile;
+  }
+
+  // Tokens of the sequence that the scan meets before the i-th chunk.
+  __device__ std::int64_t tokens_before(const FusedParams& p, int i) const {
+    const std::int64_t chunk = chunk_begin + i;
+    return p.reverse ? max(length - (chunks - chunk) * kTile, std::int64_t{0}) : min(chunk * kTile, length);
   }
 
   __device__ bool has_slice(const FusedParams& p, int which) const {
@@ -428,11 +436,53 @@ __device__ void keep_up(SharedStorage<Policy, kStateOnly>& shared, Ring<stages_o
   }
 }
 
-// Calls visit(accumulator value, row, column) for a thread's part of a [channel, state] accumulator.
-template <int kValues, class Visit>
-__device__ void for_each_state(const Fragment& at, Visit visit) {
+// A slice's part of a state in memory, and what of it is a thread's: pairs of the values of a [channel, state] accumulator.
+template <int kState>
+struct SliceOfState {
+  const StateView& view;
+  char* first;
+  int rows, columns;  // that exist from the thread's first row and column on
+
+  __device__ SliceOfState(const FusedParams& p, const StateView& t, std::int64_t sequence, int head, int channel,
+                          const Fragment& at, std::int64_t offset = 0)
+      : view(t),
+        first(t.data + offset + sequence * t.sequence + head * t.head + (channel + at.row) * t.row + at.column * t.column),
+        rows(p.headdim - channel - at.row),
+        columns(p.dstate - at.column) {}
+
+  __device__ char* pair(int k) const { return first + k % 2 * 8 * view.row + k / 2 * 8 * view.column; }
+  __device__ int left(int k) const { return k % 2 * 8 < rows ? columns - k / 2 * 8 : 0; }
+
+  // state = decay state + this
+  template <bool kPairs, class State>
+  __device__ void add_to(State& state, float decay) const {
 #pragma unroll
-  for (int v = 0; v < kValues; ++v) visit(v, at.row + v / 2 % 2 * 8, v / 4 * 8 + at.column + v % 2);
+    for (int k = 0; k < kState / 4; ++k) {
+      const float2 v = load_pair<kPairs>(pair(k), view, left(k));
+      state(2 * k) = fmaf(decay, state(2 * k), v.x);
+      state(2 * k + 1) = fmaf(decay, state(2 * k + 1), v.y);
+    }
+  }
+
+  template <bool kPairs, class State>
+  __device__ void store(const State& state) const {
+#pragma unroll
+    for (int k = 0; k < kState / 4; ++k)
+      store_pair<kPairs>(pair(k), view, left(k), make_float2(state(2 * k), state(2 * k + 1)));
+  }
+};
+
+// The caller's states may lie anyhow.
+template <int kState, class State>
+__device__ void load_state(State& state, const SliceOfState<kState>& slice) {
+  if (slice.view.pairs) slice.template add_to<true>(state, 0.0f);
+  else slice.template add_to<false>(state, 0.0f);
+}
+
+template <int kState, class State>
+__device__ void store_state(const State& state, const SliceOfState<kState>& slice) {
+  if (slice.view.pairs) slice.template store<true>(state);
+  else slice.template store<false>(state);
 }
 
 // What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
@@ -488,11 +538,8 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    float* to =
-        p.segment_states + (((task.sequence * p.segments + task.segment) * p.nheads + head) * p.headdim + channel) * p.dstate;
-    for_each_state<kStateValues>(at, [&](int v, int row, int column) {
-      if (channel + row < p.headdim && column < p.dstate) to[row * p.dstate + column] = state(v);
-    });
+    SliceOfState<kState>(p, p.segment_states, task.sequence * p.segments + task.segment, head, channel, at)
+        .template store<true>(state);
   }
 }
 
@@ -548,31 +595,22 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     // ---- start
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
-    auto inside = [&](int row, int column) { return channel + row < p.headdim && column < p.dstate; };
-    if (p.initial_state.data && !(p.segment_states && p.segments_combined)) {
-      const StateView& from = p.initial_state;
-      const char* origin = from.data + task.sequence * from.sequence + head * from.head + channel * from.channel;
-      for_each_state<kStateValues>(at, [&](int v, int row, int column) {
-        if (inside(row, column)) state(v) = cuda::load_element(origin + row * from.channel + column * from.state, from.dtype);
-      });
-    }
-    if (p.segment_states) {
+    if (p.initial_state.data && !p.segments_combined)
+      load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
+    if (p.segment_states.data) {
       cuda::wait_for_kernel_ahead();
       // Combined, they are the states before the segments; else what each adds, with its decay.
       const int last = task.segment - (p.segments_combined ? 0 : 1);
       for (int segment = p.segments_combined ? last : 0; segment <= last; ++segment) {
-        const std::int64_t before = (task.sequence * p.segments + segment) * p.nheads + head;
-        const float decay = p.segments_combined ? 0.0f : expf(p.segment_decays[before]);
-        const float* from = p.segment_states + (before * p.headdim + channel) * p.dstate;
-        for_each_state<kStateValues>(at, [&](int v, int row, int column) {
-          if (inside(row, column)) state(v) = fmaf(decay, state(v), from[row * p.dstate + column]);
-        });
+        const std::int64_t before = task.sequence * p.segments + segment;
+        const float decay = p.segments_combined ? 0.0f : expf(p.segment_decays[before * p.nheads + head]);
+        SliceOfState<kState>(p, p.segment_states, before, head, channel, at).template add_to<true>(state, decay);
       }
     }
     if (p.D.data && thread < kTile)
       shared.D[which][thread] =
           channel + thread < p.headdim
-              ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head + (channel + thread) * p.D.channel)
+              ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head + (channel + thread) * p.D.column)
               : 0.0f;
 #pragma unroll
     for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
@@ -608,6 +646,19 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       decays.load(steps, at);
     };
 
+    // States for the positions among tokens [begin, end).
+    const auto leave_state = [&](std::int64_t begin, std::int64_t end) {
+      PositionsOfSequence(p.positions, task.sequence).take(begin, end, [&](std::int64_t entry) {
+        int row = channel;
+        asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
+        SliceOfState<kState>(p, p.positions.entries, task.sequence, head, row, at, entry).template store<true>(state);
+      });
+    };
+    const auto leave_entry = [&](int i) {
+      if (p.positions.data) leave_state(task.tokens_before(p, i), task.tokens_before(p, i + 1));
+    };
+
+    if (task.chunk_count > 0) leave_entry(0);
     enter_chunk(0, await_chunk(0));
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
@@ -674,6 +725,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       // The next chunk's scores run beside the end of this one.
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(y);
+      if (i + 1 < task.chunk_count) leave_entry(i + 1);
       enter_chunk(i + 1, total);
       if (p.D.data) {
 #pragma unroll
@@ -735,12 +787,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     }
 
     // ---- end
-    const StateView& to = p.final_state;
-    if (!to.data || task.segment != p.segments - 1) continue;
-    char* origin = to.data + task.sequence * to.sequence + head * to.head + channel * to.channel;
-    for_each_state<kStateValues>(at, [&](int v, int row, int column) {
-      if (inside(row, column)) cuda::store_element(origin + row * to.channel + column * to.state, to.dtype, state(v));
-    });
+    if (task.segment != p.segments - 1) continue;
+    if (p.positions.data) leave_state(task.length, task.length + 1);
+    if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
   }
   if (thread == 0) cute::tma_store_wait<0>();
 }

@@ -6,6 +6,7 @@
 #include "../common/tma.h"
 #include "fused_kernel.cuh"
 #include "fused_plan.h"
+#include "position_states.h"
 
 namespace statescan::ssd_scan {
 
@@ -23,18 +24,6 @@ __global__ void clear_tail_kernel(const __grid_constant__ FusedParams p, std::in
   }
 }
 
-inline HeadView head_view(const Tensor& t) {
-  if (!t) return {};
-  const std::int64_t size = size_of(t.dtype);
-  return {static_cast<const char*>(t.data), t.stride[0] * size, t.ndim == 2 ? t.stride[1] * size : 0};
-}
-
-inline StateView state_view(const Tensor& t) {
-  if (!t) return {};
-  const std::int64_t size = size_of(t.dtype);
-  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size, t.stride[3] * size};
-}
-
 }  // namespace fused
 
 template <class Policy>
@@ -47,8 +36,8 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   const std::int64_t dt_size = size_of(args.dt.dtype), y_size = size_of(args.y.dtype);
   p.dt = {static_cast<const char*>(args.dt.data), args.dt.dtype, args.dt.stride[0] * dt_size, args.dt.stride[1] * dt_size,
           args.dt.stride[2] * dt_size};
-  p.A = fused::head_view(args.A), p.dt_bias = fused::head_view(args.dt_bias), p.D = fused::head_view(args.D);
-  p.initial_state = fused::state_view(args.initial_state), p.final_state = fused::state_view(args.final_state);
+  p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
+  p.initial_state = state_view(args.initial_state), p.final_state = state_view(args.final_state);
   p.packed_y = {static_cast<char*>(args.y.data), args.y.stride[1] * y_size, args.y.stride[2] * y_size};
   if (args.cu_seqlens) {
     p.cu_seqlens = args.cu_seqlens.data, p.cu_is_int64 = args.cu_seqlens.dtype == DType::int64;
@@ -62,33 +51,41 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.pairs_per_group = static_cast<int>(plan.pairs_per_group), p.pairs = static_cast<int>(plan.pairs);
   p.segments = static_cast<int>(plan.segments), p.chunks_per_segment = static_cast<int>(plan.chunks_per_segment);
   p.tasks = static_cast<unsigned>(plan.pairs * plan.segments * d.num_sequences);
+  p.positions = positions_of(args, d, static_cast<char*>(args.workspace.data) + plan.workspace_bytes());
   const std::int64_t blocks = std::min<std::int64_t>(p.tasks, cuda::multiprocessors(args.x.device.index));
 
   if (plan.segments > 1) {
     auto* workspace = static_cast<char*>(args.workspace.data);
     p.segment_decays = reinterpret_cast<float*>(workspace);
-    p.segment_states = reinterpret_cast<float*>(workspace + plan.decays_bytes);
+    const auto states_at = [&](char* data) {
+      return Tensor::contiguous(data, DType::float32, {d.num_sequences * plan.segments, d.nheads, d.headdim, d.dstate},
+                                args.x.device);
+    };
+    p.segment_states = state_view(states_at(workspace + plan.decays_bytes));
     cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
                  {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, true>)}, stream, p);
 
     if (plan.combines) {
-      auto* entering = reinterpret_cast<float*>(workspace + plan.decays_bytes + plan.states_bytes);
+      char* entering = workspace + plan.decays_bytes + plan.states_bytes;
       const auto view = [&](const void* data, std::initializer_list<std::int64_t> shape) {
         return Tensor::contiguous(data, DType::float32, shape, args.x.device);
       };
       state_scan::Args scan;
       scan.log_decay = view(p.segment_decays, {d.num_sequences, plan.segments, d.nheads});
-      scan.update = view(p.segment_states, {d.num_sequences, plan.segments, d.nheads, d.headdim, d.dstate});
+      scan.update = view(p.segment_states.data, {d.num_sequences, plan.segments, d.nheads, d.headdim, d.dstate});
       scan.states = view(entering, {d.num_sequences, plan.segments, d.nheads, d.headdim, d.dstate});
       scan.initial_state = args.initial_state;
       state_scan::run_cuda(scan, state_scan::validate(scan), stream);
-      p.segment_states = entering, p.segments_combined = true;
+      p.segment_states = state_view(states_at(entering)), p.segments_combined = true;
     }
   }
 
   const cuda::LaunchShape shape{blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)};
   const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
   launch("ssd_scan_fused_kernel", ssd_scan_fused_kernel<Policy, false>, shape, stream, p);
+  if (args.state_positions)
+    launch_position_states(args, d, static_cast<char*>(args.workspace.data) + plan.workspace_bytes(), {kFusedTile, args.reverse},
+                           stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},
                  stream, p, d.num_sequences);

@@ -1,48 +1,29 @@
 // A call as the fused kernel takes it: tensor maps for what the bulk copy engine moves, views for the rest.
 #pragma once
 
-#include <cstdint>
-
 #include <cuda.h>
 
-#include <statescan/ssd_scan.h>
+#include "params.h"
 
 namespace statescan::ssd_scan {
 
 inline constexpr int kFusedTile = 64;  // tokens of a chunk, channels of a slice of headdim, and rows of a wgmma
 
-namespace fused {
-
-// Strides in bytes; data null where the tensor is absent.
-struct StepView {  // dt [b,l,h]
-  const char* data;
-  DType dtype;
-  std::int64_t batch, token, head;
-};
-struct HeadView {  // A, dt_bias [h]; D [h,p], with channel 0 for [h]
-  const char* data;
-  std::int64_t head, channel;
-};
-struct StateView {  // [s,h,p,n]
-  char* data;
-  DType dtype;
-  std::int64_t sequence, head, channel, state;
-};
-struct OutputView {  // y [b,l,h,p], contiguous along p
+// y [b,l,h,p], contiguous along p.
+struct OutputView {
   char* data;
   std::int64_t token, head;
 };
-
-}  // namespace fused
 
 // A task is one pair of slices of a group in one segment of one sequence. Pairs vary fastest: neighbouring blocks share B and C
 // in L2.
 struct FusedParams {
   CUtensorMap x, B, C, z, y;
-  fused::StepView dt;
-  fused::HeadView A, dt_bias, D;
-  fused::StateView initial_state, final_state;
-  fused::OutputView packed_y;  // where boxes would write into the next sequence
+  StepView dt;
+  HeadView A, dt_bias, D;
+  StateView initial_state, final_state;
+  Positions positions;
+  OutputView packed_y;  // where boxes would write into the next sequence
   const void* cu_seqlens;      // null: sequence i is row i of the batch
   bool cu_is_int64, dt_softplus, reverse, has_z;
   std::int64_t cu_stride, seqlen;
@@ -51,9 +32,10 @@ struct FusedParams {
   int heads_per_group, slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
   int segments, chunks_per_segment;
   unsigned tasks;  // sequences x segments x pairs: blocks take them in turns
-  // [s, segments, h, p, n] and [s, segments, h], float32; null with one segment. The state pass writes what each segment adds
+  // [s x segments, h, p, n], and float32 [s, segments, h]; null with one segment. The state pass writes what each segment adds
   // and its decay; the output pass reads these, or, once they are combined, the state before each segment.
-  float *segment_states, *segment_decays;
+  StateView segment_states;
+  float* segment_decays;
   bool segments_combined;
 };
 

@@ -46,63 +46,90 @@ struct GeneralLayout {
 template <class Policy>
 using Outputs = float[Policy::kChunk / 16][2][4];  // y of a warp's 16 rows, as sums [16 tokens, 8 rows]
 
-// scores[i][j] = C[i].B[j] exp(s[i] - s[j]) dt[j] of every head, zero above the diagonal. Each warp takes a strip of 16 tokens
-// i; C B^T is computed once for all heads.
-template <class Policy>
-__device__ void compute_scores(const GeneralLayout<Policy>& shared, int stage, int which, int heads) {
-  constexpr int kBlocks = Policy::kChunk / 16, kStrips = Policy::kWarps / kBlocks;
-  constexpr int kStrip = Policy::kChunk / kStrips > 16 ? Policy::kChunk / kStrips : 16;
-  constexpr int kTerms = Policy::kTermsOfInput;
-  const int warp = threadIdx.x / 32, strip = warp / kBlocks;
-  // The long strips of the lower rows are spread over the schedulers, one for each of 4 consecutive warps.
-  const int block = strip % 2 ? kBlocks - 1 - warp % kBlocks : warp % kBlocks;
-  const int first = strip * kStrip;
-  if (first >= Policy::kChunk || first > 16 * block) return;
-  const auto sB = shared.B(stage), sC = shared.C(stage);
+// The C B^T of a warp's part of a chunk: a strip of columns j beside 16 rows i. On the diagonal what lies above it is left out.
+template <class Policy, bool kDiagonal>
+struct ScoresOfWarp {
+  static constexpr int kBlocks = Policy::kChunk / 16, kStrips = Policy::kWarps / kBlocks;
+  static constexpr int kStrip = Policy::kChunk / kStrips > 16 ? Policy::kChunk / kStrips : 16;
+
+  int block, first;  // rows from 16 block on, columns from `first` on
+  bool inside;
   float sum[kStrip / 8][4] = {};
+
+  __device__ ScoresOfWarp() {
+    const int warp = threadIdx.x / 32, strip = warp / kBlocks;
+    // The long strips of the lower rows are spread over the schedulers, one for each of 4 consecutive warps.
+    block = strip % 2 ? kBlocks - 1 - warp % kBlocks : warp % kBlocks;
+    first = strip * kStrip;
+    inside = first < Policy::kChunk && has_columns(0);
+  }
+
+  __device__ bool has_columns(int from) const { return !kDiagonal || first + from < 16 * block + 16; }
+
+  __device__ void multiply(const TileOfGroup<Policy>& sB, const TileOfGroup<Policy>& sC) {
+    constexpr int kTerms = Policy::kTermsOfInput;
 #pragma unroll
-  for (int n = 0; n < Policy::kDstate; n += 16) {
-    Bits c[kTerms][4];
+    for (int n = 0; n < Policy::kDstate; n += 16) {
+      Bits c[kTerms][4];
 #pragma unroll
-    for (int i = 0; i < kTerms; ++i) load_matrix(sC.at(i, 16 * block, n), sC.kStride, c[i]);
+      for (int i = 0; i < kTerms; ++i) load_matrix(sC.at(i, 16 * block, n), sC.kStride, c[i]);
 #pragma unroll
-    for (int part = 0; part < kStrip / 16; ++part) {
-      if (first + 16 * part > 16 * block) break;
+      for (int part = 0; part < kStrip / 16; ++part) {
+        if (!has_columns(16 * part)) break;
 #pragma unroll
-      for (int j = 0; j < kTerms; ++j) {
-        Bits b[4];
-        load_matrix(sB.at(j, first + 16 * part, n), sB.kStride, b);
+        for (int j = 0; j < kTerms; ++j) {
+          Bits b[4];
+          load_matrix(sB.at(j, first + 16 * part, n), sB.kStride, b);
 #pragma unroll
-        for (int i = 0; i < kTerms; ++i)
-          if (counts<kTerms, kTerms>(i, j)) {
-            multiply_add(sum[2 * part], c[i], b[0], b[2]);
-            multiply_add(sum[2 * part + 1], c[i], b[1], b[3]);
-          }
+          for (int i = 0; i < kTerms; ++i)
+            if (counts<kTerms, kTerms>(i, j)) {
+              multiply_add(sum[2 * part], c[i], b[0], b[2]);
+              multiply_add(sum[2 * part + 1], c[i], b[1], b[3]);
+            }
+        }
       }
     }
   }
-  const int g = lane_id() / 4, t = lane_id() % 4;
-#pragma unroll 1
-  for (int head = 0; head < heads; ++head) {
-    const auto& steps = shared.steps(which, head);
-    const auto scores = shared.scores(head);
+
+  // Writes the strip with the weights that row(i) gives: a function of a pair of columns.
+  template <class Scores, class Row>
+  __device__ void store(const Scores& scores, Row row) const {
+    const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int i = 16 * block + g + 8 * r;
-      const float high = steps.high[i], low = steps.low[i];
+      const auto weights = row(i);
 #pragma unroll
       for (int q = 0; q < kStrip / 8; ++q) {
         const int j = first + 8 * q + 2 * t;
-        if (first + 8 * q >= 16 * block + 16) break;
-        const float2 high_j = steps.pair(steps.high, j), low_j = steps.pair(steps.low, j), dt = steps.pair(steps.dt, j);
-        const float v0 = sum[q][2 * r] * (exp2_fast((high - high_j.x) + (low - low_j.x)) * dt.x);
-        const float v1 = sum[q][2 * r + 1] * (exp2_fast((high - high_j.y) + (low - low_j.y)) * dt.y);
+        if (!has_columns(8 * q)) break;
+        const float2 weight = weights(j);
+        const float v0 = sum[q][2 * r] * weight.x, v1 = sum[q][2 * r + 1] * weight.y;
         Bits terms[Policy::kTerms];
-        split(j <= i ? v0 : 0.0f, j + 1 <= i ? v1 : 0.0f, terms);
+        split(!kDiagonal || j <= i ? v0 : 0.0f, !kDiagonal || j + 1 <= i ? v1 : 0.0f, terms);
 #pragma unroll
         for (int k = 0; k < Policy::kTerms; ++k) *reinterpret_cast<Bits*>(scores.at(k, i, j)) = terms[k];
       }
     }
+  }
+};
+
+// scores[i][j] = C[i].B[j] exp(s[i] - s[j]) dt[j] of every head, zero above the diagonal. C B^T is computed once for all heads.
+template <class Policy>
+__device__ void compute_scores(const GeneralLayout<Policy>& shared, int stage, int which, int heads) {
+  ScoresOfWarp<Policy, true> part;
+  if (!part.inside) return;
+  part.multiply(shared.B(stage), shared.C(stage));
+#pragma unroll 1
+  for (int head = 0; head < heads; ++head) {
+    const auto& steps = shared.steps(which, head);
+    part.store(shared.scores(head), [&](int i) {
+      return [&steps, high = steps.high[i], low = steps.low[i]](int j) {
+        const float2 high_j = steps.pair(steps.high, j), low_j = steps.pair(steps.low, j), dt = steps.pair(steps.dt, j);
+        return make_float2(exp2_fast((high - high_j.x) + (low - low_j.x)) * dt.x,
+                           exp2_fast((high - high_j.y) + (low - low_j.y)) * dt.y);
+      };
+    });
   }
 }
 
@@ -119,18 +146,19 @@ __device__ void multiply_state(Outputs<Policy>& y, const State<Policy>& state, c
 #pragma unroll
       for (int b = 0; b < 2; ++b) split(state[2 * k + b][2 * half], state[2 * k + b][2 * half + 1], h[half][b]);
 #pragma unroll
-    for (int m = 0; m < Policy::kChunk / 16; ++m)
+    for (int i = 0; i < Policy::kTermsOfInput; ++i) {
+      Bits c[Policy::kChunk / 16][4];
 #pragma unroll
-      for (int i = 0; i < Policy::kTermsOfInput; ++i) {
-        Bits c[4];
-        load_matrix(sC.at(i, 16 * m, 16 * k), sC.kStride, c);
+      for (int m = 0; m < Policy::kChunk / 16; ++m) load_matrix(sC.at(i, 16 * m, 16 * k), sC.kStride, c[m]);
 #pragma unroll
-        for (int j = 0; j < kTerms; ++j)
-          if (counts<Policy::kTermsOfInput, kTerms>(i, j)) {
-            multiply_add(y[m][0], c, h[0][0][j], h[0][1][j]);
-            multiply_add(y[m][1], c, h[1][0][j], h[1][1][j]);
+      for (int j = 0; j < kTerms; ++j)
+        if (counts<Policy::kTermsOfInput, kTerms>(i, j))
+#pragma unroll
+          for (int m = 0; m < Policy::kChunk / 16; ++m) {
+            multiply_add(y[m][0], c[m], h[0][0][j], h[0][1][j]);
+            multiply_add(y[m][1], c[m], h[1][0][j], h[1][1][j]);
           }
-      }
+    }
   }
 #pragma unroll
   for (int m = 0; m < Policy::kChunk / 16; ++m)
@@ -145,25 +173,26 @@ __device__ void multiply_state(Outputs<Policy>& y, const State<Policy>& state, c
     }
 }
 
-// y += scores x, up to the diagonal blocks
-template <class Policy, class Scores>
+// y += scores x; on the diagonal up to its blocks
+template <class Policy, bool kDiagonal, class Scores>
 __device__ void multiply_scores(Outputs<Policy>& y, const Scores& scores, const Columns<Policy>& x) {
   constexpr int kTerms = Policy::kTerms;
 #pragma unroll
   for (int k = 0; k < Policy::kChunk / 16; ++k)
 #pragma unroll
-    for (int m = k; m < Policy::kChunk / 16; ++m)
+    for (int i = 0; i < kTerms; ++i) {
+      Bits s[Policy::kChunk / 16][4];
 #pragma unroll
-      for (int i = 0; i < kTerms; ++i) {
-        Bits s[4];
-        load_matrix(scores.at(i, 16 * m, 16 * k), scores.kStride, s);
+      for (int m = kDiagonal ? k : 0; m < Policy::kChunk / 16; ++m) load_matrix(scores.at(i, 16 * m, 16 * k), scores.kStride, s[m]);
 #pragma unroll
-        for (int j = 0; j < Policy::kTermsOfInput; ++j)
-          if (counts<kTerms, Policy::kTermsOfInput>(i, j)) {
-            multiply_add(y[m][0], s, x[k][j][0], x[k][j][1]);
-            multiply_add(y[m][1], s, x[k][j][2], x[k][j][3]);
+      for (int j = 0; j < Policy::kTermsOfInput; ++j)
+        if (counts<kTerms, Policy::kTermsOfInput>(i, j))
+#pragma unroll
+          for (int m = kDiagonal ? k : 0; m < Policy::kChunk / 16; ++m) {
+            multiply_add(y[m][0], s[m], x[k][j][0], x[k][j][1]);
+            multiply_add(y[m][1], s[m], x[k][j][2], x[k][j][3]);
           }
-      }
+    }
 }
 
 inline __device__ bool is_finite(Bits bfloat16) { return (bfloat16 & 0x7f80u) != 0x7f80u; }
@@ -213,6 +242,20 @@ __device__ void add_not_finite(Outputs<Policy>& y, const Scores& scores, const T
             if (i >= j) y[m][half][2 * r + e] += __uint_as_float(Bits(*scores.at(0, i, j)) << 16) * __uint_as_float(x << 16);
           }
       }
+}
+
+// y += scores x on the diagonal, where an x that is not finite reaches no earlier token.
+template <class Policy, class Scores>
+__device__ void multiply_diagonal(Outputs<Policy>& y, const Scores& scores, Columns<Policy>& x, const TileOfRows<Policy>& sX,
+                                  int warp) {
+  if (all_finite<Policy>(x)) {
+    multiply_scores<Policy, true>(y, scores, x);
+    return;
+  }
+  clear_not_finite<Policy>(x);
+  multiply_scores<Policy, true>(y, scores, x);
+  add_not_finite<Policy>(y, scores, sX, warp);
+  load_columns<Policy>(x, sX, warp);
 }
 
 // The lane's elements of z or y: rows 2t, 2t+1 of each half of the warp's 16, at tokens g and g+8 of each 16.
@@ -335,6 +378,17 @@ __device__ void finish_outputs(Outputs<Policy>& y, const Params& p, const LaneOf
     }
 }
 
+// D of the lane's rows.
+template <class Policy>
+__device__ void load_D(float (&D)[2][2], const Params& p, std::int64_t head, std::int64_t first_row) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const std::int64_t row = first_row + i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
+    const bool inside = p.D.data && row < p.headdim;
+    D[i / 2][i % 2] = inside ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head + row * p.D.column) : 0.0f;
+  }
+}
+
 // y past the last packed token.
 template <class Policy>
 __device__ void clear_outputs(const Params& p, const Task& task, const Walk& walk) {
@@ -363,7 +417,9 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
   const bool has_rows = head < task.heads;
   const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
 
-  const bool stores_state = p.final_state.data && task.segment + 1 == p.tasks.segments;
+  const bool ends_sequence = task.segment + 1 == p.tasks.segments;
+  const bool needs_last_state = ends_sequence && (p.final_state.data || p.positions.data);
+  const PositionsOfSequence positions(p.positions, task.sequence);
   State<Policy> state{};
   float D[2][2] = {};
   if (has_rows) {
@@ -371,13 +427,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
       const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
       load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
     }
-    if (p.D.data)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const std::int64_t row = first_row + i / 2 * 8 + lane_id() % 4 * 2 + i % 2;
-        if (row < p.headdim)
-          D[i / 2][i % 2] = *reinterpret_cast<const float*>(p.D.data + (task.first_head + head) * p.D.head + row * p.D.column);
-      }
+    load_D<Policy>(D, p, task.first_head + head, first_row);
   }
 
   const auto load_B = group_loader<Policy>(p.B, p, task, walk), load_C = group_loader<Policy>(p.C, p, task, walk);
@@ -405,8 +455,13 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
 
   int stage = 0, which = 0;
 #pragma unroll 1
-  for (std::int64_t start = 0; start < walk.length; start += kChunk) {
+  for (std::int64_t start = 0;; start += kChunk) {
     const int count = count_at(start);
+    const std::int64_t before = walk.before + min(start, walk.length);
+    if (has_rows)
+      leave_states<Policy>(state, positions, before, before + (ends_sequence && start >= walk.length ? 1 : count), p, task,
+                           task.first_head + head, first_row);
+    if (start >= walk.length) break;
     const bool is_last = start + kChunk >= walk.length;
     cute::cp_async_wait<0>();
     __syncthreads();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
@@ -425,16 +480,9 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
       if (p.z.data) lane.load(z, p.z, start, count);
       Columns<Policy> x;
       load_columns<Policy>(x, shared.x(stage), warp);
-      if (all_finite<Policy>(x)) {
-        multiply_scores<Policy>(y, shared.scores(head), x);
-      } else {
-        clear_not_finite<Policy>(x);
-        multiply_scores<Policy>(y, shared.scores(head), x);
-        add_not_finite<Policy>(y, shared.scores(head), shared.x(stage), warp);
-        load_columns<Policy>(x, shared.x(stage), warp);
-      }
+      multiply_diagonal<Policy>(y, shared.scores(head), x, shared.x(stage), warp);
       finish_outputs<Policy>(y, p, lane, z, D, shared.x(stage), warp, start, count);
-      if (!is_last || stores_state) update_state<Policy>(state, x, shared.B(stage), steps, kChunk, Nowhere());
+      if (!is_last || needs_last_state) update_state<Policy>(state, x, shared.B(stage), steps);
     }
     if (stages == 1 && !is_last) {
       __syncthreads();  // the only stage is read by all before it is written again
@@ -444,7 +492,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
     which = 1 - which;
   }
 
-  if (has_rows && stores_state)
+  if (has_rows && ends_sequence && p.final_state.data)
     store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, task.sequence, task.first_head + head, first_row),
                         p.dstate);
 }

@@ -2,6 +2,7 @@
 
 #include "general_kernel.cuh"
 #include "general_launch.h"
+#include "position_states.h"
 #include "stages.cuh"
 
 namespace statescan::ssd_scan {
@@ -11,20 +12,18 @@ void launch_general(const Args& args, const Dims& dims, Stream stream) {
   using Layout = GeneralLayout<Policy>;
   if (dims.nheads == 0 || dims.headdim == 0) return;
   const Segments segments = general_segments<Policy>(args, dims);
-  if (segments.count > 1)
-    launch_segment_starts<Policy>({args, segments, SegmentWorkspace(args.workspace.data, dims, segments)}, dims, stream);
-  if (args.state_positions) launch_position_states<Policy>({args, segments}, dims, stream);
+  if (segments.count > 1) launch_states<Policy>({args, segments}, dims, stream);
 
   Params params = main_params(args, dims, segments);
-  int max_heads = Policy::kMaxHeads;
-  while (max_heads > 1 && Layout::bytes(1, max_heads) > shared_memory()) --max_heads;
-  params.tasks = tasks_of<Policy>(dims, segments.count, max_heads);
+  params.tasks = tasks_of<Policy>(dims, segments.count, most_heads<Policy, Layout>());
   const int stages = stages_of<Policy, Layout>(params.tasks.heads);
   const std::int64_t sequences = dims.num_sequences + (args.cu_seqlens ? 1 : 0);
   if (sequences == 0) return;
   cuda::launch("ssd_scan_general_kernel", ssd_scan_general_kernel<Policy>,
                {sequences * segments.count * params.tasks.tiles, Policy::kThreads, Layout::bytes(stages, params.tasks.heads)},
                stream, params, stages);
+  if (args.state_positions)
+    launch_position_states(args, dims, entries_of(args, dims, segments), {Policy::kChunk, false}, stream);
 }
 
 }  // namespace statescan::ssd_scan

@@ -15,23 +15,31 @@ Segments general_segments(const Args& args, const Dims& dims) {
 template <class Policy>
 void launch_general(const Args& args, const Dims& dims, Stream stream);
 
-// Leaves the state before each segment in the workspace: both segment kernels.
 template <class Policy>
-void launch_segment_starts(const SegmentArgs& args, const Dims& dims, Stream stream);
+void launch_quadratic(const Args& args, const Dims& dims, Stream stream);
 
-struct PositionArgs : Args {
-  Segments segments;  // of the main pass
+struct StateArgs : Args {
+  Segments segments;
 };
 
-// The states at args.state_positions, added up as in the main pass. To run before the main pass: final_state may lie where
-// initial_state does.
+// States without y. Of several segments: the state before each, in the workspace. Of whole sequences: what args asks for.
 template <class Policy>
-void launch_position_states(const PositionArgs& args, const Dims& dims, Stream stream);
+void launch_states(const StateArgs& args, const Dims& dims, Stream stream);
+
+// Entries of the positions lie behind the states of the segments.
+inline std::size_t workspace_bytes(const Args& args, const Dims& dims, const Segments& segments) {
+  return SegmentWorkspace::bytes(dims, segments) + entry_bytes(args, dims);
+}
+
+inline void* entries_of(const Args& args, const Dims& dims, const Segments& segments) {
+  return static_cast<char*>(args.workspace.data) + SegmentWorkspace::bytes(dims, segments);
+}
 
 // The main pass, but for its tasks.
 inline Params main_params(const Args& args, const Dims& dims, const Segments& segments) {
   Params p = params_of(args, dims, segments);
   p.y = token_view(args.y);
+  p.positions = positions_of(args, dims, entries_of(args, dims, segments));
   p.start_per_segment = segments.count > 1;
   p.start = p.start_per_segment ? segment_states(SegmentWorkspace(args.workspace.data, dims, segments), dims, segments)
                                 : state_view(args.initial_state);

@@ -41,13 +41,13 @@ struct Sequences {
   std::int64_t segments, chunk;  // of each sequence; segments begin on multiples of a chunk
 };
 
-// state_positions [num_sequences, count] and the states there.
+// state_positions [num_sequences, count], and where the walks leave states for them (positions.cuh).
 struct Positions {
   const void* data;  // null: none
   bool is_int64;
   std::int64_t sequence, position, count;  // strides in elements
-  StateView states;
-  std::int64_t state;  // from one to the next, in bytes
+  StateView entries;                       // float32, of the first position
+  std::int64_t entry;                      // from one to the next, in bytes
 };
 
 // Blocks of threads, tile fastest: tile < tiles, segment < segments, sequence. A tile is some heads of a group, or a slice of
@@ -110,21 +110,40 @@ inline StateView state_view(const Tensor& t) {
           t.stride[3] * size,         pairs};
 }
 
-inline Positions positions_of(const Args& args, const Dims& dims) {
-  if (!args.state_positions || dims.npositions == 0) return {};
-  const Tensor &at = args.state_positions, &states = args.position_states;
-  Tensor one = states;  // of each sequence
+// States [num_sequences, count, h, p, n] as those of the first position.
+inline StateView first_position(const Tensor& states) {
+  Tensor one = states;
   one.ndim = 4;
   for (int i = 1; i < 4; ++i) one.shape[i] = states.shape[i + 1], one.stride[i] = states.stride[i + 1];
-  Positions p{at.data,
-              at.dtype == DType::int64,
-              at.stride[0],
-              at.stride[1],
-              dims.npositions,
-              state_view(one),
-              states.stride[1] * size_of(states.dtype)};
-  p.states.pairs = p.states.pairs && (dims.npositions == 1 || p.state % 8 == 0);
-  return p;
+  StateView view = state_view(one);
+  view.pairs = view.pairs && (states.shape[1] == 1 || states.stride[1] % 2 == 0);
+  return view;
+}
+
+// Whether the walks may leave states where the caller wants those at positions.
+inline bool entries_in_place(const Args& args) {
+  return args.position_states.dtype == DType::float32 && first_position(args.position_states).pairs;
+}
+
+// Else they go to so much of the workspace.
+inline std::size_t entry_bytes(const Args& args, const Dims& dims) {
+  if (!args.state_positions || entries_in_place(args)) return 0;
+  return sizeof(float) * dims.num_sequences * dims.npositions * dims.nheads * dims.headdim * dims.dstate;
+}
+
+// state_positions, and states [num_sequences, count, h, p, n] of any dtype to be left there.
+inline Positions positions_in(const Tensor& at, const Tensor& states) {
+  return {at.data,     at.dtype == DType::int64, at.stride[0],
+          at.stride[1], at.shape[1],              first_position(states),
+          states.stride[1] * size_of(states.dtype)};
+}
+
+inline Positions positions_of(const Args& args, const Dims& dims, void* workspace) {
+  if (!args.state_positions || dims.npositions == 0) return {};
+  if (entries_in_place(args)) return positions_in(args.state_positions, args.position_states);
+  return positions_in(args.state_positions,
+                      Tensor::contiguous(workspace, DType::float32,
+                                         {dims.num_sequences, dims.npositions, dims.nheads, dims.headdim, dims.dstate}));
 }
 
 // States in the workspace: one for each (sequence, segment).

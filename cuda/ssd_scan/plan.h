@@ -68,10 +68,4 @@ struct SegmentWorkspace {
   }
 };
 
-// A call with its segments, as the first pass and the combination take it.
-struct SegmentArgs : Inputs {
-  Segments segments;
-  SegmentWorkspace workspace;
-};
-
 }  // namespace statescan::ssd_scan

@@ -1,16 +1,14 @@
-// ssd_scan, the kernels around the main pass: two before it find the states that segments of a sequence start from (plan.h),
-// another the states at chosen tokens
-// Math     states:    u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a segment, and s[last] itself
-//          combine:   h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
-//          positions: h = exp(s[i]) h + sum_{j<=i} B[j] exp(s[i] - s[j]) dt[j] x[j] where it is asked for
+// ssd_scan, states without y: those that segments of a sequence start from (plan.h), or those that the caller asks for
+// Math     states:  u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a segment, and s[last] itself
+//                   or h = exp(s[last]) h + u over a whole sequence, from its initial state
+//          combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
 // Shapes   u, h [num_sequences, segments, h, p, n] float32
-// Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h; positions: as states, and
-//          write each h asked for
-// Launch   states, positions: a block for each (sequence, segment, tile of heads); combine: a thread for each element of h
+// Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h
+// Launch   states: a block for each (sequence, segment, tile of heads); combine: a thread for each element of h
 // Numerics as the main pass
 #pragma once
 
-#include "positions.cuh"
+#include "state.cuh"
 
 namespace statescan::ssd_scan {
 
@@ -34,11 +32,12 @@ struct SegmentLayout {
   }
 };
 
-// Walks the states of a segment. Without positions it starts from zero and leaves what the segment adds in p.final_state; with
-// them it starts as the main pass does and leaves the states there.
-template <class Policy, bool kAtPositions>
-__device__ void walk_states(const Params& p, int stages, char* memory) {
+// From p.start or zeros, to p.final_state, of every (sequence, segment).
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kThreads, 1)
+    ssd_scan_states_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
+  extern __shared__ __align__(16) char memory[];
   const SegmentLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
   const Task task = task_of(p.tasks);
   const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
@@ -47,13 +46,11 @@ __device__ void walk_states(const Params& p, int stages, char* memory) {
   const bool has_rows = head < task.heads;
   const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
 
+  const std::int64_t at = task.sequence * p.sequences.segments + task.segment;
   State<Policy> state{};
-  std::conditional_t<kAtPositions, PositionsOfWarp, Nowhere> elsewhere(p, task, walk, task.first_head + head, first_row);
-  if constexpr (kAtPositions)
-    if (has_rows && p.start.data) {
-      const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
-      load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
-    }
+  if (has_rows && p.start.data)
+    load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
+  const PositionsOfSequence positions(p.positions, task.sequence);
   const auto load_B = group_loader<Policy>(p.B, p, task, walk);
   const auto load_x = head_loader<Policy>(p.x, p, task, walk);
   const auto count_at = [&](std::int64_t start) {
@@ -76,7 +73,12 @@ __device__ void walk_states(const Params& p, int stages, char* memory) {
 
   int stage = 0, which = 0;
 #pragma unroll 1
-  for (std::int64_t start = 0; start < walk.length; start += kChunk) {
+  for (std::int64_t start = 0;; start += kChunk) {
+    const std::int64_t before = walk.before + min(start, walk.length);
+    if (has_rows)
+      leave_states<Policy>(state, positions, before, before + (start < walk.length ? count_at(start) : 1), p, task,
+                           task.first_head + head, first_row);
+    if (start >= walk.length) break;
     const bool is_last = start + kChunk >= walk.length;
     cute::cp_async_wait<0>();
     __syncthreads();
@@ -88,10 +90,7 @@ __device__ void walk_states(const Params& p, int stages, char* memory) {
     if (has_rows) {
       Columns<Policy> x;
       load_columns<Policy>(x, shared.x(stage), warp);
-      do {
-        const int tokens = elsewhere.next(start, count_at(start), kChunk);
-        update_state<Policy>(state, x, shared.B(stage), shared.steps(which, head), tokens, elsewhere);
-      } while (elsewhere.wanted());
+      update_state<Policy>(state, x, shared.B(stage), shared.steps(which, head));
     }
     if (stages == 1 && !is_last) {
       __syncthreads();
@@ -101,28 +100,10 @@ __device__ void walk_states(const Params& p, int stages, char* memory) {
     which = 1 - which;
   }
 
-  if constexpr (!kAtPositions) {
-    const std::int64_t at = task.sequence * p.sequences.segments + task.segment;
-    if (has_rows)
-      store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
-    if (has_steps && task.first_row == 0 && lane_id() == 0)
-      p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
-  }
-}
-
-// p.tasks.segments is one less than p.sequences.segments: what the last segment adds is of no use.
-template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, 1)
-    ssd_scan_segment_states_kernel(const __grid_constant__ Params p, int stages) {
-  extern __shared__ __align__(16) char memory[];
-  walk_states<Policy, false>(p, stages, memory);
-}
-
-template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, 1)
-    ssd_scan_position_states_kernel(const __grid_constant__ Params p, int stages) {
-  extern __shared__ __align__(16) char memory[];
-  walk_states<Policy, true>(p, stages, memory);
+  if (has_rows && p.final_state.data)
+    store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
+  if (has_steps && p.log2_decay && task.first_row == 0 && lane_id() == 0)
+    p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
 }
 
 struct CombineParams {

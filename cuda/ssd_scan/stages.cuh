@@ -20,4 +20,12 @@ int stages_of(int heads) {
   return Policy::kDType == DType::bfloat16 && Layout::bytes(2, heads) <= shared_memory() ? 2 : 1;
 }
 
+// Heads of a block, at most.
+template <class Policy, class Layout>
+int most_heads() {
+  int heads = Policy::kMaxHeads;
+  while (heads > 1 && Layout::bytes(1, heads) > shared_memory()) --heads;
+  return heads;
+}
+
 }  // namespace statescan::ssd_scan

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "discretise.cuh"
+#include "positions.cuh"
+#include "state_access.cuh"
 #include "tile.cuh"
 
 namespace statescan::ssd_scan {
@@ -27,24 +29,11 @@ __device__ void load_columns(Columns<Policy>& x, const TileOfRows<Policy>& sX, i
     for (int i = 0; i < Policy::kTermsOfInput; ++i) load_transposed(sX.at(i, 16 * k, warp * kRowsOfWarp), sX.kStride, x[k][i]);
 }
 
-// Where the state after some tokens of a chunk goes, besides to the next chunk.
-struct Nowhere {
-  static constexpr bool kPossible = false;
-  template <class... Any>
-  __device__ explicit Nowhere(const Any&...) {}
-  __device__ int next(std::int64_t, int, int all) const { return all; }
-  __device__ bool wanted() const { return false; }
-};
-
-// Keeps those of two tokens that lie before `count`. A weight of zero would not do: zero times NaN is NaN.
-inline __device__ Bits first_tokens(int count) { return count >= 2 ? ~0u : (count == 1 ? 0xffffu : 0u); }
-
-// state = decay state + sum_j weight[j] x[j] B[j] over the first `tokens` of the chunk: all of them to go on, fewer to tell
-// `elsewhere` the state at a token, which leaves `state` as it is. The products of a chunk are summed apart: the tensor core's
-// sums truncate, which would add up in a state of many chunks.
-template <class Policy, class Elsewhere>
+// state = decay state + sum_j to_end[j] x[j] B[j] over a chunk. The products of a chunk are summed apart: the tensor core's sums
+// truncate, which would add up in a state of many chunks.
+template <class Policy>
 __device__ void update_state(State<Policy>& state, const Columns<Policy>& x, const TileOfGroup<Policy>& sB,
-                             const Steps<Policy::kChunk>& steps, int tokens, const Elsewhere& elsewhere) {
+                             const Steps<Policy::kChunk>& steps) {
   constexpr int kTerms = Policy::kTerms, kBlocks = Policy::kChunk / 16;
   const int t = lane_id() % 4;
   Bits weighted[kBlocks][kTerms][4];
@@ -55,53 +44,37 @@ __device__ void update_state(State<Policy>& state, const Columns<Policy>& x, con
       Bits terms[Policy::kTermsOfInput], products[kTerms];
 #pragma unroll
       for (int i = 0; i < Policy::kTermsOfInput; ++i) terms[i] = x[k][i][r];
-      const int j = 16 * k + r % 2 * 8 + 2 * t;
-      const float2 v = join(terms);
-      float2 w = steps.pair(steps.to_end, j);
-      if constexpr (Elsewhere::kPossible)
-        if (tokens < Policy::kChunk) w = make_float2(steps.weight(j, tokens), steps.weight(j + 1, tokens));
-      const bool both = tokens == Policy::kChunk || j + 1 < tokens, one = both || j < tokens;
-      split(one ? v.x * w.x : 0.0f, both ? v.y * w.y : 0.0f, products);
+      const float2 v = join(terms), w = steps.pair(steps.to_end, 16 * k + r % 2 * 8 + 2 * t);
+      split(v.x * w.x, v.y * w.y, products);
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) weighted[k][i][r / 2 + r % 2 * 2] = products[i];
     }
-  const float decay = steps.from_start[tokens - 1];
-  constexpr int kSlab = 32;
+  const float decay = steps.from_start[Policy::kChunk - 1];
+  constexpr int kSlab = Policy::kDstate > 128 ? 32 : 64;
 #pragma unroll
   for (int n = 0; n < Policy::kDstate; n += kSlab) {
     float sum[kSlab / 8][4] = {};
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k)
 #pragma unroll
-      for (int half = 0; half < kSlab / 16; ++half)
+      for (int j = 0; j < Policy::kTermsOfInput; ++j) {
+        Bits b[kSlab / 16][4];
 #pragma unroll
-        for (int j = 0; j < Policy::kTermsOfInput; ++j) {
-          Bits b[4];
-          load_transposed(sB.at(j, 16 * k, n + 16 * half), sB.kStride, b);
-          if constexpr (Elsewhere::kPossible)
-            if (tokens < Policy::kChunk) {
+        for (int part = 0; part < kSlab / 16; ++part)
+          load_transposed(sB.at(j, 16 * k, n + 16 * part), sB.kStride, b[part]);
 #pragma unroll
-              for (int r = 0; r < 4; ++r) b[r] &= first_tokens(tokens - 16 * k - r % 2 * 8 - 2 * t);
+        for (int i = 0; i < kTerms; ++i)
+          if (counts<kTerms, Policy::kTermsOfInput>(i, j))
+#pragma unroll
+            for (int part = 0; part < kSlab / 16; ++part) {
+              multiply_add(sum[2 * part], weighted[k][i], b[part][0], b[part][1]);
+              multiply_add(sum[2 * part + 1], weighted[k][i], b[part][2], b[part][3]);
             }
+      }
 #pragma unroll
-          for (int i = 0; i < kTerms; ++i)
-            if (counts<kTerms, Policy::kTermsOfInput>(i, j)) {
-              multiply_add(sum[2 * half], weighted[k][i], b[0], b[1]);
-              multiply_add(sum[2 * half + 1], weighted[k][i], b[2], b[3]);
-            }
-        }
+    for (int q = 0; q < kSlab / 8; ++q)
 #pragma unroll
-    for (int q = 0; q < kSlab / 8; ++q) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[q][e] = fmaf(decay, state[n / 8 + q][e], sum[q][e]);
-      if constexpr (Elsewhere::kPossible)
-        if (elsewhere.wanted()) {
-          elsewhere.store(n / 8 + q, sum[q]);
-          continue;
-        }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) state[n / 8 + q][e] = sum[q][e];
-    }
+      for (int e = 0; e < 4; ++e) state[n / 8 + q][e] = fmaf(decay, state[n / 8 + q][e], sum[q][e]);
   }
 }
 
@@ -115,47 +88,53 @@ struct StatePlace {
         rows(static_cast<int>((first_row + lane_id() / 4 < p.headdim) + (first_row + lane_id() / 4 + 8 < p.headdim))) {}
 };
 
-template <class Policy>
-__device__ void load_state(State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
+// Calls visit(pair of columns, row, address, columns left from there on) for the lane's part of a state.
+template <class Policy, class Visit>
+__device__ void for_each_pair(const StateView& t, const StatePlace& place, std::int64_t dstate, Visit visit) {
 #pragma unroll
-  for (int q = 0; q < Policy::kDstate / 8; ++q) {
-    const std::int64_t n = 8 * q + lane_id() % 4 * 2;
+  for (int q = 0; q < Policy::kDstate / 8; ++q)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const char* from = place.row + 8 * r * t.row + n * t.column;
-      float2 v = {0.0f, 0.0f};
-      if (t.pairs) {
-        if (r < place.rows && n < dstate) v = *reinterpret_cast<const float2*>(from);
-      } else {
-        if (r < place.rows && n < dstate) v.x = cuda::load_element(from, t.dtype);
-        if (r < place.rows && n + 1 < dstate) v.y = cuda::load_element(from + t.column, t.dtype);
-      }
-      state[q][2 * r] = v.x;
-      state[q][2 * r + 1] = v.y;
+      const std::int64_t n = 8 * q + lane_id() % 4 * 2;
+      visit(q, r, place.row + 8 * r * t.row + n * t.column, r < place.rows ? dstate - n : 0);
     }
-  }
 }
 
-// Columns 8q.. of the state.
-inline __device__ void store_columns(const float (&v)[4], const StateView& t, const StatePlace& place, int q,
-                                     std::int64_t dstate) {
-  const std::int64_t n = 8 * q + lane_id() % 4 * 2;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    char* to = place.row + 8 * r * t.row + n * t.column;
-    if (t.pairs) {
-      if (r < place.rows && n < dstate) *reinterpret_cast<float2*>(to) = make_float2(v[2 * r], v[2 * r + 1]);
-    } else {
-      if (r < place.rows && n < dstate) cuda::store_element(to, t.dtype, v[2 * r]);
-      if (r < place.rows && n + 1 < dstate) cuda::store_element(to + t.column, t.dtype, v[2 * r + 1]);
-    }
-  }
+template <class Policy>
+__device__ void load_state(State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
+  const auto load = [&]<bool kPairs> {
+    for_each_pair<Policy>(t, place, dstate, [&](int q, int r, const char* from, std::int64_t left) {
+      const float2 v = load_pair<kPairs>(from, t, left);
+      state[q][2 * r] = v.x;
+      state[q][2 * r + 1] = v.y;
+    });
+  };
+  if (t.pairs) load.template operator()<true>();
+  else load.template operator()<false>();
 }
 
 template <class Policy>
 __device__ void store_state(const State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
-#pragma unroll
-  for (int q = 0; q < Policy::kDstate / 8; ++q) store_columns(state[q], t, place, q, dstate);
+  const auto store = [&]<bool kPairs> {
+    for_each_pair<Policy>(t, place, dstate, [&](int q, int r, char* to, std::int64_t left) {
+      store_pair<kPairs>(to, t, left, make_float2(state[q][2 * r], state[q][2 * r + 1]));
+    });
+  };
+  if (t.pairs) store.template operator()<true>();
+  else store.template operator()<false>();
+}
+
+// Leaves the state for the positions among tokens [begin, end).
+template <class Policy>
+__device__ void leave_states(const State<Policy>& state, const PositionsOfSequence& positions, std::int64_t begin,
+                             std::int64_t end, const Params& p, const Task& task, std::int64_t head, std::int64_t first_row) {
+  positions.take(begin, end, [&](std::int64_t entry) {
+    int row = static_cast<int>(first_row);
+    asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
+    StatePlace place(p.positions.entries, p, task.sequence, head, row);
+    place.row += entry;
+    store_state<Policy>(state, p.positions.entries, place, p.dstate);
+  });
 }
 
 }  // namespace statescan::ssd_scan

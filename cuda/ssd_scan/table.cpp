@@ -6,6 +6,7 @@
 #include "../common/tma.h"
 #include "fused_plan.h"
 #include "general_launch.h"
+#include "recurrent.h"
 
 namespace statescan::ssd_scan {
 
@@ -14,14 +15,18 @@ void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, Str
 
 namespace {
 
+std::string why_not_dstate(const Dims& dims, std::int64_t most) {
+  return dims.dstate <= most ? "" : "takes dstate up to " + std::to_string(most) + ", got " + std::to_string(dims.dstate);
+}
+
 FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
 }
 
 std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
-  if (args.state_positions) return "gives no states at positions";
-  if (dims.dstate > 128) return "takes dstate up to 128, got " + std::to_string(dims.dstate);
+  if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
+  if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
     return "needs at least one sequence, token, channel and state";
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // tokens are coordinates of boxes, tasks are counted
@@ -33,7 +38,7 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   return "";
 }
 
-std::size_t fused_workspace(const Args& args, const Dims& dims) { return fused_plan_of(args, dims).workspace_bytes(); }
+std::size_t fused_workspace(const Args& args, const Dims& dims) { return fused_plan_of(args, dims).workspace_bytes() + entry_bytes(args, dims); }
 
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
@@ -58,24 +63,40 @@ auto with_policy(const Args& args, const Dims& dims, Visit visit) {
 
 std::string why_not_general(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
-  return dims.dstate <= kMaxDstate
-             ? ""
-             : "takes dstate up to " + std::to_string(kMaxDstate) + ", got " + std::to_string(dims.dstate);
+  return why_not_dstate(dims, kMaxDstate);
 }
 
 std::size_t general_workspace(const Args& args, const Dims& dims) {
-  return with_policy(args, dims, [&]<class P>(P) { return SegmentWorkspace::bytes(dims, general_segments<P>(args, dims)); });
+  return with_policy(args, dims, [&]<class P>(P) { return workspace_bytes(args, dims, general_segments<P>(args, dims)); });
 }
 
 void general(const Args& args, const Dims& dims, Stream stream) {
   with_policy(args, dims, [&]<class P>(P) { launch_general<P>(args, dims, stream); });
 }
 
+std::string why_not_quadratic(const Args& args, const Dims& dims) {
+  if (args.mode != SsdMode::quadratic) return "computes a sequence as one chunk";
+  return why_not_dstate(dims, kMaxDstate);
+}
+
+void quadratic(const Args& args, const Dims& dims, Stream stream) {
+  with_policy(args, dims, [&]<class P>(P) { launch_quadratic<P>(args, dims, stream); });
+}
+
+std::string why_not_recurrent(const Args& args, const Dims& dims) {
+  if (args.mode != SsdMode::recurrent) return "computes token by token";
+  return why_not_dstate(dims, kRecurrentDstate);
+}
+
+std::size_t no_workspace(const Args&, const Dims&) { return 0; }
+
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
     {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>},
     {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::bfloat16>},
 #endif
+    {"recurrent", kReal, cuda::kSm80AndNewer, why_not_recurrent, no_workspace, launch_recurrent},
+    {"quadratic", kReal, cuda::kSm80AndNewer, why_not_quadratic, entry_bytes, quadratic},
     {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general},
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
