@@ -149,16 +149,24 @@ def gate(expected, dtype):
     return max(1e-5, 1.5 * relative_error(rounded(expected, dtype), expected))
 
 
-def assert_accurate(got, expected, name, dtype=None, reachable=None):
+def dithered(expected, dtype, rng):
+    """The exact result with another draw of such rounding errors: rounded to a grid that is shifted at random."""
+    _, exponent = np.frexp(expected)
+    spacing = np.ldexp(float(ml_dtypes.finfo(DTYPES[dtype]).eps), exponent - 1)
+    return expected + spacing * rng.uniform(-0.5, 0.5, expected.shape)
+
+
+def assert_accurate(got, expected, name, dtype=None, reachable=()):
     """`got` against the exact result, by the gate of its own dtype, or of a coarser one. `reachable`: what exact arithmetic comes
-    to when it rounds wherever the op says that it stores a value; the gate is then 1.5 times the error of that."""
+    to when it rounds wherever the op says that it stores a value, drawn more than once, since a sum of a few heads takes its
+    error from few numbers; the gate is then 1.5 times the largest error of these."""
     assert got.shape == expected.shape, f"{name} has shape {got.shape}; expected {expected.shape}"
     assert np.all(np.isfinite(exact(got))), f"{name} is not finite"
     limit = gate(expected, dtype_name(got))
     if dtype is not None:
         limit = max(limit, gate(expected, dtype))
-    if reachable is not None:
-        limit = max(limit, 1.5 * relative_error(rounded(reachable, dtype_name(got)), expected))
+    for value in reachable:
+        limit = max(limit, 1.5 * relative_error(rounded(value, dtype_name(got)), expected))
     error = relative_error(got, expected)
     assert error <= limit, f"{name} ({dtype_name(got)}): relative error {error:.3g} above {limit:.3g}"
 

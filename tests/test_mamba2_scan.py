@@ -240,7 +240,7 @@ class TestBackward(GradientContract):
         dict(nheads=1, ngroups=1),
         dict(nheads=3, ngroups=3),
         dict(nheads=8, ngroups=2),
-        dict(nheads=2, headdim=64, dstate=128, ngroups=1, seqlen=70),
+        dict(nheads=8, headdim=64, dstate=128, ngroups=1, seqlen=70),
         dict(dstate=1),
         dict(dstate=96),
         dict(headdim=1),
