@@ -1,24 +1,20 @@
 // mamba2_update in one launch
-// Math     [z | xBC | dt] = zxbcdt; xBC = silu(conv(xBC)); state = exp(dt A) state + dt B x, y = C . state + D x; y = norm(y,
-// z);
+// Math     [z | xBC | dt] = zxbcdt; xBC = silu(conv(xBC)); state = exp(dt A) state + dt B x; y = norm(C . state + D x, z);
 //          both states move on
 // Shapes   zxbcdt [b, d_inner + conv_dim + h]; conv_state [slots,conv_dim,w-1]; state [slots,h,p,n]; y [b,d_inner]
 // Traffic  read and write the states once: 2*b*h*p*n + 2*b*conv_dim*(w-1) elements; floor: that over 3.0 TB/s. Every block
-// makes
-//          B and C of its group for itself, from the caches
+//          makes B and C of its group for itself, from the caches
 // Launch   blocks of 256 threads, each with some of a row's units of 32 channels: first the convolutions and gates of all of
 //          them, then unit by unit the states, the next unit's on their way while one is worked on. The norm needs all of a
-//          row: its blocks are a cluster, or with few rows the whole grid waits for all
-// Numerics float32; a lane adds up its states in order, a team as a tree, the squares of a unit as a tree, units of a norm
-// group
-//          as a tree: the bits of a row depend on the row alone
+//          row: the whole grid waits for all
+// Numerics float32; a lane adds up its states in order, a team as a tree, the squares of a unit as a tree, units of a
+//          norm group as a tree: the bits of a row depend on the row alone
 #pragma once
 
 #include <cooperative_groups.h>
 
 #include <statescan/math.h>
 
-#include "../common/cluster.cuh"
 #include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "params.h"
@@ -111,7 +107,6 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksOfMultiproces
   const std::uint32_t end = begin + p.units_of_block < p.units ? begin + p.units_of_block : p.units;
   const int thread = threadIdx.x, lane = thread % kLanes, team = thread / kLanes, warp = thread / kWarp, own = thread % kWarp;
   const std::int64_t d_inner = std::int64_t{p.units} * kUnit;
-  cuda::wait_for_earlier_kernels();
   cuda::let_next_kernel_in();
   const std::int64_t slot = slot_of(p, row);
   const bool is_padding = slot < 0;
@@ -212,8 +207,7 @@ __global__ void __launch_bounds__(Policy::kThreads, Policy::kBlocksOfMultiproces
   }
 
   // Now all of the row is known, and nobody reads the convolution's state any more.
-  if (p.is_cluster) cuda::sync_cluster();
-  else cooperative_groups::this_grid().sync();
+  cooperative_groups::this_grid().sync();
 
   for (std::uint32_t unit = begin + warp; unit < end; unit += kThreads / kWarp) {
     const int i = static_cast<int>(unit - begin) * kUnit + own;

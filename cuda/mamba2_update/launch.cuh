@@ -28,7 +28,6 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
   params.units_of_norm = static_cast<std::uint32_t>(dims.norm_group_size / kUnit);
   params.slots = dims.slots;
   params.width = static_cast<int>(dims.width);
-  params.is_cluster = blocks.is_cluster;
   params.has_norm = static_cast<bool>(args.norm_weight);
   params.norm_before_gate = args.norm_before_gate;
   params.dt_softplus = args.dt_softplus;
@@ -56,9 +55,7 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
   params.squares = static_cast<float*>(args.workspace.data);
   cuda::LaunchShape shape{.blocks = dims.batch * blocks.of_row, .threads = Policy::kThreads};
   shape.shared_bytes = static_cast<int>(blocks.units * (kPerChannel * kUnit + kPerUnit) * sizeof(float));
-  shape.early = blocks.is_cluster;  // a cooperative launch cannot be
-  if (blocks.is_cluster) shape.cluster = static_cast<int>(blocks.of_row);
-  else shape.cooperative = true;
+  shape.cooperative = true;
   cuda::launch("mamba2_update_kernel", mamba2_update_kernel<Policy>, shape, stream, params);
 }
 

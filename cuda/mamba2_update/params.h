@@ -17,7 +17,6 @@ struct Params {
   std::uint32_t headdim, heads_of_group, ngroups, units_of_norm;
   std::int64_t slots;
   int width;
-  bool is_cluster;  // the blocks of a row are a cluster; else they wait for the whole grid
   bool has_norm, norm_before_gate, dt_softplus;
   float dt_min, dt_max, eps, mean_scale;
   const void* indices;  // null: row i has slot i

@@ -27,19 +27,15 @@ bool with_policy(DType state, std::int64_t dstate, Visit visit) {
 std::string why_not_one_launch(const Args& args, const Dims& dims) {
   const int device = args.zxbcdt.device.index;
   if (!cuda::has_sm90_code(cuda::compute_capability(device))) return "needs a build for sm_90 or newer";
-  if (dims.batch == 0) return "needs rows";
+  if (dims.batch == 0 || dims.batch > kMostRows)
+    return "takes 1 to " + std::to_string(kMostRows) + " rows, got " + std::to_string(dims.batch);
   if (dims.ntokens != 1) return "takes one token, got " + std::to_string(dims.ntokens);
   if (dims.headdim % kUnit != 0) return "needs a headdim of a multiple of 32, got " + std::to_string(dims.headdim);
   if (args.norm_weight && dims.norm_group_size % kUnit != 0)
     return "needs norm groups of a multiple of 32 channels, got " + std::to_string(dims.norm_group_size);
-  bool fits = false;
-  const bool known = with_policy(args.state.dtype, dims.dstate, [&]<class P> {
-    const Blocks blocks = blocks_of(dims, P::kBlocksOfMultiprocessor);
-    fits = blocks.is_cluster || cuda::multiprocessors(device) >= kMultiprocessors;
-  });
-  if (!known)
+  if (!with_policy(args.state.dtype, dims.dstate, []<class P> {}))
     return "takes a dstate of 32 to 256 that 16-byte runs of 8, 16 or 32 lanes hold, got " + std::to_string(dims.dstate);
-  if (!fits) return "needs " + std::to_string(kMultiprocessors) + " multiprocessors for a batch below 16";
+  if (cuda::multiprocessors(device) < kMultiprocessors) return "needs " + std::to_string(kMultiprocessors) + " multiprocessors";
   return cuda::why_not_runs("state", args.state, 3, 16 / size_of(args.state.dtype));
 }
 
