@@ -363,6 +363,27 @@ def test_fake_results_are_like_real_ones(rng, device, op, dtype):
             assert (one.shape, one.dtype, one.stride(), one.device) == (other.shape, other.dtype, other.stride(), other.device)
 
 
+@pytest.mark.parametrize("op", (cases.CAUSAL_CONV1D, cases.SELECTIVE_SCAN), ids=lambda op: op.name)
+def test_channels_first_stays_channels_first(rng, device, op):
+    """What comes out is laid out as what it follows, and torch.compile is told so."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = tensors(op.inputs(rng), device)
+    for name in {"x", "dt", "z"} & inputs.keys():
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    y = call(op, inputs)[0]
+    mode = FakeTensorMode()
+    with mode:
+        fake = call(op, {name: mode.from_tensor(value) for name, value in inputs.items()})[0]
+    assert y.stride() == fake.stride() == inputs["x"].stride()
+    inputs = {name: value.requires_grad_() if value.is_floating_point() else value for name, value in inputs.items()}
+    with implemented():
+        call(op, inputs)[0].sum().backward()
+    for name in {"x", "dt", "z"} & inputs.keys():
+        assert inputs[name].grad.stride() == inputs[name].stride()
+    opcheck(getattr(torch.ops.statescan, op.name).default, positional(op, inputs, {"dt_softplus": True} | op.options))
+
+
 @pytest.mark.parametrize("options", ({"complex_A": True}, {"sequences": 4, "batch": 1}), ids=("complex", "packed"))
 def test_fake_states_of_selective_scan(rng, device, options):
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -69,9 +69,11 @@ class __attribute__((visibility("hidden"))) Call {
     return {};
   }
 
-  // The same in the layout of x, [b,l,d].
+  // The same in the layout of what it differentiates, [b,l,d].
   Tensor gradient_as_laid_out(const char* name, const Tensor& of) {
-    return wants_next() ? out_as_laid_out(name, nb::none(), of) : Tensor{};
+    if (of) return wants_next() ? out_as_laid_out(name, nb::none(), of) : Tensor{};
+    results_[result_count_++] = nb::none();
+    return {};
   }
 
   // Runs the op and returns its outputs: none as None, one alone, several as a tuple.

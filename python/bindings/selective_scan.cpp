@@ -37,7 +37,7 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
   args.state_positions = call.in("state_positions", state_positions);
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.y = call.out_like("out", out, args.x, args.x.dtype);
+  args.y = call.out_as_laid_out("out", out, args.x);
   const DType state_dtype = d.complex_A ? args.A.dtype : parameter_dtype(args.x);
   if (return_final_state || !final_state_out.is_none())
     args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.dim, d.dstate}, state_dtype);
@@ -63,13 +63,13 @@ nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb:
   args.batch_invariant = batch_invariant;
   const auto d = validate(args);
   if (plan_only) return Call::describe(args, d);
-  args.dx = call.gradient("dx", args.x);
-  args.ddt = call.gradient("ddt", args.dt);
+  args.dx = call.gradient_as_laid_out("dx", args.x);
+  args.ddt = call.gradient_as_laid_out("ddt", args.dt);
   args.dA = call.gradient("dA", args.A);
   args.dB = call.gradient("dB", args.B);
   args.dC = call.gradient("dC", args.C);
   args.dD = call.gradient("dD", args.D);
-  args.dz = call.gradient("dz", args.z);
+  args.dz = call.gradient_as_laid_out("dz", args.z);
   args.ddt_bias = call.gradient("ddt_bias", args.dt_bias);
   args.dinitial_state = call.gradient("dinitial_state", args.initial_state);
   return call.run(args, d);

@@ -57,6 +57,13 @@ def _on_exportable(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: kernel(*(arg.detach() if isinstance(arg, Tensor) and arg.requires_grad else arg for arg in args))
 
 
+def _empty_as_laid_out(like: Tensor) -> Tensor:
+    """What the kernels that answer channels first with channels first make of a [batch, seqlen, dim] tensor."""
+    if like.shape[1] > 1 and like.stride(1) == 1 and like.stride(2) >= like.shape[1]:
+        return like.new_empty((like.shape[0], like.shape[2], like.shape[1])).transpose(1, 2)
+    return like.new_empty(like.shape)
+
+
 class _Operator:
     """An op of the library as an operator of torch: its schema, its fake and what autocast does to its arguments."""
 
@@ -69,6 +76,7 @@ class _Operator:
         narrow: str,
         wide: str,
         constant: str,
+        laid_out: str = "",
     ) -> None:
         self.name = name
         declared = [argument.split() for argument in arguments.split(", ")]
@@ -79,6 +87,7 @@ class _Operator:
         self._narrow, self._wide, self._constant = (
             [self.names.index(n) for n in group.split()] for group in (narrow, wide, constant)
         )
+        self._laid_out = laid_out.split()
         self._kernel = _on_exportable(getattr(_C, name))
         returned = ", ".join(["Tensor"] * len(asked))
         _library.define(f"{name}({arguments}) -> ({returned})", tags=(torch.Tag.pt2_compliant_tag,))
@@ -127,6 +136,8 @@ class _Operator:
             main.new_empty(shape if wanted else 0, dtype=dtype)
             for wanted, (shape, dtype) in zip(self._results_asked(args), kinds)
         )
+        if self._laid_out:
+            results = (_empty_as_laid_out(main), *results[1:])
         return results if len(results) > 1 else results[0]
 
     def _autocast(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -170,6 +181,7 @@ class Op(_Operator):
         like: of a gradient whose argument the backward does not take, an argument of the same shape and dtype that it takes.
         narrow, wide: what autocast turns into its dtype, and what into float32; the first of `narrow` decides the device.
         constant: of `narrow`, what is a parameter, and wide, when it has two axes.
+        laid_out: arguments whose gradients have their layout; the first result has that of the first of them.
     """
 
     def __init__(
@@ -185,8 +197,9 @@ class Op(_Operator):
         narrow: str,
         wide: str = "",
         constant: str = "",
+        laid_out: str = "",
     ) -> None:
-        super().__init__(name, arguments, results, asked, narrow, wide, constant)
+        super().__init__(name, arguments, results, asked, narrow, wide, constant, laid_out)
         self._plan_backward(backward.split(), gradients.split(), like or {})
         self._define_backward()
         register_autograd(f"statescan::{name}", self._backward_dispatched, setup_context=self._setup_context, lib=_library)
@@ -220,6 +233,7 @@ class Op(_Operator):
         self._saves_result = first_result in arguments
         sources = [*saved, *([first_result] if self._saves_result else []), *options, *self._cotangents]
         self._assembled = _picker([sources.index(n) for n in arguments])
+        self._gradients = gradients
         self._differentiated = [self.names.index(n) for n in gradients]
         self._like = [arguments.index(like.get(n, n)) for n in gradients]
         self._main = arguments.index(like.get(gradients[0], gradients[0]))
@@ -234,13 +248,18 @@ class Op(_Operator):
         _library.define(f"{name}({self._backward_arguments}, int wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
         self._backward_overload = getattr(torch.ops.statescan, name).default
 
+        laid_out = [position for position, n in zip(self._like, self._gradients) if n in self._laid_out]
+
         def run(*args: Any) -> list[Tensor]:
             made = zip(self._backward_kernel(*args), self._like)
             return [gradient.to(args[like].dtype) for gradient, like in made if gradient is not None]  # state_scan's is wide
 
         def fake(*args: Any) -> list[Tensor]:
-            likes = (args[position] for bit, position in enumerate(self._like) if args[-1] >> bit & 1)
-            return [like.new_empty(like.shape) for like in likes]
+            return [
+                _empty_as_laid_out(args[position]) if position in laid_out else args[position].new_empty(args[position].shape)
+                for bit, position in enumerate(self._like)
+                if args[-1] >> bit & 1
+            ]
 
         def backward(ctx: Any, *_: Any) -> None:
             raise NotImplementedError(f"{self.name}: second derivatives are not available; its gradient has no gradient")

@@ -27,6 +27,7 @@ _OP = Op(
     gradients="x weight bias initial_state",
     narrow="x",
     wide="weight bias initial_state",
+    laid_out="x",
 )
 
 

@@ -33,6 +33,7 @@ _OP = Op(
     narrow="x B C z",
     wide="A D dt_bias",
     constant="B C",
+    laid_out="x dt z",
 )
 
 
