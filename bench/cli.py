@@ -20,6 +20,7 @@ OPS = (
     "gated_rms_norm",
     "gated_rms_norm_backward",
     "mamba2_scan",
+    "mamba2_scan_backward",
     "causal_conv1d_update",
     "selective_state_update",
     "mamba2_update",

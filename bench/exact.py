@@ -44,11 +44,11 @@ def gated_norm(x: np.ndarray, z: np.ndarray, weight: np.ndarray, eps: float = 1e
     return v / np.sqrt(np.mean(v * v, axis=-1, keepdims=True) + eps) * weight
 
 
-def mamba2_block(a: dict[str, np.ndarray], zxbcdt: np.ndarray, d: dict[str, int], conv_state: Any = None, state: Any = None):
-    """A whole block on the tokens zxbcdt [l,m] of one sequence with one group: y [l,d_inner] and the state [h,p,n]."""
+def mamba2_scanned(a: dict[str, np.ndarray], zxbcdt: np.ndarray, d: dict[str, int], conv_state: Any = None, state: Any = None):
+    """A block up to its norm, on the tokens zxbcdt [l,m] of one sequence with one group: y [l,d_inner] and the state [h,p,n]."""
     heads, headdim, dstate = d["nheads"], d["headdim"], d["dstate"]
     inner = heads * headdim
-    z, xbc, dt = np.split(zxbcdt, [inner, 2 * inner + 2 * dstate], axis=1)
+    _, xbc, dt = np.split(zxbcdt, [inner, 2 * inner + 2 * dstate], axis=1)
     xbc = conv(xbc, a["conv_weight"], a["conv_bias"], conv_state)
     x, B, C = np.split(xbc, [inner, inner + dstate], axis=1)
     dt = softplus(dt + a["dt_bias"])
@@ -56,5 +56,10 @@ def mamba2_block(a: dict[str, np.ndarray], zxbcdt: np.ndarray, d: dict[str, int]
     each = lambda v: np.repeat(v, headdim, axis=-1)
     y, state = scan(x, each(dt), each(a["A"])[:, None], np.broadcast_to(B[:, None], rows), np.broadcast_to(C[:, None], rows),
                     None if state is None else state.reshape(inner, dstate))  # fmt: skip
-    y = gated_norm(y + each(a["D"]) * x, z, a["norm_weight"])
-    return y, state.reshape(heads, headdim, dstate)
+    return y + each(a["D"]) * x, state.reshape(heads, headdim, dstate)
+
+
+def mamba2_block(a: dict[str, np.ndarray], zxbcdt: np.ndarray, d: dict[str, int], conv_state: Any = None, state: Any = None):
+    """The whole block on the same: y [l,d_inner] and the state [h,p,n]."""
+    y, state = mamba2_scanned(a, zxbcdt, d, conv_state, state)
+    return gated_norm(y, zxbcdt[:, : y.shape[1]], a["norm_weight"]), state
