@@ -13,6 +13,7 @@ import statescan
 
 OPS = (
     "ssd_scan",
+    "ssd_scan_backward",
     "selective_scan",
     "state_scan",
     "causal_conv1d",

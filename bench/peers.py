@@ -26,7 +26,7 @@ AGREEMENT = {"float32": 2e-3, "bfloat16": 1e-2, "float16": 5e-3}
 class Peer:
     op: str
     name: str
-    call: Callable[[Arrays], torch.Tensor]  # the inputs of the benchmark, as torch tensors, to y
+    call: Callable[[Arrays], torch.Tensor]  # the inputs of the benchmark, as torch tensors, to its first output
 
 
 # ---- plain torch -------------------------------------------------------------------------------------------------------
@@ -104,6 +104,14 @@ def _mamba_ssd(a: Arrays) -> torch.Tensor:
     )
 
 
+def _mamba_ssd_backward(a: Arrays) -> torch.Tensor:
+    from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd as backward
+
+    out = a["dy"]  # without a gate the result of the forward is asked for its shape alone
+    inputs = (a["dy"], a["x"], a["dt"], a["A"], a["B"], a["C"], out)
+    return backward(*inputs, chunk_size=256, D=a["D"], dt_bias=a["dt_bias"], dt_softplus=True)[0]
+
+
 def _mamba_selective(a: Arrays) -> torch.Tensor:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -158,6 +166,7 @@ PLAIN = tuple(
 INSTALLED = {
     "mamba_ssm": (
         Peer("ssd_scan", "mamba-ssm", _mamba_ssd),
+        Peer("ssd_scan_backward", "mamba-ssm", _mamba_ssd_backward),
         Peer("selective_scan", "mamba-ssm", _mamba_selective),
         Peer("gated_rms_norm", "mamba-ssm", _mamba_norm),
         Peer("selective_state_update", "mamba-ssm", _mamba_update),
@@ -192,15 +201,15 @@ def _as_torch(arrays: Arrays) -> Arrays:
 def disagreement(peer: Peer, benchmark: Benchmark, case: Case, dtype: str, machine: Machine, arrays: Arrays) -> float:
     """The larger of the peer's relative errors, against the float64 sample and against our op. Keeps `arrays` as is."""
     device = machine.device
-    y = peer.call(harness.copy_of(_as_torch(arrays))).double().cpu().numpy()
+    result = peer.call(harness.copy_of(_as_torch(arrays))).double().cpu().numpy()
     exact_inputs = {name: device.get(a) for name, a in arrays.items()}
-    checks = [check for check in benchmark.expected(exact_inputs, case.sizes) if check.output == "y"]
-    worst = max(harness.relative_error(check.pick(y), check.value) for check in checks)
+    checks = [check for check in benchmark.expected(exact_inputs, case.sizes) if check.output == benchmark.outputs[0]]
+    worst = max(harness.relative_error(check.pick(result), check.value) for check in checks)
     try:
-        ours = harness.run_op(benchmark, harness.copy_of(arrays))["y"]
+        ours = harness.run_op(benchmark, harness.copy_of(arrays))[benchmark.outputs[0]]
     except NotImplementedError:
         return worst
-    return max(worst, harness.relative_error(y, device.get(ours)))
+    return max(worst, harness.relative_error(result, device.get(ours)))
 
 
 @torch.no_grad()

@@ -361,6 +361,71 @@ def test_selective_scan_past_2_31(rng):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dtype,headdim,dstate,row", (("bfloat16", 40, 24, "ahead_bfloat16"), ("bfloat16", 40, 20, "general"),
+                                                      ("bfloat16", 20, 24, "general"), ("float32", 40, 24, "general")))  # fmt: skip
+def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate, row):
+    made = cases.SSD_SCAN_BACKWARD.inputs(rng, dtype, headdim=headdim, dstate=dstate)
+    inputs = {name: DEVICES[1].put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs)[:2] == ("cuda", row)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype,dstate", (("float32", 40), ("float16", 136), ("float16", 12), ("bfloat16", 20)))
+def test_vectors_and_elements_of_ssd_scan_backward_give_the_same_bits(rng, dtype, dstate):
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made = op.inputs(rng, dtype, seqlen=150, headdim=40, dstate=dstate)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    one, other = (
+        statescan.ssd_scan_backward(**arrays, dt_softplus=True)
+        for arrays in (inputs, {name: gapped(value) for name, value in inputs.items()})
+    )
+    for name, a, b in zip(op.gradients, one, other):
+        assert_same_bits(gpu.get(b), gpu.get(a), f"d{name}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("lengths", (None, [3, 1600, 0, 97, 200]), ids=str)
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_backward_in_segments(rng, dtype, lengths, reverse):
+    """Few long sequences are walked in segments at the same time, never with batch_invariant."""
+    sizes = dict(batch=1, seqlen=2000, nheads=4, ngroups=2, headdim=24, dstate=32)
+    inputs = cases.SSD_SCAN_BACKWARD.inputs(rng, dtype, **sizes, sequences=len(lengths or [0]))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    for batch_invariant in (False, True):
+        cases.SSD_SCAN_BACKWARD.check(DEVICES[1], inputs, **options, batch_invariant=batch_invariant)
+
+
+@needs_gpu
+@pytest.mark.parametrize("ngroups", (1, 2, 12))
+@pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
+def test_backward_in_parts(rng, dtype, ngroups):
+    """Kept states of all heads would be larger than x: the heads go through the kernels one part after the other."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made = op.inputs(rng, dtype, batch=2, seqlen=500, nheads=12, ngroups=ngroups, headdim=64, dstate=128)
+    plan = statescan.plan("ssd_scan_backward", **{name: gpu.put(value) for name, value in made.items()})
+    chunk, kept = {"bfloat16": (64, 2), "float16": (64, 4), "float32": (32, 4)}[dtype]
+    everything = 2 * kept * 2 * -(-500 // chunk) * 12 * 64 * 128
+    assert plan.workspace_bytes < everything
+    op.check(gpu, made, dt_softplus=True)
+
+
+@needs_gpu
+def test_backward_keeps_less_than_one_and_a_half_times_x():
+    import torch
+
+    x, dt = torch.empty(2, 4096, 64, 64, device="cuda", dtype=torch.bfloat16), torch.empty(2, 4096, 64, device="cuda")
+    A, D = torch.empty(64, device="cuda"), torch.empty(64, device="cuda")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for ngroups in (1, 8):
+            B = torch.empty(2, 4096, ngroups, 128, device="cuda", dtype=dtype)
+            plan = statescan.plan("ssd_scan_backward", x.to(dtype), dt, A, B, B, x.to(dtype), D=D)
+            assert plan.workspace_bytes <= 1.5 * x.numel() * dtype.itemsize
+
+
+@needs_gpu
 @pytest.mark.parametrize("width,dim,seqlen,row", ((4, 8, 5, "channels_w4"), (3, 8, 5, "channels"), (4, 5, 7, "strided")))
 def test_every_row_of_convolutions_is_reachable(width, dim, seqlen, row):
     import torch

@@ -4,6 +4,7 @@
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
 #include "../common/tma.h"
+#include "bwd_policy.h"
 #include "fused_plan.h"
 #include "general_launch.h"
 #include "recurrent.h"
@@ -90,6 +91,45 @@ std::string why_not_recurrent(const Args& args, const Dims& dims) {
 
 std::size_t no_workspace(const Args&, const Dims&) { return 0; }
 
+// Calls `visit` with the policy of the backward kernels for a call.
+template <States states, class Visit>
+auto with_backward_policy(const BackwardArgs& args, const Dims& dims, Visit visit) {
+  if constexpr (states == States::one_term) {
+    if (dims.dstate <= 64) return visit(BackwardPolicy<DType::bfloat16, 64, states>());
+    if (dims.dstate <= 128) return visit(BackwardPolicy<DType::bfloat16, 128, states>());
+    return visit(BackwardPolicy<DType::bfloat16, kMaxDstate, states>());
+  } else {
+    const auto with_dstate = [&]<DType dtype> {
+      if (dims.dstate <= 128) return visit(BackwardPolicy<dtype, 128, states>());
+      return visit(BackwardPolicy<dtype, kMaxDstate, states>());
+    };
+    if (args.x.dtype == DType::float32) return with_dstate.template operator()<DType::float32>();
+    if (args.x.dtype == DType::float16) return with_dstate.template operator()<DType::float16>();
+    return visit(BackwardPolicy<DType::bfloat16, kMaxDstate, states>());  // rare: what cannot be accessed as vectors
+  }
+}
+
+std::string why_not_backward(const BackwardArgs&, const Dims& dims) { return why_not_dstate(dims, kMaxDstate); }
+
+std::string why_not_ahead(const BackwardArgs& args, const Dims& dims) {
+  if (std::string reason = why_not_dstate(dims, kMaxDstate); !reason.empty()) return reason;
+  for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"dy", &args.dy}})
+    if (std::string reason = cuda::why_not_runs(name, *tensor, 3, 8); !reason.empty()) return reason;
+  return "";
+}
+
+template <States states>
+std::size_t backward_workspace(const BackwardArgs& args, const Dims& dims) {
+  return with_backward_policy<states>(args, dims, [&]<class P>(P) {
+    return sizeof(float) * BackwardScratch(args, dims, backward_plan<P>(args, dims)).total;
+  });
+}
+
+template <States states>
+void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  with_backward_policy<states>(args, dims, [&]<class P>(P) { launch_backward<P>(args, dims, stream); });
+}
+
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
     {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>},
@@ -100,7 +140,12 @@ constexpr cuda::Row<Args, Dims> kForwardRows[] = {
     {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general},
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
-constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x};
+constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
+    {"ahead_bfloat16", just(DType::bfloat16), cuda::kSm80AndNewer, why_not_ahead, backward_workspace<States::one_term>,
+     backward<States::one_term>},
+    {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>},
+};
+constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x, kBackwardRows};
 
 }  // namespace
 

@@ -1,0 +1,114 @@
+#pragma once
+
+#include "bwd_kernel.cuh"
+#include "bwd_sums_kernel.cuh"
+#include "bwd_walk_kernel.cuh"
+#include "segment_kernel.cuh"
+#include "stages.cuh"
+
+namespace statescan::ssd_scan {
+
+inline void launch_split_sum(const float* sums, const BackwardPlan& plan, const Tensor& gradient, const Dims& d, Stream stream) {
+  if (!gradient || gradient.numel() == 0) return;
+  const SplitSumParams params{sums,     plan.splits,          gradient.numel(), d.seqlen, d.ngroups,
+                              d.dstate, token_view(gradient), gradient.dtype};
+  cuda::launch("ssd_scan_backward_split_sum_kernel", ssd_scan_backward_split_sum_kernel,
+               {divide_up(params.count, kSumThreads), kSumThreads}, stream, params);
+}
+
+// `columns` sums of `inner` values of each chunk.
+inline void launch_chunk_sum(const float* shares, const Sequences& sequences, const Tensor& gradient, std::int64_t inner,
+                             Stream stream) {
+  if (!gradient || gradient.numel() == 0) return;
+  const std::int64_t channels = gradient.ndim == 2 ? gradient.shape[1] : 1;
+  const ChunkSumParams params{sequences,
+                              shares,
+                              gradient.numel(),
+                              inner,
+                              channels,
+                              static_cast<char*>(gradient.data),
+                              gradient.stride[0] * 4,
+                              gradient.ndim == 2 ? gradient.stride[1] * 4 : 0};
+  cuda::launch("ssd_scan_backward_chunk_sum_kernel", ssd_scan_backward_chunk_sum_kernel,
+               {divide_up(params.columns, 32), kSumThreads}, stream, params);
+}
+
+inline void launch_clear(const BackwardParams& p, const BackwardArgs& args, const Dims& d, Stream stream) {
+  const ClearParams params{p.sequences,
+                           {p.dx, p.dz, p.dB, p.dC},
+                           {d.nheads, d.nheads, d.ngroups, d.ngroups},
+                           {d.headdim, d.headdim, d.dstate, d.dstate},
+                           p.ddt,
+                           d.nheads,
+                           args.x.dtype};
+  constexpr std::int64_t kMostBlocks = 1024;
+  if (d.seqlen > 0)
+    cuda::launch("ssd_scan_backward_clear_kernel", ssd_scan_backward_clear_kernel, {std::min(d.seqlen, kMostBlocks), kSumThreads},
+                 stream, params);
+}
+
+// What the segments of a walk add to the state becomes the state that they start from.
+inline void launch_combine(const BackwardParams& p, StateView initial, int walk, Stream stream) {
+  const std::int64_t size = p.headdim * p.dstate, tiles = divide_up(size, kCombineThreads);
+  if (tiles == 0) return;
+  if (initial.data) initial.data += p.first_head() * initial.head;
+  const CombineParams combine{initial,
+                              p.ends + walk * p.ends_of_walk() * size,
+                              p.decays + walk * p.ends_of_walk(),
+                              p.heads_of_part(),
+                              p.headdim,
+                              p.dstate,
+                              static_cast<std::uint32_t>(p.sequences.segments),
+                              static_cast<std::uint32_t>(tiles)};
+  cuda::launch("ssd_scan_segment_combine_kernel", ssd_scan_segment_combine_kernel,
+               {p.sequences.count * p.heads_of_part() * tiles, kCombineThreads}, stream, combine);
+}
+
+template <class Policy>
+void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
+  using Layout = BackwardLayout<Policy>;
+  const BackwardPlan plan = backward_plan<Policy>(args, d);
+  BackwardParams params = backward_params(args, d, plan);
+  // As many columns of headdim at a time as fit beside the rest.
+  int slice = Policy::kSlice, stages = Policy::kAhead ? 2 : 1;
+  if (Layout::bytes(stages, slice) > shared_memory()) stages = 1;
+  while (slice > 16 && Layout::bytes(stages, slice) > shared_memory()) slice -= 16;
+  const int bytes = Layout::bytes(stages, slice);
+  if (bytes > shared_memory())
+    fail<NotImplementedError>("ssd_scan_backward: ", name_of(args.x.dtype), " with dstate=", d.dstate, " needs ", bytes,
+                              " bytes of shared memory a block; this device has ", shared_memory());
+  params.stages = static_cast<std::uint32_t>(stages);
+  params.slice = static_cast<std::uint32_t>(slice);
+  params.slices = static_cast<std::uint32_t>(std::max<std::int64_t>(divide_up(d.headdim, slice), 1));
+  const std::int64_t row_tiles = divide_up(d.headdim, Policy::kSlice);
+  for (std::int64_t i = 0; i < plan.parts(d); ++i) {
+    params.part = plan.part(d, i);
+    params.is_first = i % plan.pieces == 0, params.is_last = (i + 1) % plan.pieces == 0;
+    const std::int64_t walks = 2 * d.num_sequences * params.heads_of_part() * row_tiles;
+    constexpr int kBytes = WalkLayout<Policy>::kBytes;
+    if (walks > 0) {
+      if (plan.segments > 1) {
+        cuda::launch("ssd_scan_backward_walk_kernel", ssd_scan_backward_walk_kernel<Policy>,
+                     {walks * (plan.segments - 1), Policy::kWalkThreads, kBytes}, stream, params, true);
+        launch_combine(params, params.start, 0, stream);
+        launch_combine(params, params.dfinal_state, 1, stream);
+      }
+      cuda::launch("ssd_scan_backward_walk_kernel", ssd_scan_backward_walk_kernel<Policy>,
+                   {walks * plan.segments, Policy::kWalkThreads, kBytes}, stream, params, false);
+    }
+    const std::int64_t blocks = plan.slots * params.part.groups * plan.splits;
+    if (blocks > 0)
+      cuda::launch("ssd_scan_backward_kernel", ssd_scan_backward_kernel<Policy>, {blocks, Policy::kThreads, bytes}, stream,
+                   params);
+  }
+  if (plan.splits > 1) {
+    launch_split_sum(params.dB_sums, plan, args.dB, d, stream);
+    launch_split_sum(params.dC_sums, plan, args.dC, d, stream);
+  }
+  launch_chunk_sum(params.dA_shares, params.sequences, args.dA, 1, stream);
+  launch_chunk_sum(params.ddt_bias_shares, params.sequences, args.ddt_bias, 1, stream);
+  launch_chunk_sum(params.dD_shares, params.sequences, args.dD, args.dD.ndim == 2 ? 1 : d.headdim, stream);
+  if (args.cu_seqlens) launch_clear(params, args, d, stream);
+}
+
+}  // namespace statescan::ssd_scan

@@ -1,0 +1,208 @@
+// ssd_scan backward, first kernel: the states that enter the chunks and the adjoints of the states that leave them
+// Math     h = exp(s[end]) h + sum_j exp(s[end] - s[j]) dt[j] x[j] B[j]^T, kept before each chunk, from the first chunk on
+//          G = exp(s[end]) G + sum_i exp(s[i]) g[i] C[i]^T, kept before each chunk, from the last chunk on; g = dy silu(z)
+// Shapes   h, G [p,n] of each head; kept [slots, heads of the part, p, n*], float32 or bfloat16
+// Traffic  x, dy, z and dt once, B and C once for each head (from the second cache, mostly); write the states and the adjoints
+// Launch   a block for each direction, sequence, segment, head of the part and 64 rows of p: a warp takes 16 rows and half of n,
+//          and one more warp finds the steps. Where that leaves multiprocessors idle a sequence is cut into segments, and the
+//          kernel runs twice: first for what each segment adds to the state, then, with those combined, from the right starts
+// Numerics as the forward: weighted x and g as sums of bfloat16 terms, chunks added up in float
+#pragma once
+
+#include "bwd_tile.cuh"
+#include "state.cuh"
+
+namespace statescan::ssd_scan {
+
+template <class Policy>
+struct WalkLayout {
+  using Group = Tile<Policy::kChunk, Policy::kDstate, Policy::kTermsOfInput>;
+  using Rows = Tile<Policy::kChunk, Policy::kSlice, Policy::kTerms>;
+  using ChunkSteps = Steps<Policy::kChunk>;
+  static constexpr int kStages = Policy::kAhead ? 2 : 1;  // only what goes past the registers is loaded beside the products
+  static constexpr int kStageBytes = Group::kBytes + Rows::kBytes;
+  static constexpr int kBytes = kStages * kStageBytes + 2 * sizeof(ChunkSteps);
+
+  char* base;
+  __device__ char* stage(std::int64_t i) const { return base + i % kStages * kStageBytes; }
+  __device__ Group group(std::int64_t i) const { return {reinterpret_cast<std::uint16_t*>(stage(i))}; }
+  __device__ Rows rows(std::int64_t i) const { return {reinterpret_cast<std::uint16_t*>(stage(i) + Group::kBytes)}; }
+  __device__ ChunkSteps& steps(std::int64_t i) const { return reinterpret_cast<ChunkSteps*>(base + kStages * kStageBytes)[i % 2]; }
+};
+
+// The columns of a warp, as a policy for State.
+template <class Policy>
+struct WalkColumns {
+  static constexpr int kDstate = Policy::kWalkColumns;
+};
+
+template <class Policy>
+using WalkState = State<WalkColumns<Policy>>;
+
+// state = decay state + sum_j weight[j] row[j] group[j]^T for 16 columns of the tile of rows, `row`.., and those of the warp from
+// `column` on. The products of a chunk are summed apart: the tensor core's sums truncate, which would add up over many chunks.
+template <class Policy, class Rows, class Group>
+__device__ void add_chunk(WalkState<Policy>& state, const Rows& rows, const Group& group, int row, int column, int terms,
+                          const float (&weights)[Policy::kChunk], float decay) {
+  constexpr int kTerms = Policy::kTerms, kBlocks = Policy::kBlocks;
+  Bits weighted[kBlocks][kTerms][4];
+#pragma unroll
+  for (int k = 0; k < kBlocks; ++k) {
+    Bits raw[kTerms][4] = {};
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i)
+      if (i < terms) load_A<Read::columns>(rows.at(i, 16 * k, row), Rows::kStride, raw[i]);
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      Bits of[kTerms], products[kTerms];
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) of[i] = raw[i][r];
+      const float2 v = join(of), w = *reinterpret_cast<const float2*>(&weights[16 * k + r / 2 * 8 + lane_id() % 4 * 2]);
+      split(v.x * w.x, v.y * w.y, products);
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) weighted[k][i][r] = products[i];
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < Policy::kWalkColumns; n += 16) {
+    Sum16 sum{};
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k)
+#pragma unroll
+      for (int j = 0; j < Policy::kTermsOfInput; ++j) {
+        Bits b[4];
+        load_B<Read::rows>(group.at(j, 16 * k, column + n), Group::kStride, b);
+#pragma unroll
+        for (int i = 0; i < kTerms; ++i)
+          if (counts<kTerms, Policy::kTermsOfInput>(i, j)) multiply_add(sum, weighted[k][i], b);
+      }
+#pragma unroll
+    for (int q = 0; q < 2; ++q)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state[n / 8 + q][e] = fmaf(decay, state[n / 8 + q][e], sum[q][e]);
+  }
+}
+
+// Columns `column`.. of a state from or to a tensor, at row `place`.
+inline __device__ StateView from_column(StateView t, int column) {
+  if (t.data) t.data += column * t.column;
+  return t;
+}
+
+// Keeps a state in the workspace.
+template <class Policy>
+__device__ void keep_state(const WalkState<Policy>& state, char* to, const BackwardParams& p, std::int64_t first_row, int column) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const std::int64_t row = first_row + lane_id() / 4 + 8 * r;
+    if (row >= p.headdim) continue;
+    char* const of_row = to + row * p.columns * Policy::kBytesOfKept;
+#pragma unroll
+    for (int q = 0; q < Policy::kWalkColumns / 8; ++q) {
+      if (column + 8 * q >= p.columns) break;
+      const int n = column + 8 * q + lane_id() % 4 * 2;
+      const float pair[2] = {state[q][2 * r], state[q][2 * r + 1]};
+      if constexpr (Policy::kKept == DType::bfloat16) *reinterpret_cast<Bits*>(of_row + 2 * n) = cuda::narrow_word<__nv_bfloat16>(pair);
+      else *reinterpret_cast<float2*>(of_row + 4 * n) = make_float2(pair[0], pair[1]);
+    }
+  }
+}
+
+// Of all segments but the last to be walked what they add to the state (`ends`), or the states themselves.
+template <class Policy>
+__global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead && Policy::kDstate <= 128 ? 2 : 1)
+    ssd_scan_backward_walk_kernel(const __grid_constant__ BackwardParams p, bool ends) {
+  using Layout = WalkLayout<Policy>;
+  constexpr int kChunk = Policy::kChunk, kStages = Layout::kStages;
+  extern __shared__ __align__(16) char memory[];
+  const Layout shared{memory};
+  const std::int64_t slices = (p.headdim + Policy::kSlice - 1) / Policy::kSlice, heads = p.heads_of_part();
+  const std::int64_t walked = p.sequences.segments - ends;
+  std::int64_t task = blockIdx.x;
+  const std::int64_t tile_row = task % slices * Policy::kSlice;
+  task /= slices;
+  const std::int64_t at = task % heads;  // of the part
+  task /= heads;
+  const std::int64_t turn = task % walked;  // of the segment, in the order of the walk
+  task /= walked;
+  const bool adjoint = task % 2;
+  const std::int64_t sequence = task / 2, head = p.first_head() + at, group = head / p.heads_of_group;
+  const std::int64_t of_walk = (sequence * p.sequences.segments + turn) * heads + at;
+
+  const Walk walk = whole_walk(p.sequences, sequence);
+  const std::int64_t chunks = chunks_of(p.sequences, sequence), slot = first_slot(p.sequences, sequence);
+  const std::int64_t each = (chunks + p.sequences.segments - 1) / p.sequences.segments;
+  const std::int64_t first = min(turn * each, chunks), last = min(first + each, chunks);
+  const bool is_end = turn + 1 == p.sequences.segments;
+  const bool goes_on = ends || (is_end && adjoint && p.dinitial_state.data);  // past the last chunk of the walk
+  const std::int64_t updates = goes_on ? last : last - 1;
+  const auto chunk_at = [&](std::int64_t i) { return adjoint ? chunks - 1 - i : i; };
+  const auto count_at = [&](std::int64_t i) {
+    return static_cast<int>(max(0l, min(std::int64_t(kChunk), walk.length - chunk_at(i) * kChunk)));
+  };
+  const int warp = threadIdx.x / 32;
+
+  if (warp == Policy::kWalkers / 32) {
+    StepLoader<kChunk> loader(p, walk, head);
+    double log2_decay = 0;
+    if (first < updates) {
+      loader.load(chunk_at(first) * kChunk, count_at(first));
+      log2_decay += loader.finish(shared.steps(first));
+    }
+    if (first + 1 < updates) loader.load(chunk_at(first + 1) * kChunk, count_at(first + 1));
+#pragma unroll 1
+    for (std::int64_t i = first; i < updates; ++i) {
+      if (kStages == 1) __syncthreads();
+      __syncthreads();
+      if (i + 1 < updates) log2_decay += loader.finish(shared.steps(i + 1));
+      if (i + 2 < updates) loader.load(chunk_at(i + 2) * kChunk, count_at(i + 2));
+    }
+    if (ends && tile_row == 0 && lane_id() == 0) p.decays[adjoint * p.ends_of_walk() + of_walk] = static_cast<float>(log2_decay);
+    return;
+  }
+
+  const int strip = warp % Policy::kWalkStrips, column = warp / Policy::kWalkStrips * Policy::kWalkColumns;
+  const std::int64_t row = tile_row + strip * kRowsOfWarp, dstate = p.dstate - column;
+  WalkState<Policy> state{};
+  const StateView of_ends{reinterpret_cast<char*>(p.ends + adjoint * p.ends_of_walk() * p.headdim * p.dstate), DType::float32, 0,
+                       p.headdim * p.dstate * 4, p.dstate * 4, 4, p.dstate % 2 == 0};
+  if (!ends) {
+    const bool from_ends = p.sequences.segments > 1;
+    const StateView from = from_column(from_ends ? of_ends : adjoint ? p.dfinal_state : p.start, column);
+    if (from.data)
+      load_state<WalkColumns<Policy>>(state, from, StatePlace(from, p, from_ends ? 0 : sequence, from_ends ? of_walk : head, row), dstate);
+  }
+  const int terms = adjoint ? terms_of_g<Policy>(p) : Policy::kTermsOfInput;
+  const auto load = [&](std::int64_t i) {
+    const std::int64_t start = chunk_at(i) * kChunk;
+    load_tokens<Policy, Policy::kWalkers>(shared.group(i), Policy::kDstate, adjoint ? p.C : p.B, walk, start, count_at(i), group, 0,
+                                          p.dstate);
+    if (adjoint) load_g<Policy, Policy::kWalkers>(shared.rows(i), Policy::kSlice, p, walk, start, count_at(i), head, tile_row);
+    else load_tokens<Policy, Policy::kWalkers>(shared.rows(i), Policy::kSlice, p.x, walk, start, count_at(i), head, tile_row, p.headdim);
+    cute::cp_async_fence();
+  };
+  if (kStages > 1 && first < updates) load(first);
+#pragma unroll 1
+  for (std::int64_t i = first; i < last; ++i) {
+    if (!ends) {
+      char* const kept = adjoint ? p.adjoints : p.states;
+      keep_state<Policy>(state, kept + ((slot + chunk_at(i)) * heads + at) * p.headdim * p.columns * Policy::kBytesOfKept, p, row, column);
+    }
+    if (i == updates) break;
+    if constexpr (kStages == 1) {
+      __syncthreads();  // the tiles of the last chunk are read
+      load(i);
+    }
+    cute::cp_async_wait<0>();
+    __syncthreads();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
+    if (kStages > 1 && i + 1 < updates) load(i + 1);
+    const auto& steps = shared.steps(i);
+    add_chunk<Policy>(state, shared.rows(i), shared.group(i), strip * kRowsOfWarp, column, terms,
+                      adjoint ? steps.from_start : steps.to_end, steps.from_start[kChunk - 1]);
+  }
+  if (!goes_on) return;
+  const StateView to = from_column(ends ? of_ends : p.dinitial_state, column);
+  store_state<WalkColumns<Policy>>(state, to, StatePlace(to, p, ends ? 0 : sequence, ends ? of_walk : head, row), dstate);
+}
+
+}  // namespace statescan::ssd_scan
