@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import harness
 
 TOKENS = 16384
-LENGTHS = tuple(2**i for i in range(4, 15))
+LENGTHS = tuple(2**i for i in range(6, 15))
 NHEADS, HEADDIM, DSTATE = 80, 64, 128
 ATTENTION_HEADS, ATTENTION_HEADDIM = 20, 128
 LONGEST_QUADRATIC = 2048

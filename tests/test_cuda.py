@@ -228,8 +228,8 @@ def test_segments_of_few_long_sequences(rng, dtype, lengths, reverse):
     if lengths:
         options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
     on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
-    cut = statescan.plan("ssd_scan", **on_device).workspace_bytes
-    assert cut % (4 * 4 * (20 * 32 + 1) * sequences) == 0 and cut > 0
+    cut = statescan.plan("ssd_scan", **on_device)
+    assert cut.workspace_bytes % (4 * 4 * (20 * 32 + 1) * sequences) == 0 and cut.workspace_bytes > 0
     assert statescan.plan("ssd_scan", **on_device, batch_invariant=True).workspace_bytes == 0
     for batch_invariant in (False, True):
         cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=batch_invariant)
@@ -259,6 +259,29 @@ def test_positions_in_segments(rng, dtype, nheads, packed, reverse):
         expected = cases.SSD_SCAN.expected(cases.SSD_SCAN.tokens(inputs, part), dt_softplus=True, reverse=reverse)["final_state"]
         assert_accurate(states[:, k], expected, f"state after {position} tokens", dtype)
     assert not np.any(states[:, -1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("row,dtype,headdim", (("fused_bfloat16", "bfloat16", 8), ("general", "bfloat16", 20), ("general", "float32", 20)))
+def test_states_handed_from_block_to_block(rng, row, dtype, headdim, reverse):
+    """Where blocks of work are no multiple of the multiprocessors, sequences go on in other blocks, and no bit depends on it."""
+    import torch
+
+    quarter = -(-torch.cuda.get_device_properties(0).multi_processor_count // 4)  # of the work of a round, for each of 5 sequences
+    seqlen, nheads = (1100, 2 * quarter) if row == "fused_bfloat16" else (550, quarter * 128 // headdim)
+    inputs = cases.ssd_scan(rng, dtype, batch=5, seqlen=seqlen, nheads=nheads, ngroups=1, headdim=headdim, dstate=16)
+    gpu, options = DEVICES[1], dict(dt_softplus=True, reverse=reverse, batch_invariant=True)
+    on_device = {name: gpu.put(value) for name, value in inputs.items()}
+    plan = statescan.plan("ssd_scan", **on_device, batch_invariant=True)
+    assert plan.kernel == row and plan.workspace_bytes > 0
+    got = cases.SSD_SCAN.check(gpu, inputs, **options)
+    for _ in range(3):
+        for name, value in cases.SSD_SCAN.run(gpu, inputs, **options).items():
+            assert_same_bits(value, got[name], name)
+    for i in range(5):
+        for name, value in cases.SSD_SCAN.run(gpu, cases.SSD_SCAN.rows(inputs, slice(i, i + 1)), **options).items():
+            assert_same_bits(value[0], got[name][i], f"{name} of row {i}")
 
 
 @needs_gpu

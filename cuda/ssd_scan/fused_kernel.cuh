@@ -4,8 +4,10 @@
 // Shapes   x, z, y [b,l,h,p]; dt [b,l,h]; B, C [b,l,g,n]; h [p,n] of each head in float32 registers, p in slices of 64
 // Traffic  read x, dt, z, write y: once; read B, C: once per pair of slices, from L2 after the first
 //          Floor of B8 L2048 H80 P64 G1 N128 bf16: 348 MB, 0.116 ms; matmuls 75 GFLOP, 0.10 ms
-// Launch   a block per multiprocessor, which takes tasks in turns: a pair of slices in a segment of a sequence. Two consumer
-//          warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one warp for each consumer
+// Launch   a block per multiprocessor, which takes tasks in turns (FusedParams): a pair of slices in a segment of a sequence,
+// or
+//          in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one warp
+//          for each consumer
 // Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -80,13 +82,42 @@ struct Ring {
   }
 };
 
+// The tasks of a block, one after the other.
+class TasksOfBlock {
+ public:
+  __device__ explicit TasksOfBlock(const FusedParams& p)
+      : turns_(p.turns),
+        part_(p.turns.left > 0 ? blockIdx.x / p.turns.left : p.turns.parts),
+        turn_of_part_(p.turns.parts > 1 ? (part_ * p.turns.whole + (p.turns.parts - 1) / 2) / (p.turns.parts - 1)
+                                        : p.turns.whole) {}
+
+  __device__ bool next() { return ++turn_ < static_cast<int>(turns_.whole + has_part()); }
+
+  // Of all, and of those that are left over.
+  __device__ unsigned index() const {
+    return is_part() ? turns_.whole * gridDim.x + left() : blockIdx.x + (turn_ - (has_part() && turn_ > turn())) * gridDim.x;
+  }
+  __device__ unsigned left() const { return blockIdx.x % turns_.left; }
+  __device__ int part() const { return is_part() ? static_cast<int>(part_) : 0; }
+  __device__ int parts() const { return is_part() ? static_cast<int>(turns_.parts) : 1; }
+
+ private:
+  const Turns& turns_;
+  unsigned part_, turn_of_part_;
+  int turn_ = -1;
+
+  __device__ bool has_part() const { return part_ < turns_.parts; }
+  __device__ int turn() const { return static_cast<int>(turn_of_part_); }
+  __device__ bool is_part() const { return has_part() && turn_ == turn(); }
+};
+
 // Which tokens a task takes, and for which slices.
 struct Task {
   std::int64_t sequence, first_token, length;
   int segment, batch, chunks, chunk_begin, chunk_count, group, first_slice;
 
-  __device__ Task(const FusedParams& p, unsigned task) {
-    const unsigned rest = task / static_cast<unsigned>(p.pairs);
+  __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) {
+    const unsigned task = tasks.index(), rest = task / static_cast<unsigned>(p.pairs);
     const int pair = static_cast<int>(task % static_cast<unsigned>(p.pairs));
     sequence = rest / static_cast<unsigned>(p.segments);
     segment = static_cast<int>(rest % static_cast<unsigned>(p.segments));
@@ -99,8 +130,14 @@ struct Task {
       length = end > first_token ? end - first_token : 0;
     }
     chunks = static_cast<int>((length + kTile - 1) / kTile);
-    chunk_begin = min(segment * p.chunks_per_segment, chunks);
-    chunk_count = min(p.chunks_per_segment, chunks - chunk_begin);
+    const int last = min(chunks, p.chunk_limit);
+    chunk_begin = min(segment * p.chunks_per_segment, last);
+    chunk_count = min(p.chunks_per_segment, last - chunk_begin);
+    if (tasks.parts() > 1) {
+      const int of_part = (chunk_count + tasks.parts() - 1) / tasks.parts(), before = min(tasks.part() * of_part, chunk_count);
+      chunk_begin += before;
+      chunk_count = min(of_part, chunk_count - before);
+    }
   }
 
   // Bounds outside the tensor are cut to it: whatever they hold, nothing is accessed past its end.
@@ -148,8 +185,8 @@ template <class Policy, bool kStateOnly>
 __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
   constexpr int kTilesOfBC = Policy::kState / kTile;
   Ring<stages_of<Policy, kStateOnly>> ring;
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
-    const Task task(p, index);
+  for (TasksOfBlock tasks(p); tasks.next();) {
+    const Task task(p, tasks);
     const int slices = task.has_slice(p, 1) ? 2 : 1;
     for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
       const int stage = ring.stage, token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
@@ -171,8 +208,8 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
 template <class Policy, bool kStateOnly>
 __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
   Ring<2> ring[2];  // of each consumer
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
-    const Task task(p, index);
+  for (TasksOfBlock tasks(p); tasks.next();) {
+    const Task task(p, tasks);
     for (int i = 0; i < task.chunk_count; ++i) {
       const int token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
 #pragma unroll
@@ -195,8 +232,8 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
   constexpr float kLog2e = 1.4426950408889634f;
   const int lane = threadIdx.x % 32, place = p.reverse ? 31 - lane : lane;  // tokens 2 place and 2 place + 1
   Ring<stages_of<Policy, kStateOnly>> ring;
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
-    const Task task(p, index);
+  for (TasksOfBlock tasks(p); tasks.next();) {
+    const Task task(p, tasks);
     const bool present = task.has_slice(p, which);
     const int head = task.head_of(p, present ? which : 0);
     const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head) * kLog2e;
@@ -266,7 +303,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       shared.full[ring.stage].arrive();
     }
     if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
-      p.segment_decays[(task.sequence * p.segments + task.segment) * p.nheads + head] = after / kLog2e;
+      p.piece_decays[(task.sequence * p.segments + task.segment) * p.nheads + head] = after / kLog2e;
   }
 }
 
@@ -485,6 +522,40 @@ __device__ void store_state(const State& state, const SliceOfState<kState>& slic
   else slice.template store<false>(state);
 }
 
+// The state of a slice from one part of a task to the next, in another block: each value stays with its thread.
+inline __device__ float4* part_state(const FusedParams& p, const TasksOfBlock& tasks, int which, int values, int thread) {
+  return reinterpret_cast<float4*>(p.part_states) + (tasks.left() * 2 + which) * (values / 4) * kWarpgroup + thread;
+}
+
+template <int kValues, class State>
+__device__ void hand_over_state(const State& state, const FusedParams& p, const TasksOfBlock& tasks, int which, int thread) {
+  float4* to = part_state(p, tasks, which, kValues, thread);
+#pragma unroll
+  for (int k = 0; k < kValues / 4; ++k)
+    to[k * kWarpgroup] = make_float4(state(4 * k), state(4 * k + 1), state(4 * k + 2), state(4 * k + 3));
+  __threadfence();
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
+  if (thread == 0)
+    asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p.parts_done + tasks.left() * 2 + which), "r"(tasks.part() + 1)
+                 : "memory");
+}
+
+template <int kValues, class State>
+__device__ void receive_state(State& state, const FusedParams& p, const TasksOfBlock& tasks, int which, int thread) {
+  if (thread == 0) {
+    unsigned done;
+    do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(done) : "l"(p.parts_done + tasks.left() * 2 + which) : "memory");
+    while (static_cast<int>(done) < tasks.part());
+  }
+  cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
+  const float4* from = part_state(p, tasks, which, kValues, thread);
+#pragma unroll
+  for (int k = 0; k < kValues / 4; ++k) {
+    const float4 v = __ldcg(from + k * kWarpgroup);
+    state(4 * k) = v.x, state(4 * k + 1) = v.y, state(4 * k + 2) = v.z, state(4 * k + 3) = v.w;
+  }
+}
+
 // What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
 // reaches to the segment's end and the sums need no decay in between: nothing waits for a matmul but its own registers.
 template <class Policy>
@@ -504,8 +575,8 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
 
   cuda::let_next_kernel_start();
   Ring<kStages> ring;
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
-    const Task task(p, index);
+  for (TasksOfBlock tasks(p); tasks.next();) {
+    const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
       keep_up(shared, ring, task.chunk_count);
       continue;
@@ -538,7 +609,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    SliceOfState<kState>(p, p.segment_states, task.sequence * p.segments + task.segment, head, channel, at)
+    SliceOfState<kState>(p, p.piece_states, task.sequence * p.segments + task.segment, head, channel, at)
         .template store<true>(state);
   }
 }
@@ -584,8 +655,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
 
   Ring<kStages> ring;
   Ring<2> slots;
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x) {
-    const Task task(p, index);
+  bool stored = false;  // a chunk before this one, in the other slot
+  for (TasksOfBlock tasks(p); tasks.next();) {
+    const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
       keep_up(shared, ring, task.chunk_count);
       continue;
@@ -595,16 +667,19 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     // ---- start
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
-    if (p.initial_state.data && !p.segments_combined)
+    if (tasks.part() > 0) {
+      receive_state<kStateValues>(state, p, tasks, which, thread);
+    } else if (p.initial_state.data && !p.pieces_combined) {
       load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
-    if (p.segment_states.data) {
-      cuda::wait_for_kernel_ahead();
-      // Combined, they are the states before the segments; else what each adds, with its decay.
-      const int last = task.segment - (p.segments_combined ? 0 : 1);
-      for (int segment = p.segments_combined ? last : 0; segment <= last; ++segment) {
-        const std::int64_t before = task.sequence * p.segments + segment;
-        const float decay = p.segments_combined ? 0.0f : expf(p.segment_decays[before * p.nheads + head]);
-        SliceOfState<kState>(p, p.segment_states, before, head, channel, at).template add_to<true>(state, decay);
+    }
+    if (p.piece_states.data) {
+      // Combined, they are the states before the pieces; else what each adds, with its decay: nothing for a first segment.
+      const int end = task.segment * p.pieces_per_segment + (p.pieces_combined ? 1 : 0);
+      if (end > 0) cuda::wait_for_kernel_ahead();
+      for (int piece = p.pieces_combined ? end - 1 : 0; piece < end; ++piece) {
+        const std::int64_t before = task.sequence * p.pieces + piece;
+        const float decay = p.pieces_combined ? 0.0f : expf(p.piece_decays[before * p.nheads + head]);
+        SliceOfState<kState>(p, p.piece_states, before, head, channel, at).template add_to<true>(state, decay);
       }
     }
     if (p.D.data && thread < kTile)
@@ -781,12 +856,17 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
         cute::tma_store_arrive();
         cute::tma_store_wait<1>();
-        if (p.has_z) shared.z_empty[which][slots.stage ^ 1].arrive();
+        if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
       }
+      stored = true;
       slots.advance();
     }
 
     // ---- end
+    if (tasks.part() + 1 < tasks.parts()) {
+      hand_over_state<kStateValues>(state, p, tasks, which, thread);
+      continue;
+    }
     if (task.segment != p.segments - 1) continue;
     if (p.positions.data) leave_state(task.length, task.length + 1);
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));

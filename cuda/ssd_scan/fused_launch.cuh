@@ -49,43 +49,61 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.nheads = static_cast<int>(d.nheads), p.headdim = static_cast<int>(d.headdim), p.dstate = static_cast<int>(d.dstate);
   p.heads_per_group = static_cast<int>(d.nheads / d.ngroups), p.slices = static_cast<int>(plan.slices);
   p.pairs_per_group = static_cast<int>(plan.pairs_per_group), p.pairs = static_cast<int>(plan.pairs);
-  p.segments = static_cast<int>(plan.segments), p.chunks_per_segment = static_cast<int>(plan.chunks_per_segment);
-  p.tasks = static_cast<unsigned>(plan.pairs * plan.segments * d.num_sequences);
-  p.positions = positions_of(args, d, static_cast<char*>(args.workspace.data) + plan.workspace_bytes());
-  const std::int64_t blocks = std::min<std::int64_t>(p.tasks, cuda::multiprocessors(args.x.device.index));
+  auto* workspace = static_cast<char*>(args.workspace.data);
+  const auto entries = workspace + plan.workspace_bytes();
+  p.positions = positions_of(args, d, entries);
+  const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
+  std::int64_t blocks = 0;
+  const auto cut = [&](std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit) {
+    p.segments = static_cast<int>(segments), p.chunks_per_segment = static_cast<int>(chunks_per_segment);
+    p.chunk_limit = static_cast<int>(limit);
+    const std::int64_t tasks = plan.pairs * segments * d.num_sequences;
+    blocks = std::min(tasks, multiprocessors);
+    p.turns = {static_cast<unsigned>(tasks / blocks), static_cast<unsigned>(tasks % blocks), 1};
+  };
 
   if (plan.segments > 1) {
-    auto* workspace = static_cast<char*>(args.workspace.data);
-    p.segment_decays = reinterpret_cast<float*>(workspace);
     const auto states_at = [&](char* data) {
-      return Tensor::contiguous(data, DType::float32, {d.num_sequences * plan.segments, d.nheads, d.headdim, d.dstate},
+      return Tensor::contiguous(data, DType::float32, {d.num_sequences, plan.pieces, d.nheads, d.headdim, d.dstate},
                                 args.x.device);
     };
-    p.segment_states = state_view(states_at(workspace + plan.decays_bytes));
+    const auto view_of = [&](Tensor states) {  // a sequence's pieces as sequences
+      states = Tensor::contiguous(states.data, states.dtype, {d.num_sequences * plan.pieces, d.nheads, d.headdim, d.dstate});
+      return state_view(states);
+    };
+    const Tensor added = states_at(workspace + plan.decays_bytes);
+    p.piece_decays = reinterpret_cast<float*>(workspace);
+    p.piece_states = view_of(added);
+    p.pieces = static_cast<int>(plan.pieces), p.pieces_per_segment = static_cast<int>(plan.pieces_per_segment);
+    cut(plan.pieces, plan.chunks_per_piece, (plan.segments - 1) * plan.chunks_per_segment);
     cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
                  {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, true>)}, stream, p);
 
     if (plan.combines) {
-      char* entering = workspace + plan.decays_bytes + plan.states_bytes;
-      const auto view = [&](const void* data, std::initializer_list<std::int64_t> shape) {
-        return Tensor::contiguous(data, DType::float32, shape, args.x.device);
-      };
       state_scan::Args scan;
-      scan.log_decay = view(p.segment_decays, {d.num_sequences, plan.segments, d.nheads});
-      scan.update = view(p.segment_states.data, {d.num_sequences, plan.segments, d.nheads, d.headdim, d.dstate});
-      scan.states = view(entering, {d.num_sequences, plan.segments, d.nheads, d.headdim, d.dstate});
+      scan.log_decay =
+          Tensor::contiguous(p.piece_decays, DType::float32, {d.num_sequences, plan.pieces, d.nheads}, args.x.device);
+      scan.update = added;
+      scan.states = states_at(workspace + plan.decays_bytes + plan.states_bytes);
       scan.initial_state = args.initial_state;
       state_scan::run_cuda(scan, state_scan::validate(scan), stream);
-      p.segment_states = state_view(states_at(entering)), p.segments_combined = true;
+      p.piece_states = view_of(scan.states), p.pieces_combined = true;
     }
+  }
+
+  cut(plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile));
+  p.turns = fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors);
+  if (p.turns.parts > 1) {
+    const PartBytes bytes(p.turns, Policy::kState);
+    char* parts = entries + aligned(entry_bytes(args, d));
+    p.part_states = reinterpret_cast<float*>(parts), p.parts_done = reinterpret_cast<unsigned*>(parts + bytes.states);
+    cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
 
   const cuda::LaunchShape shape{blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)};
   const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
   launch("ssd_scan_fused_kernel", ssd_scan_fused_kernel<Policy, false>, shape, stream, p);
-  if (args.state_positions)
-    launch_position_states(args, d, static_cast<char*>(args.workspace.data) + plan.workspace_bytes(), {kFusedTile, args.reverse},
-                           stream);
+  if (args.state_positions) launch_position_states(args, d, entries, {kFusedTile, args.reverse}, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},
                  stream, p, d.num_sequences);

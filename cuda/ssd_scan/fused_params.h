@@ -15,6 +15,14 @@ struct OutputView {
   std::int64_t token, head;
 };
 
+// Which tasks a block takes, in turns: `whole` of its own, and one of the `left` that are left over or, where these come in
+// parts, a part of one. A part waits for the one before it, which another block does: the first parts come in the first turn,
+// the last ones in the last, so that it need not wait long. Parts go to blocks in order, so that a block that waits is not the
+// one that keeps another from starting. Bits do not depend on any of this: the state goes from part to part as it is.
+struct Turns {
+  unsigned whole, left, parts;
+};
+
 // A task is one pair of slices of a group in one segment of one sequence. Pairs vary fastest: neighbouring blocks share B and C
 // in L2.
 struct FusedParams {
@@ -23,20 +31,25 @@ struct FusedParams {
   HeadView A, dt_bias, D;
   StateView initial_state, final_state;
   Positions positions;
-  OutputView packed_y;  // where boxes would write into the next sequence
-  const void* cu_seqlens;      // null: sequence i is row i of the batch
+  OutputView packed_y;     // where boxes would write into the next sequence
+  const void* cu_seqlens;  // null: sequence i is row i of the batch
   bool cu_is_int64, dt_softplus, reverse, has_z;
   std::int64_t cu_stride, seqlen;
   float dt_min, dt_max;
   int nheads, headdim, dstate;
   int heads_per_group, slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
-  int segments, chunks_per_segment;
-  unsigned tasks;  // sequences x segments x pairs: blocks take them in turns
-  // [s x segments, h, p, n], and float32 [s, segments, h]; null with one segment. The state pass writes what each segment adds
-  // and its decay; the output pass reads these, or, once they are combined, the state before each segment.
-  StateView segment_states;
-  float* segment_decays;
-  bool segments_combined;
+  int segments, chunks_per_segment, chunk_limit;        // chunks past the limit belong to no segment
+  Turns turns;
+  // Of [s, pieces]: what each piece of a sequence adds to the state [h, p, n], and its decay [h], float32; null where sequences
+  // are whole. The state pass writes them, with pieces for its segments; the output pass reads them, or, once they are
+  // combined, the state before each piece.
+  StateView piece_states;
+  float* piece_decays;
+  int pieces, pieces_per_segment;
+  bool pieces_combined;
+  // Of tasks in parts, for each slice: the state that one part leaves to the next, and how many have left theirs.
+  float* part_states;
+  unsigned* parts_done;
 };
 
 }  // namespace statescan::ssd_scan

@@ -1,53 +1,92 @@
-// How the fused kernel cuts a call into blocks: a plain function of the shape.
+// How the fused kernel cuts a call into blocks: a plain function of the shape, and of the multiprocessors where bits do not
+// depend on it.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "fused_params.h"
 #include "fused_policy.h"
 #include "plan.h"
 
 namespace statescan::ssd_scan {
 
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 struct FusedPlan {
   std::int64_t slices, pairs_per_group, pairs;  // see FusedParams
   std::int64_t segments, chunks_per_segment;
-  bool combines;                           // state_scan combines the segments; a few the output pass combines itself
-  std::size_t decays_bytes, states_bytes;  // of the workspace: decays, added states; combined, states before the segments
+  std::int64_t pieces, pieces_per_segment, chunks_per_piece;  // of a sequence for the state pass; the last of them is empty
+  bool combines;                           // state_scan combines the pieces; a few the output pass combines itself
+  std::size_t decays_bytes, states_bytes;  // of the workspace: decays, added states; combined, states before the pieces
 
   constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + (combines ? 2 : 1) * states_bytes : 0; }
 };
 
-// Splitting a sequence costs a pass over x and B for the states, the states of each segment to and from memory, and two more
-// launches; it pays when the pairs of slices leave multiprocessors without work. Costs are in units of one chunk through the
-// whole kernel (H100: 1.5 us).
+// Splitting a sequence pays when the pairs of slices leave multiprocessors without work. It costs a pass over x and B for the
+// states, but for the last segment's, the states to and from memory, and two more launches. The state pass is cut finer than
+// the output, into as many pieces as fill the multiprocessors. Costs are in units of one chunk through the whole kernel (H100:
+// 2 us).
 constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant) {
-  constexpr std::int64_t kFewSegments = 6;
-  constexpr double kStatePass = 0.45, kSegment = 5.0, kLaunches = 6.0;
+  constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
+  constexpr double kStatePass = 0.45, kStateTask = 2.0, kOutputTask = 3.0, kLaunches = 6.0;
   FusedPlan plan{};
   plan.slices = divide_up(d.headdim, kFusedTile);
   plan.pairs_per_group = divide_up(d.nheads / d.ngroups * plan.slices, 2);
   plan.pairs = plan.pairs_per_group * d.ngroups;
   // Lengths of packed sequences are on the device: reckon with equal ones, and cover the longest.
   const std::int64_t longest = divide_up(d.seqlen, kFusedTile);
-  const std::int64_t chunks =
-      packed ? divide_up(d.seqlen, kFusedTile * std::max<std::int64_t>(d.num_sequences, 1)) : longest;
-  const std::int64_t items = plan.pairs * d.num_sequences;
-  std::int64_t best = chunks;  // chunks of a segment
-  double least = static_cast<double>(divide_up(items, kMultiprocessors) * chunks);
+  const std::int64_t chunks = packed ? divide_up(d.seqlen, kFusedTile * std::max<std::int64_t>(d.num_sequences, 1)) : longest;
+  const std::int64_t items = std::max<std::int64_t>(plan.pairs * d.num_sequences, 1);
+  const auto rounds = [&](std::int64_t count) { return static_cast<double>(divide_up(count, kMultiprocessors)); };
+  std::int64_t best = chunks, best_pieces = 1;  // chunks of a segment, pieces of a segment
+  double least = rounds(items) * static_cast<double>(chunks);
+  // More blocks than this many rounds hold would only add tasks.
+  const std::int64_t most_segments = std::min({chunks, kMostSegments, divide_up(kMostRounds * kMultiprocessors, items)});
   if (!batch_invariant && items < 2 * kMultiprocessors)
-    for (std::int64_t length = 1; length < chunks; ++length) {
-      const std::int64_t rounds = divide_up(items * divide_up(chunks, length), kMultiprocessors);
-      const double cost = static_cast<double>(rounds) * (static_cast<double>(length) * (1 + kStatePass) + kSegment) + kLaunches;
-      if (cost < least) least = cost, best = length;
-    }
+    for (std::int64_t count = 2; count <= most_segments; ++count)
+      for (std::int64_t pieces = 1; pieces <= kMostPiecesPerSegment; ++pieces) {
+        if (pieces > 1 && items * (count - 1) * pieces > kMostRounds * kMultiprocessors) break;
+        const std::int64_t of_piece = divide_up(divide_up(chunks, count), pieces), length = of_piece * pieces;
+        const std::int64_t segments = divide_up(chunks, length);
+        const double output = rounds(items * segments) * (static_cast<double>(length) + kOutputTask);
+        const double states =
+            rounds(items * (segments - 1) * pieces) * (static_cast<double>(of_piece) * kStatePass + kStateTask);
+        if (output + states + kLaunches < least) least = output + states + kLaunches, best = length, best_pieces = pieces;
+      }
   plan.segments = best < chunks ? divide_up(longest, best) : 1;
   plan.chunks_per_segment = plan.segments > 1 ? best : longest;
-  plan.combines = plan.segments > kFewSegments;
-  const std::size_t count = static_cast<std::size_t>(d.num_sequences * plan.segments * d.nheads);
-  plan.decays_bytes = (count * sizeof(float) + 255) / 256 * 256;
-  plan.states_bytes = (count * d.headdim * d.dstate * sizeof(float) + 255) / 256 * 256;
+  plan.pieces_per_segment = best_pieces;
+  plan.chunks_per_piece = divide_up(plan.chunks_per_segment, best_pieces);
+  plan.pieces = (plan.segments - 1) * best_pieces + 1;
+  plan.combines = plan.pieces > kFewPieces;
+  const std::size_t count = static_cast<std::size_t>(d.num_sequences * plan.pieces * d.nheads);
+  plan.decays_bytes = aligned(count * sizeof(float));
+  plan.states_bytes = aligned(count * d.headdim * d.dstate * sizeof(float));
   return plan;
 }
+
+// The turns of the output pass. Whole tasks alone, 320 take 132 multiprocessors three rounds, of which the last leaves 76
+// without work; the 56 tasks of that round in two parts each take half of it.
+constexpr Turns fused_turns(const Dims& d, const FusedPlan& plan, bool packed, std::int64_t multiprocessors) {
+  constexpr std::int64_t kLeastChunks = 8;  // that this saves: less is not worth handing over a state
+  const std::int64_t tasks = std::max<std::int64_t>(plan.pairs * plan.segments * d.num_sequences, 1);
+  const std::int64_t blocks = std::min(tasks, multiprocessors);
+  const std::int64_t whole = tasks / blocks, left = tasks % blocks, chunks = plan.chunks_per_segment;
+  std::int64_t parts = left > 0 && plan.segments == 1 && !packed ? std::min(blocks / left, whole + 1) : 1;
+  if (parts > 1 && chunks - divide_up(chunks, parts) < kLeastChunks) parts = 1;
+  return {static_cast<unsigned>(whole), static_cast<unsigned>(left), static_cast<unsigned>(parts)};
+}
+
+// Of the workspace: the states between parts, then the counts of those done.
+struct PartBytes {
+  std::size_t states, counts;
+
+  constexpr PartBytes(const Turns& turns, int padded_dstate)
+      : states(turns.parts > 1 ? std::size_t{turns.left} * 2 * kFusedTile * padded_dstate * sizeof(float) : 0),
+        counts(turns.parts > 1 ? aligned(turns.left * 2 * sizeof(unsigned)) : 0) {}
+
+  constexpr std::size_t sum() const { return states + counts; }
+};
 
 }  // namespace statescan::ssd_scan

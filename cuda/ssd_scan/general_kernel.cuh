@@ -4,7 +4,9 @@
 //          h    = exp(s[q-1]) h + sum_j B[j] exp(s[q-1] - s[j]) dt[j] x[j]
 // Shapes   x, z, y [b,l,h,p], dt [b,l,h], B, C [b,l,g,n], h [p,n] of each head
 // Traffic  x, z, y and dt once; B and C once for each tile of heads (from the second cache, mostly); states stay in registers
-// Launch   a block of 8 warps for each (sequence, segment, tile of heads), which walks the chunks; a warp takes 16 rows of p
+// Launch   a block of 8 warps for each (sequence, segment, tile), which walks the chunks; a warp takes 16 rows of p of a head.
+// A
+//          segment starts from a state that was computed before, or that the block of the segment before it hands on (plan.h)
 // Numerics sums in a fixed order that depends on the segments alone; C B^T, scores, weighted x and h go into the products as
 //          sums of bfloat16 terms (policy.h). Scores above the diagonal are selected away, and an x that is not finite is kept
 //          out of the products that reach earlier tokens
@@ -183,7 +185,8 @@ __device__ void multiply_scores(Outputs<Policy>& y, const Scores& scores, const 
     for (int i = 0; i < kTerms; ++i) {
       Bits s[Policy::kChunk / 16][4];
 #pragma unroll
-      for (int m = kDiagonal ? k : 0; m < Policy::kChunk / 16; ++m) load_matrix(scores.at(i, 16 * m, 16 * k), scores.kStride, s[m]);
+      for (int m = kDiagonal ? k : 0; m < Policy::kChunk / 16; ++m)
+        load_matrix(scores.at(i, 16 * m, 16 * k), scores.kStride, s[m]);
 #pragma unroll
       for (int j = 0; j < Policy::kTermsOfInput; ++j)
         if (counts<kTerms, Policy::kTermsOfInput>(i, j))
@@ -399,9 +402,25 @@ __device__ void clear_outputs(const Params& p, const Task& task, const Walk& wal
     cuda::store_element(rows.in(p.y, task, walk) + i * walk.sign * p.y.token, Policy::kDType, 0.0f);
 }
 
+// Returns once the earlier segments of the block's rows have handed on their state.
+inline __device__ void wait_for_segments(const unsigned* done, std::int64_t segments) {
+  if (threadIdx.x == 0) {
+    unsigned count;
+    do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(count) : "l"(done) : "memory");
+    while (count < segments);
+  }
+  __syncthreads();
+}
+
+inline __device__ void segment_is_done(unsigned* done, std::int64_t segment) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0)
+    asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(done), "r"(static_cast<unsigned>(segment) + 1) : "memory");
+}
+
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, 1)
-    ssd_scan_general_kernel(const __grid_constant__ Params p, int stages) {
+__global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
   extern __shared__ __align__(16) char memory[];
   const GeneralLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
@@ -413,19 +432,21 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
   }
 
   const int warp = threadIdx.x / 32;
-  const int head = warp / p.tasks.warps_of_head;  // of the tile
-  const bool has_rows = head < task.heads;
-  const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
+  const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
 
-  const bool ends_sequence = task.segment + 1 == p.tasks.segments;
-  const bool needs_last_state = ends_sequence && (p.final_state.data || p.positions.data);
+  const bool ends_sequence = task.segment + 1 == p.tasks.segments, hands_on = p.done && !ends_sequence;
+  const bool needs_last_state = hands_on || (ends_sequence && (p.final_state.data || p.positions.data));
+  const bool receives = p.done && task.segment > 0;
+  const StateView& from = receives ? p.handed_on : p.start;
+  unsigned* const done = p.done + task.sequence * p.tasks.tiles + blockIdx.x % p.tasks.tiles;
+  if (receives) wait_for_segments(done, task.segment);
   const PositionsOfSequence positions(p.positions, task.sequence);
   State<Policy> state{};
   float D[2][2] = {};
   if (has_rows) {
-    if (p.start.data) {
+    if (from.data) {
       const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
-      load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
+      load_state<Policy>(state, from, StatePlace(from, p, at, task.first_head + head, first_row), p.dstate);
     }
     load_D<Policy>(D, p, task.first_head + head, first_row);
   }
@@ -443,12 +464,13 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
     cute::cp_async_fence();
   };
   const LaneOfOutputs<Policy> lane(p, task, walk, warp);
-  // Warp k finds the steps of head k.
-  StepLoader<kChunk> step_loader(p, walk, task.first_head + min(warp, task.heads - 1));
-  const bool has_steps = warp < task.heads;
+  // The last warps, which have the least of the scores, find the steps of a head each.
+  const int steps_head = Policy::kWarps - 1 - warp;
+  StepLoader<kChunk> step_loader(p, walk, task.first_head + min(steps_head, task.heads - 1));
+  const bool has_steps = steps_head < task.heads;
   if (has_steps && walk.length > 0) {
     step_loader.load(0, count_at(0));
-    step_loader.finish(shared.steps(0, warp));
+    step_loader.finish(shared.steps(0, steps_head));
     step_loader.load(kChunk, count_at(kChunk));
   }
   if (walk.length > 0) load(0, 0);
@@ -466,16 +488,16 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
     cute::cp_async_wait<0>();
     __syncthreads();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
     if (stages > 1 && !is_last) load(1 - stage, start + kChunk);
-    compute_scores<Policy>(shared, stage, which, task.heads);
-    __syncthreads();
     if (has_steps && !is_last) {
-      step_loader.finish(shared.steps(1 - which, warp));
+      step_loader.finish(shared.steps(1 - which, steps_head));
       step_loader.load(start + 2 * kChunk, count_at(start + 2 * kChunk));
     }
+    compute_scores<Policy>(shared, stage, which, task.heads);
+    const auto& steps = shared.steps(which, head);
+    Outputs<Policy> y{};
+    if (has_rows && (start > 0 || from.data)) multiply_state<Policy>(y, state, shared.C(stage), steps);
+    __syncthreads();
     if (has_rows) {
-      const auto& steps = shared.steps(which, head);
-      Outputs<Policy> y{};
-      if (start > 0 || p.start.data) multiply_state<Policy>(y, state, shared.C(stage), steps);
       typename LaneOfOutputs<Policy>::Pairs z;
       if (p.z.data) lane.load(z, p.z, start, count);
       Columns<Policy> x;
@@ -492,9 +514,10 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
     which = 1 - which;
   }
 
-  if (has_rows && ends_sequence && p.final_state.data)
-    store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, task.sequence, task.first_head + head, first_row),
-                        p.dstate);
+  const StateView& to = hands_on ? p.handed_on : p.final_state;
+  if (has_rows && (hands_on || (ends_sequence && to.data)))
+    store_state<Policy>(state, to, StatePlace(to, p, task.sequence, task.first_head + head, first_row), p.dstate);
+  if (hands_on) segment_is_done(done, task.segment);
 }
 
 }  // namespace statescan::ssd_scan

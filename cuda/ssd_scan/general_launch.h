@@ -40,9 +40,13 @@ inline Params main_params(const Args& args, const Dims& dims, const Segments& se
   Params p = params_of(args, dims, segments);
   p.y = token_view(args.y);
   p.positions = positions_of(args, dims, entries_of(args, dims, segments));
-  p.start_per_segment = segments.count > 1;
+  p.start_per_segment = segments.computed();
   p.start = p.start_per_segment ? segment_states(SegmentWorkspace(args.workspace.data, dims, segments), dims, segments)
                                 : state_view(args.initial_state);
+  if (segments.handed_on) {
+    const SegmentWorkspace workspace(args.workspace.data, dims, segments);
+    p.handed_on = segment_states(workspace, dims, segments), p.done = workspace.done;
+  }
   p.final_state = state_view(args.final_state);
   return p;
 }

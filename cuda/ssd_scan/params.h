@@ -50,13 +50,14 @@ struct Positions {
   std::int64_t entry;                      // from one to the next, in bytes
 };
 
-// Blocks of threads, tile fastest: tile < tiles, segment < segments, sequence. A tile is some heads of a group, or a slice of
-// one head that is longer than a block's rows.
+// Blocks of threads, tile fastest, then segments, then sequences. A slot is what a warp takes, 16 rows of a head; the
+// slots of a group are those of its heads, one after the other, and a tile is some of them: parts of a head, or of several.
 struct Tasks {
-  std::uint32_t tiles, tiles_of_group, slices;
-  std::uint32_t heads, heads_of_group;  // of a tile, of a group
-  std::uint32_t warps_of_head;          // in a slice
-  std::uint32_t segments;
+  std::uint32_t tiles, tiles_of_group;
+  std::uint32_t slots, slots_of_head, slots_of_group;  // slots: of a tile
+  std::uint32_t heads, heads_of_group;                 // heads: that a tile has slots of, at most
+  std::uint32_t segments, sequences;
+  bool segments_last;  // slowest instead of sequences
 };
 
 struct Params {
@@ -70,24 +71,34 @@ struct Params {
   float dt_min, dt_max;
   StateView start, final_state;  // start: of the first segment, or of every segment, then per segment
   bool start_per_segment;
+  StateView handed_on;  // of each sequence, from segment to segment
+  unsigned* done;       // segments that have handed theirs on, of each (sequence, tile); null: they are not
   Positions positions;
   float* log2_decay;  // of the segments
 };
 
 template <class Policy>
 Tasks tasks_of(const Dims& dims, std::int64_t segments, std::int64_t max_heads) {
-  const std::int64_t warps = divide_up(dims.headdim, kRowsOfWarp), heads_of_group = dims.nheads / dims.ngroups;
-  const std::int64_t slices = divide_up(warps, Policy::kWarps), warps_of_head = divide_up(warps, slices);
-  const std::int64_t heads = std::min(std::min<std::int64_t>(Policy::kWarps / warps_of_head, max_heads), heads_of_group);
-  const std::int64_t tiles_of_group = divide_up(heads_of_group, heads) * slices;
+  const std::int64_t slots_of_head = divide_up(dims.headdim, kRowsOfWarp), heads_of_group = dims.nheads / dims.ngroups;
+  const std::int64_t slots_of_group = heads_of_group * slots_of_head;
+  const auto heads_of = [&](std::int64_t slots) {
+    if (slots % slots_of_head == 0) return slots / slots_of_head;
+    return slots_of_head % slots == 0 ? 1 : std::min(divide_up(slots - 1, slots_of_head) + 1, heads_of_group);
+  };
+  std::int64_t slots = std::min<std::int64_t>(Policy::kWarps, slots_of_group);
+  while (slots > 1 && heads_of(slots) > max_heads) --slots;
+  const std::int64_t tiles_of_group = divide_up(slots_of_group, slots);
   const auto u32 = [](std::int64_t v) { return static_cast<std::uint32_t>(v); };
   return {u32(tiles_of_group * dims.ngroups),
           u32(tiles_of_group),
-          u32(slices),
-          u32(heads),
+          u32(slots),
+          u32(slots_of_head),
+          u32(slots_of_group),
+          u32(heads_of(slots)),
           u32(heads_of_group),
-          u32(warps_of_head),
-          u32(segments)};
+          u32(segments),
+          1,
+          false};
 }
 
 inline TokenView token_view(const Tensor& t) {
@@ -133,8 +144,12 @@ inline std::size_t entry_bytes(const Args& args, const Dims& dims) {
 
 // state_positions, and states [num_sequences, count, h, p, n] of any dtype to be left there.
 inline Positions positions_in(const Tensor& at, const Tensor& states) {
-  return {at.data,     at.dtype == DType::int64, at.stride[0],
-          at.stride[1], at.shape[1],              first_position(states),
+  return {at.data,
+          at.dtype == DType::int64,
+          at.stride[0],
+          at.stride[1],
+          at.shape[1],
+          first_position(states),
           states.stride[1] * size_of(states.dtype)};
 }
 
@@ -146,10 +161,11 @@ inline Positions positions_of(const Args& args, const Dims& dims, void* workspac
                                          {dims.num_sequences, dims.npositions, dims.nheads, dims.headdim, dims.dstate}));
 }
 
-// States in the workspace: one for each (sequence, segment).
+// States in the workspace: one for each (sequence, segment), or for each sequence.
 inline StateView segment_states(const SegmentWorkspace& workspace, const Dims& dims, const Segments& segments) {
-  return state_view(Tensor::contiguous(workspace.states, DType::float32,
-                                       {dims.num_sequences * segments.count, dims.nheads, dims.headdim, dims.dstate}));
+  return state_view(Tensor::contiguous(
+      workspace.states, DType::float32,
+      {dims.num_sequences * (segments.handed_on ? 1 : segments.count), dims.nheads, dims.headdim, dims.dstate}));
 }
 
 inline Sequences sequences_of(const Inputs& in, const Dims& dims, const Segments& segments) {

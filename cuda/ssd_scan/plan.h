@@ -3,6 +3,10 @@
 // A block of threads walks the chunks of its sequence one after the other. With few sequences and heads that leaves most of the
 // device idle, so a sequence is cut into segments that are walked at the same time: a first pass finds what each segment adds
 // to the state (no C, no y: under half the work), the segments are combined, and the main pass starts each from its own state.
+//
+// Where blocks are a few rounds of what the device holds, the last round leaves part of it idle. Segments that are walked one
+// after the other, in blocks of their own, make rounds shorter and that part smaller. All first ones come before all second
+// ones, so that a block hardly waits for the state that the one before it hands on; no bit depends on this.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +21,9 @@ struct Segments {
   std::int64_t count = 1;               // of each sequence
   std::int64_t chunks_per_segment = 0;  // of the longest possible sequence; a packed one is cut by its own length
   std::int64_t chunk = 1;               // tokens of a chunk; segments begin on its multiples
+  bool handed_on = false;               // each starts from the state that the one before it leaves, as if not cut
+
+  constexpr bool computed() const { return count > 1 && !handed_on; }
 };
 
 // Multiprocessors of an H100. A constant, so that where a sequence is split, and with it the bits, depends on the shape alone.
@@ -28,43 +35,59 @@ inline Segments segments_for(const Dims& dims, std::int64_t rows_per_work_item, 
                              bool batch_invariant) {
   // Times in units of a chunk of the main pass.
   constexpr double kStatePass = 0.5;  // a chunk of the first pass
-  constexpr double kStart = 1.5;      // until a block of either pass is at work
+  constexpr double kStart = 1.0;      // until a block of either pass is at work
   constexpr double kSplit = 2;        // two more launches
   constexpr double kStates = 2;       // all slots' states through memory and back, twice
-  constexpr std::int64_t kMost = 32;
+  constexpr double kHandOver = 0.5;   // a state to the next block
+  constexpr std::int64_t kMost = 32, kMostHandedOn = 4;
   // Packed sequences are taken to be of equal length: their real ones are on the device.
   const std::int64_t sequences = std::max<std::int64_t>(dims.num_sequences, 1);
   const std::int64_t chunks = std::max<std::int64_t>(divide_up(dims.batch * dims.seqlen, sequences * chunk), 1);
   const std::int64_t items = sequences * std::max<std::int64_t>(divide_up(dims.nheads * dims.headdim, rows_per_work_item), 1);
-  const auto time = [&](std::int64_t count) {
-    const double walk = static_cast<double>(divide_up(chunks, count));
-    const auto waves = [&](std::int64_t blocks) { return static_cast<double>(divide_up(blocks, slots)); };
-    if (count == 1) return waves(items) * (walk + kStart);
-    return waves(items * count) * (walk + kStart) + waves(items * (count - 1)) * (kStatePass * walk + kStart) + kSplit +
-           kStates * static_cast<double>(items * count) / static_cast<double>(slots);
-  };
+  const auto waves = [&](std::int64_t blocks) { return static_cast<double>(divide_up(blocks, slots)); };
+  const auto walk = [&](std::int64_t count) { return static_cast<double>(divide_up(chunks, count)); };
   std::int64_t best = 1;
+  bool handed_on = false;
+  double least = waves(items) * (walk(1) + kStart);
+  if (items >= slots)
+    for (std::int64_t count = 2; count <= std::min(kMostHandedOn, chunks / 4); ++count) {
+      const double time = waves(items * count) * (walk(count) + kStart + kHandOver);
+      if (time < least) least = time, best = count, handed_on = true;
+    }
   if (!batch_invariant && items < 2 * slots)
-    for (std::int64_t count = 2; count <= std::min(kMost, chunks / 2); ++count)
-      if (time(count) < time(best)) best = count;
-  return {best, divide_up(divide_up(dims.seqlen, chunk), best), chunk};
+    for (std::int64_t count = 2; count <= std::min(kMost, chunks / 2); ++count) {
+      const double time = waves(items * count) * (walk(count) + kStart) +
+                          waves(items * (count - 1)) * (kStatePass * walk(count) + kStart) + kSplit +
+                          kStates * static_cast<double>(items * count) / static_cast<double>(slots);
+      if (time < least) least = time, best = count, handed_on = false;
+    }
+  return {best, divide_up(divide_up(dims.seqlen, chunk), best), chunk, handed_on};
 }
 
-// Workspace of a split call, float32 throughout: the states [num_sequences, segments, h, p, n], then the logarithms to base 2
-// of the segments' decays [num_sequences, segments, h]. The first pass writes what each segment adds to the state; combining
-// leaves the state before each segment in its place.
+// Workspace of a split call. Computed segments, float32 throughout: the states [num_sequences, segments, h, p, n], then the
+// logarithms to base 2 of the segments' decays [num_sequences, segments, h]; the first pass writes what each segment adds to
+// the state, combining leaves the state before each segment in its place. Handed on: the states [num_sequences, h, p, n], then
+// for each tile of rows in every sequence how many segments are done.
 struct SegmentWorkspace {
   float* states;
   float* log2_decay;
+  unsigned* done;
 
   SegmentWorkspace(void* workspace, const Dims& dims, const Segments& segments)
       : states(static_cast<float*>(workspace)),
-        log2_decay(states + dims.num_sequences * segments.count * dims.nheads * dims.headdim * dims.dstate) {}
+        log2_decay(states + state_count(dims, segments)),
+        done(reinterpret_cast<unsigned*>(log2_decay)) {}
 
+  static std::int64_t state_count(const Dims& dims, const Segments& segments) {
+    return dims.num_sequences * (segments.handed_on ? 1 : segments.count) * dims.nheads * dims.headdim * dims.dstate;
+  }
+  static std::size_t done_bytes(const Dims& dims) {  // a tile has 16 rows of a head or more
+    return sizeof(unsigned) * dims.num_sequences * dims.nheads * divide_up(dims.headdim, kRowsOfWarp);
+  }
   static std::size_t bytes(const Dims& dims, const Segments& segments) {
-    return segments.count == 1
-               ? 0
-               : sizeof(float) * dims.num_sequences * segments.count * dims.nheads * (dims.headdim * dims.dstate + 1);
+    if (segments.count == 1) return 0;
+    const std::size_t states = sizeof(float) * state_count(dims, segments);
+    return states + (segments.handed_on ? done_bytes(dims) : sizeof(float) * dims.num_sequences * segments.count * dims.nheads);
   }
 };
 

@@ -1,9 +1,9 @@
 // ssd_scan, states at chosen tokens: from the state that enters a token's chunk
-// Math     h = exp(s[m-1]) entry + sum_{j<m} B[j] exp(s[m-1] - s[j]) dt[j] x[j], m tokens of the chunk, s its prefix sums of dt A
-// Shapes   entry, h [num_sequences, npositions, h, p, n]; x [b,l,h,p], B [b,l,g,n]
-// Traffic  read the entries, write h, and at most 64 tokens of x and B for each
-// Launch   a block for each 64 rows and 64 columns of (sequence, position, head): 256 threads of 4 x 4 elements
-// Numerics float32 sums in the order of the scan: a state does not depend on which others are asked for
+// Math     h = exp(s[m-1]) entry + sum_{j<m} B[j] exp(s[m-1] - s[j]) dt[j] x[j], m tokens of the chunk, s its prefix sums of dt
+// A Shapes   entry, h [num_sequences, npositions, h, p, n]; x [b,l,h,p], B [b,l,g,n] Traffic  read the entries, write h, and at
+// most 64 tokens of x and B for each Launch   a block for each 64 rows and 64 columns of (sequence, position, head): 256
+// threads of 4 x 4 elements Numerics float32 sums in the order of the scan: a state does not depend on which others are asked
+// for
 #include "position_states.h"
 
 #include "../common/launch.h"
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
       loader.finish(steps);
     }
     __syncthreads();
-    const auto load = [&](float(&tile)[kMostTokens][kTile], const TokenView& t, std::int64_t slab, std::int64_t first,
+    const auto load = [&](float (&tile)[kMostTokens][kTile], const TokenView& t, std::int64_t slab, std::int64_t first,
                           std::int64_t columns, const float* weights) {
       const char* from =
           t.data + walk.batch * t.batch + (walk.origin + begin * walk.sign) * t.token + slab * t.head + first * t.column;

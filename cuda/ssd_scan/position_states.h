@@ -7,7 +7,8 @@
 
 namespace statescan::ssd_scan {
 
-// The chunks of the walk that went before, counted from the start of a sequence, or from its end where its first is the short one.
+// The chunks of the walk that went before, counted from the start of a sequence, or from its end where its first is the short
+// one.
 struct ChunkGrid {
   std::int64_t chunk;
   bool from_end;

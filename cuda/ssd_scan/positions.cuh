@@ -1,5 +1,5 @@
-// The tokens at which the states are wanted (state_positions), as a walk of the chunks meets them. It leaves the state that enters
-// the chunk of a position, or at the end of the sequence the state there; position_states.cu goes on from that.
+// The tokens at which the states are wanted (state_positions), as a walk of the chunks meets them. It leaves the state that
+// enters the chunk of a position, or at the end of the sequence the state there; position_states.cu goes on from that.
 #pragma once
 
 #include "walk.cuh"
@@ -16,8 +16,7 @@ class PositionsOfSequence {
 #pragma unroll 1
     for (std::int64_t block = 0; block < t_.count; block += 32) {
       const std::int64_t i = block + threadIdx.x % 32;
-      const std::int64_t at =
-          i < t_.count ? index_at(t_.data, t_.is_int64, sequence_ * t_.sequence + i * t_.position) : -1;
+      const std::int64_t at = i < t_.count ? index_at(t_.data, t_.is_int64, sequence_ * t_.sequence + i * t_.position) : -1;
 #pragma unroll 1
       for (unsigned found = __ballot_sync(~0u, at >= begin && at < end); found; found &= found - 1)
         leave((block + __ffs(found) - 1) * t_.entry);

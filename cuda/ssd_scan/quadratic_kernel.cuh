@@ -1,10 +1,11 @@
-// ssd_scan forward as masked attention, the whole sequence one chunk (ssd_mode "quadratic"): sizes and dtypes of the general path
-// Math     s[i] = sum_{k<=i} dt[k] A from the start of the sequence, h the initial state:
+// ssd_scan forward as masked attention, the whole sequence one chunk (ssd_mode "quadratic"): sizes and dtypes of the general
+// path Math     s[i] = sum_{k<=i} dt[k] A from the start of the sequence, h the initial state:
 //          y[i] = exp(s[i]) C[i].h + sum_{j<=i} (C[i].B[j]) exp(s[i] - s[j]) dt[j] x[j] + D x[i], then y[i] *= silu(z[i])
 // Shapes   x, z, y [b,l,h,p], dt [b,l,h], B, C [b,l,g,n], h [p,n] of each head
 // Traffic  C, z and y once; dt, B and x of all tokens before it for each block of rows, from the second cache
 // Launch   a block of 8 warps for each (sequence, rows of a chunk of tokens, tile of heads), which walks back over the tokens
-// Numerics as the general path; between chunks the decay is a product of three, of which none is more than the whole where A < 0
+// Numerics as the general path; between chunks the decay is a product of three, of which none is more than the whole where A <
+// 0
 #pragma once
 
 #include "general_kernel.cuh"
@@ -57,9 +58,8 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_quadratic_kernel
   if (rows >= walk.length) return;
 
   const int warp = threadIdx.x / 32;
-  const int head = warp / p.tasks.warps_of_head;  // of the tile
-  const bool has_rows = head < task.heads, has_steps = warp < task.heads;
-  const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
+  const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
+  const bool has_steps = warp < task.heads;
   const auto load_B = group_loader<Policy>(p.B, p, task, walk), load_C = group_loader<Policy>(p.C, p, task, walk);
   const auto load_x = head_loader<Policy>(p.x, p, task, walk);
   const int count = static_cast<int>(min(std::int64_t(kChunk), walk.length - rows));

@@ -18,8 +18,8 @@ namespace statescan::ssd_scan {
 namespace {
 
 constexpr int kThreads = 128, kLanes = 8, kSlots = kThreads / kLanes, kRowsOfThread = 2, kRows = kSlots * kRowsOfThread;
-constexpr int kTokens = 16;                                // in shared memory
-constexpr int kQuads = kRecurrentDstate / kLanes / 4;      // of columns, kLanes quads apart: lane i has columns 4 i.. of each
+constexpr int kTokens = 16;                            // in shared memory
+constexpr int kQuads = kRecurrentDstate / kLanes / 4;  // of columns, kLanes quads apart: lane i has columns 4 i.. of each
 constexpr int kColumnsOfQuads = 4 * kLanes;
 
 struct Step {
@@ -58,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   };
   if (sequence == p.sequences.count) {  // past the last packed token
     for (std::int64_t start = 0; start < walk.length; start += kTokens)
-      for_each_element(static_cast<int>(min(std::int64_t(kTokens), walk.length - start)),
-                       [&](int token, int, std::int64_t row) { cuda::store_element(address(p.y, head, start + token, row), dtype, 0.0f); });
+      for_each_element(
+          static_cast<int>(min(std::int64_t(kTokens), walk.length - start)),
+          [&](int token, int, std::int64_t row) { cuda::store_element(address(p.y, head, start + token, row), dtype, 0.0f); });
     return;
   }
 

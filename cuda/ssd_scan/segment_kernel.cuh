@@ -34,17 +34,14 @@ struct SegmentLayout {
 
 // From p.start or zeros, to p.final_state, of every (sequence, segment).
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kThreads, 1)
-    ssd_scan_states_kernel(const __grid_constant__ Params p, int stages) {
+__global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
   extern __shared__ __align__(16) char memory[];
   const SegmentLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
   const Task task = task_of(p.tasks);
   const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
   const int warp = threadIdx.x / 32;
-  const int head = warp / p.tasks.warps_of_head;
-  const bool has_rows = head < task.heads;
-  const std::int64_t first_row = task.first_row + warp % p.tasks.warps_of_head * kRowsOfWarp;
+  const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
 
   const std::int64_t at = task.sequence * p.sequences.segments + task.segment;
   State<Policy> state{};
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1)
 
   if (has_rows && p.final_state.data)
     store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
-  if (has_steps && p.log2_decay && task.first_row == 0 && lane_id() == 0)
+  if (has_steps && p.log2_decay && (warp > 0 || task.first_slot == 0) && lane_id() == 0)  // the tile with a head's first rows
     p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
 }
 

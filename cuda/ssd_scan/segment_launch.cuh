@@ -21,9 +21,10 @@ void launch_states(const StateArgs& args, const Dims& dims, Stream stream) {
   }
   params.tasks = tasks_of<Policy>(dims, segments, Policy::kMaxHeads);
   const int stages = stages_of<Policy, Layout>(params.tasks.heads);
-  cuda::launch("ssd_scan_states_kernel", ssd_scan_states_kernel<Policy>,
-               {dims.num_sequences * segments * params.tasks.tiles, Policy::kThreads, Layout::bytes(stages, params.tasks.heads)},
-               stream, params, stages);
+  cuda::launch(
+      "ssd_scan_states_kernel", ssd_scan_states_kernel<Policy>,
+      {dims.num_sequences * segments * params.tasks.tiles, Policy::kThreads, Layout::bytes(stages, params.tasks.heads)}, stream,
+      params, stages);
   if (whole) return;
 
   const std::int64_t tiles = divide_up(dims.headdim * dims.dstate, kCombineThreads);

@@ -29,8 +29,8 @@ __device__ void load_columns(Columns<Policy>& x, const TileOfRows<Policy>& sX, i
     for (int i = 0; i < Policy::kTermsOfInput; ++i) load_transposed(sX.at(i, 16 * k, warp * kRowsOfWarp), sX.kStride, x[k][i]);
 }
 
-// state = decay state + sum_j to_end[j] x[j] B[j] over a chunk. The products of a chunk are summed apart: the tensor core's sums
-// truncate, which would add up in a state of many chunks.
+// state = decay state + sum_j to_end[j] x[j] B[j] over a chunk. The products of a chunk are summed apart: the tensor core's
+// sums truncate, which would add up in a state of many chunks.
 template <class Policy>
 __device__ void update_state(State<Policy>& state, const Columns<Policy>& x, const TileOfGroup<Policy>& sB,
                              const Steps<Policy::kChunk>& steps) {
@@ -60,8 +60,7 @@ __device__ void update_state(State<Policy>& state, const Columns<Policy>& x, con
       for (int j = 0; j < Policy::kTermsOfInput; ++j) {
         Bits b[kSlab / 16][4];
 #pragma unroll
-        for (int part = 0; part < kSlab / 16; ++part)
-          load_transposed(sB.at(j, 16 * k, n + 16 * part), sB.kStride, b[part]);
+        for (int part = 0; part < kSlab / 16; ++part) load_transposed(sB.at(j, 16 * k, n + 16 * part), sB.kStride, b[part]);
 #pragma unroll
         for (int i = 0; i < kTerms; ++i)
           if (counts<kTerms, Policy::kTermsOfInput>(i, j))

@@ -24,13 +24,16 @@ FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
 }
 
+int padded_dstate(const Dims& dims) { return dims.dstate <= 64 ? 64 : 128; }
+
 std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
     return "needs at least one sequence, token, channel and state";
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();  // tokens are coordinates of boxes, tasks are counted
+  constexpr std::int64_t kMost =
+      std::numeric_limits<std::int32_t>::max();  // tokens are coordinates of boxes, tasks are counted
   const FusedPlan plan = fused_plan_of(args, dims);
   if (dims.seqlen > kMost || plan.pairs * plan.segments * dims.num_sequences > kMost - kMultiprocessors)
     return "counts tokens, and pairs of heads in all segments, in 32 bits";
@@ -39,12 +42,17 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   return "";
 }
 
-std::size_t fused_workspace(const Args& args, const Dims& dims) { return fused_plan_of(args, dims).workspace_bytes() + entry_bytes(args, dims); }
+// The segments' states, those at positions, and those between parts.
+std::size_t fused_workspace(const Args& args, const Dims& dims) {
+  const FusedPlan plan = fused_plan_of(args, dims);
+  const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), cuda::multiprocessors(args.x.device.index));
+  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(dims)).sum();
+}
 
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
   const FusedPlan plan = fused_plan_of(args, dims);
-  if (dims.dstate <= 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  if (padded_dstate(dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
   else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
 }
 

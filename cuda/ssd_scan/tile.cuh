@@ -88,16 +88,17 @@ __device__ TileLoader<Policy, Policy::kDstate> group_loader(const TokenView& t, 
   return {t, left > 0 ? first + Loader::column() * t.column : first, static_cast<int>(max(0l, min(8l, left))), walk};
 }
 
-// Where a column of the tile of x, z or y lies: 16 of each warp, the warps of a head side by side.
+// Where a column of the tile of x, z or y lies: 16 of each warp.
 struct RowsOfHead {
   int head;          // of the tile
   std::int64_t row;  // of headdim
   bool inside;
 
-  __device__ RowsOfHead(const Params& p, const Task& task, int column)
-      : head(column / kRowsOfWarp / p.tasks.warps_of_head),
-        row(task.first_row + column / kRowsOfWarp % p.tasks.warps_of_head * kRowsOfWarp + column % kRowsOfWarp),
-        inside(head < task.heads && row < p.headdim) {}
+  __device__ RowsOfHead(const Params& p, const Task& task, int column) {
+    const Slot slot(p.tasks, task, column / kRowsOfWarp);
+    head = slot.head, row = slot.first_row + column % kRowsOfWarp;
+    inside = slot.inside && row < p.headdim;
+  }
 
   // At step 0 of the walk.
   __device__ char* in(const TokenView& t, const Task& task, const Walk& walk) const {

@@ -40,24 +40,37 @@ inline __device__ Walk walk_of(const Sequences& s, std::int64_t sequence, std::i
   return {batch, s.reverse ? last - 1 - begin : first + begin, end - begin, s.reverse ? -1 : 1, begin};
 }
 
-// The block's part of the call, and the warp's part of that.
+// The block's part of the call.
 struct Task {
   std::int64_t sequence, segment;
   std::int64_t group, first_head;
-  int heads;               // fewer than tasks.heads at the end of a group
-  std::int64_t first_row;  // of headdim, of a slice
+  int heads, slots;  // fewer than those of Tasks at the end of a group
+  int first_slot;    // of the first head
 };
 
 inline __device__ Task task_of(const Tasks& t) {
   const std::uint32_t tile = blockIdx.x % t.tiles, rest = blockIdx.x / t.tiles;
-  const std::uint32_t group = tile / t.tiles_of_group, part = tile % t.tiles_of_group;
-  const std::uint32_t head = part / t.slices * t.heads, slice = part % t.slices;
-  return {rest / t.segments,
-          rest % t.segments,
+  const std::uint32_t group = tile / t.tiles_of_group, first = tile % t.tiles_of_group * t.slots;
+  const std::uint32_t slots = min(t.slots, t.slots_of_group - first), head = first / t.slots_of_head;
+  return {t.segments_last ? rest % t.sequences : rest / t.segments,
+          t.segments_last ? rest / t.sequences : rest % t.segments,
           group,
           std::int64_t(group) * t.heads_of_group + head,
-          static_cast<int>(min(t.heads, t.heads_of_group - head)),
-          std::int64_t(slice) * t.warps_of_head * kRowsOfWarp};
+          static_cast<int>((first + slots - 1) / t.slots_of_head - head + 1),
+          static_cast<int>(slots),
+          static_cast<int>(first % t.slots_of_head)};
 }
+
+// The rows of a warp.
+struct Slot {
+  int head;                // of the tile
+  std::int64_t first_row;  // of headdim
+  bool inside;
+
+  __device__ Slot(const Tasks& t, const Task& task, int warp)
+      : head((task.first_slot + warp) / static_cast<int>(t.slots_of_head)),
+        first_row((task.first_slot + warp) % static_cast<int>(t.slots_of_head) * kRowsOfWarp),
+        inside(warp < task.slots) {}
+};
 
 }  // namespace statescan::ssd_scan
