@@ -27,6 +27,7 @@ struct Row {
   std::string (*declines)(const Args&, const Dims&);  // why the row does not fit, or ""
   std::size_t (*workspace_bytes)(const Args&, const Dims&);
   void (*launch)(const Args&, const Dims&, Stream);
+  std::int64_t (*segment_tokens)(const Args&, const Dims&) = nullptr;  // see Plan
 };
 
 template <class Args, class Dims>
@@ -37,7 +38,7 @@ struct Table {
 
   Plan plan(const Args& args, const Dims& dims) const {
     const Row<Args, Dims>& row = choose(args, dims);
-    return {"cuda", row.name, row.workspace_bytes(args, dims)};
+    return {"cuda", row.name, row.workspace_bytes(args, dims), row.segment_tokens ? row.segment_tokens(args, dims) : 0};
   }
 
   void run(const Args& args, const Dims& dims, Stream stream) const {

@@ -49,6 +49,11 @@ std::size_t fused_workspace(const Args& args, const Dims& dims) {
   return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(dims)).sum();
 }
 
+std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
+  const FusedPlan plan = fused_plan_of(args, dims);
+  return plan.segments > 1 ? plan.chunks_per_segment * kFusedTile : 0;
+}
+
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
   const FusedPlan plan = fused_plan_of(args, dims);
@@ -77,6 +82,13 @@ std::string why_not_general(const Args& args, const Dims& dims) {
 
 std::size_t general_workspace(const Args& args, const Dims& dims) {
   return with_policy(args, dims, [&]<class P>(P) { return workspace_bytes(args, dims, general_segments<P>(args, dims)); });
+}
+
+std::int64_t general_segment_tokens(const Args& args, const Dims& dims) {
+  return with_policy(args, dims, [&]<class P>(P) {
+    const Segments segments = general_segments<P>(args, dims);
+    return segments.computed() ? segments.chunks_per_segment * segments.chunk : 0;
+  });
 }
 
 void general(const Args& args, const Dims& dims, Stream stream) {
@@ -140,12 +152,14 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
 
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
-    {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>},
-    {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::bfloat16>},
+    {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>,
+     fused_segment_tokens},
+    {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::bfloat16>,
+     fused_segment_tokens},
 #endif
     {"recurrent", kReal, cuda::kSm80AndNewer, why_not_recurrent, no_workspace, launch_recurrent},
     {"quadratic", kReal, cuda::kSm80AndNewer, why_not_quadratic, entry_bytes, quadratic},
-    {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general},
+    {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general, general_segment_tokens},
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
 constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {

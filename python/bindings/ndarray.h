@@ -92,7 +92,7 @@ class __attribute__((visibility("hidden"))) Call {
   template <class Args, class Dims>
   static nb::object describe(const Args& args, const Dims& dims) {
     const Plan chosen = plan(args, dims);
-    return nb::make_tuple(chosen.backend, chosen.kernel, chosen.workspace_bytes);
+    return nb::make_tuple(chosen.backend, chosen.kernel, chosen.workspace_bytes, chosen.segment_tokens);
   }
 
  private:

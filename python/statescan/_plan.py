@@ -22,11 +22,15 @@ BACKWARD_OPS = tuple(f"{op}_backward" for op in OPS if not op.endswith("_update"
 
 
 class Plan(NamedTuple):
-    """The backend ("cpu" or "cuda"), the kernel (a row of the op's table) and the scratch memory of a call."""
+    """The backend ("cpu" or "cuda"), the kernel (a row of the op's table) and the scratch memory of a call. On a GPU, where few
+    sequences and heads would not fill it, sequences are cut at multiples of segment_tokens, which changes how results round;
+    0: not cut, as always with batch_invariant.
+    """
 
     backend: str
     kernel: str
     workspace_bytes: int
+    segment_tokens: int = 0
 
 
 def plan(op: str, *args: Any, **kwargs: Any) -> Plan:
@@ -37,7 +41,7 @@ def plan(op: str, *args: Any, **kwargs: Any) -> Plan:
         args, kwargs: what the op itself would be called with.
 
     Returns:
-        Plan(backend, kernel, workspace_bytes).
+        Plan(backend, kernel, workspace_bytes, segment_tokens).
 
     Raises:
         ValueError: no op has that name, or the arguments do not fit it.
