@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();  // the tokens before are done with
     for (int column = threadIdx.x; column < (p.dstate + kColumnsOfQuads - 1) / kColumnsOfQuads * kColumnsOfQuads;
          column += kThreads)
-#pragma unroll
+#pragma unroll 4
       for (int token = 0; token < kTokens; ++token) {
         const bool inside = token < count && column < p.dstate;
         shared.B[token][column] = inside ? cuda::load_element(address(p.B, group, start + token, column), dtype) : 0.0f;

@@ -61,11 +61,12 @@ void run_fused(const Args& args, const Dims& dims, Stream stream) {
   else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
 }
 
-// Calls `visit` with the policy of the general kernels for a call: its dtype, and dstate padded.
-template <class Visit>
+// Calls `visit` with the policy of the general kernels for a call: its dtype, and dstate padded; k64: to 64 too, where there is
+// that.
+template <bool k64 = true, class Visit>
 auto with_policy(const Args& args, const Dims& dims, Visit visit) {
   const auto with_dstate = [&]<DType dtype> {
-    if constexpr (dtype == DType::bfloat16)
+    if constexpr (k64 && dtype == DType::bfloat16)
       if (dims.dstate <= 64) return visit(Policy<dtype, 64>());
     if (dims.dstate <= 128) return visit(Policy<dtype, 128>());
     return visit(Policy<dtype, kMaxDstate>());
@@ -101,7 +102,7 @@ std::string why_not_quadratic(const Args& args, const Dims& dims) {
 }
 
 void quadratic(const Args& args, const Dims& dims, Stream stream) {
-  with_policy(args, dims, [&]<class P>(P) { launch_quadratic<P>(args, dims, stream); });
+  with_policy<false>(args, dims, [&]<class P>(P) { launch_quadratic<P>(args, dims, stream); });
 }
 
 std::string why_not_recurrent(const Args& args, const Dims& dims) {
@@ -140,9 +141,8 @@ std::string why_not_ahead(const BackwardArgs& args, const Dims& dims) {
 
 template <States states>
 std::size_t backward_workspace(const BackwardArgs& args, const Dims& dims) {
-  return with_backward_policy<states>(args, dims, [&]<class P>(P) {
-    return sizeof(float) * BackwardScratch(args, dims, backward_plan<P>(args, dims)).total;
-  });
+  return with_backward_policy<states>(
+      args, dims, [&]<class P>(P) { return sizeof(float) * BackwardScratch(args, dims, backward_plan<P>(args, dims)).total; });
 }
 
 template <States states>
