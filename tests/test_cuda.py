@@ -354,6 +354,30 @@ def test_segments_of_selective_scan(rng, complex_A):
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "dtype,dstate,layout",
+    (("bfloat16", 16, "channels_last"), ("float16", 12, "channels_first"), ("float32", 20, "gapped")),
+)
+def test_links_of_selective_scan_change_no_bits(rng, dtype, dstate, layout):
+    """A call of many blocks hands its states from link to link, a row alone does not."""
+    import torch
+
+    made = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, dtype, batch=9, seqlen=520, dim=1928, ngroups=1, dstate=dstate)
+    alone = {name: value[8:] if name in ("x", "dt", "z", "B", "C", "dy", "initial_state", "dfinal_state") else value
+             for name, value in made.items()}  # fmt: skip
+    results = []
+    for inputs in (made, alone):
+        back = as_layout(inputs, layout)
+        forward = {name: value for name, value in back.items() if name not in ("dy", "dfinal_state")}
+        options = dict(dt_softplus=True, batch_invariant=True)
+        y, state = statescan.selective_scan(**forward, **options, return_final_state=True)
+        dx, ddt, _, dB, dC, _, dz, _, dinitial = statescan.selective_scan_backward(**back, **options)
+        results.append([value[-1] for value in (y, state, dx, ddt, dB, dC, dz, dinitial)])
+    for one, other in zip(*results, strict=True):
+        assert torch.isfinite(one.float()).all() and torch.equal(one, other)
+
+
+@needs_gpu
 def test_more_channels_than_a_grid_axis_of_selective_scan(rng):
     """known_bugs 7: dim past 65,535, in many groups of few channels and in one."""
     for ngroups in (1, 32_770):

@@ -2,15 +2,17 @@
 // Math     g[t] = C[t] dr[t] + a[t+1] g[t+1], dr = dy silu(z), a = exp(dt A);  dC += dr h, dB += g dt x, du = B.g,
 //          q = g a h[t-1]: dA += dt q, ddt = x du + A.q, through limit, softplus and bias;  dx = dt du + D dr, dz from y
 // Shapes   as the forward; complex gradients are dL/dRe + i dL/dIm, so factors are conjugated
-// Traffic  read x, dt, z, dy, write dx, ddt, dz: 7*b*l*d elements; checkpoints, a state every 16 tokens, written and read:
-//          b*l*d*n/2 bytes; sums of dB and dC over 64 channels, written and read: b*l*d*n/4 bytes
-//          b8 l2048 d5120 n16 bf16: 2.2 GB, 0.72 ms at 3.0 TB/s, and 2.75 exp2 a state: 1.2 ms of the special-function units of
-//          an H100; about 28 instructions a state: 1.3 ms of issue
-// Launch   one axis of sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them. It walks
-//          its tiles from the last to the first: from the checkpoint forward to every fourth token, then four tokens at a time
-//          forward into registers and back
-// Numerics float32, fixed order. dB and dC: over the lanes as a tree, then over the blocks in order, by another launch; dA, dD
-//          and ddt_bias: over a segment in order, then over segments and sequences in order
+// Traffic  read x, dt, z, dy, write dx, ddt, dz: 7*b*l*d elements; checkpoints, a state every 8 tokens, written and read:
+//          b*l*d*n bytes; sums of dB and dC over 64 channels, written and read: b*l*d*n/4 bytes
+//          b8 l2048 d5120 n16 bf16: 2.9 GB, 0.95 ms at 3.0 TB/s. 2 exp2 a state beside 12 an element: 1.0 ms of the special-
+//          function units of an H100; about 27 instructions a state, 6 more for the checkpoints: 1.5 ms of issue
+// Launch   one axis of links x sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them.
+//          It walks its tiles from the last to the first, from a checkpoint 8 tokens (2 of a complex A) forward into registers
+//          and back
+// Numerics float32, fixed order. dB and dC: over the lanes of a warp (beside bfloat16 x by the tensor cores, rounded to 11
+// bits),
+//          then over the blocks in order, by another launch; dA, dD and ddt_bias: over a segment, then over segments and
+//          sequences in order
 #pragma once
 
 #include "bwd_step.cuh"
@@ -54,49 +56,112 @@ __device__ void add_pairs(const float4* pairs, const Place& place, float (&first
 // Shared memory, in words of 16 bytes.
 template <class Policy>
 struct BackwardStorage {
-  static constexpr int kSub = kWarp / (2 * Policy::kValues);  // tokens whose states a thread holds at once
+  static constexpr int kSub = Policy::kParts == 2 ? 2 : kCheckpoint;  // tokens whose states a thread holds at once
+  static constexpr int kSummed = kWarp / (2 * Policy::kValues);       // tokens whose dB and dC a warp adds up at once
   static constexpr int kWarps = backward_warps(Policy::kParts == 2, Policy::kTimeInvariant);
   static constexpr int kFetched = kRuns * (3 * Policy::kWords + 2);
-  static constexpr int kShared = kTile * kChannels / 2 + kTile * kChannels / 4 + 2 * kChannels / 4 + kFetched;
+  static constexpr int kTotals = kRuns * 2 * kRun / 4;
+  static constexpr bool kHasCursors = Policy::kWords == 1;  // there is no room for them beside float32
+  static constexpr int kCursors = kHasCursors ? kRuns * 7 * sizeof(char*) / 16 : 0;
+  static constexpr int kShared =
+      kTile * kChannels / 2 + kTile * kChannels / 4 + 2 * kChannels / 4 + kFetched + kTotals + kCursors;
   static constexpr int kSums = kTile * kChannels / 4, kPairs = kTile * kChannels / 2;
-  static constexpr int kStarts = kTile / kSub * kWarp * 2 * Policy::kValues / 4;
+  static constexpr int kStarts = (kTile / kCheckpoint + kCheckpoint / kSub - 1) * LaneStates<Policy>::kWords * kWarp;
   static constexpr int kOwn = 2 * Storage<Policy>::kProjection + Storage<Policy>::kRaw + 2 * Storage<Policy>::kFixed;
   static constexpr int kBytes = 16 * (kShared + kWarps * (kSums + kPairs + kStarts + kOwn));
   static_assert(kBytes <= 99 * 1024);
 };
 
-// The gradients of the thread's elements from the sums of the warps; what they add to dD and ddt_bias goes to `sums`.
-template <bool kAlongTokens>
+// What the thread's elements of all tiles add to dD and ddt_bias, in shared memory of its own: registers are dear here.
+struct ChannelTotals {
+  float4* at;  // [dD, then ddt_bias][four elements], kRuns apart
+
+  __device__ void add(const float (&dD)[kRun], const float (&ddt)[kRun]) const {
+#pragma unroll
+    for (int i = 0; i < kRun; i += 4) {
+      add_four(at + i / 4 * kRuns, dD + i);
+      add_four(at + (kRun + i) / 4 * kRuns, ddt + i);
+    }
+  }
+  __device__ void read(float (&dD)[kRun], float (&ddt)[kRun]) const {
+#pragma unroll
+    for (int i = 0; i < kRun; i += 4) {
+      read_four(at[i / 4 * kRuns], dD + i);
+      read_four(at[(kRun + i) / 4 * kRuns], ddt + i);
+    }
+  }
+  __device__ void clear() const {
+#pragma unroll
+    for (int i = 0; i < 2 * kRun / 4; ++i) at[i * kRuns] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  }
+
+ private:
+  static __device__ void add_four(float4* to, const float* v) {
+    const float4 sum = *to;
+    *to = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
+  }
+  static __device__ void read_four(const float4& from, float* v) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
+};
+
+// Where the thread's elements of a tile lie, in shared memory too: cheaper than to work it out for every tile.
+struct Cursor {
+  char** at;
+
+  // Of this tile; moves to the one before it.
+  __device__ char* step_back(const Params& p, const View& t) const {
+    char* const here = *at;
+    *at = here - kTile * token_step(p, t);
+    return here;
+  }
+};
+
+// The gradients of the thread's elements from the sums of the warps, and what they add to dD.
+template <class Policy, bool kAlongTokens>
 __device__ void finish_gradients(const BackwardParams& p, const Place& place, const float4* steps, const Slot<kRun>& slot_dt,
                                  const Slot<kRun>& slot_x, const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy,
                                  const float* bias, const float* skip, int tokens, int channels, const float (&y)[kRun],
                                  const float (&du)[kRun], const float (&dlog)[kRun], float (&dx)[kRun], float (&ddt)[kRun],
                                  float (&dz)[kRun], float (&dD)[kRun]) {
-  float x[kRun], z[kRun], dy[kRun], raw[kRun], dt[kRun] = {}, u[kRun] = {};
+  float x[kRun], z[kRun], gradient[kRun], raw[kRun], dt[kRun] = {}, u[kRun] = {};
+  slot_x.widen(dtype_of<Policy>(p.x), x);
+  slot_dy.widen(dtype_of<Policy>(p.dy), gradient);
+  if (p.z.data) {
+    slot_z.widen(dtype_of<Policy>(p.z), z);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const float gate = cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * z[i]));
+      const float ungated = fmaf(of_channel<kAlongTokens>(skip, place, i), x[i], y[i]);
+      dz[i] = gradient[i] * ungated * gate * fmaf(z[i], 1.0f - gate, 1.0f);
+      gradient[i] *= z[i] * gate;
+    }
+  }
   add_pairs<kAlongTokens>(steps, place, dt, u);
-  slot_x.widen(p.x.dtype, x);
-  slot_dy.widen(p.x.dtype, dy);
-  slot_dt.widen(p.dt.dtype, raw);
-  if (p.z.data) slot_z.widen(p.x.dtype, z);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
-    const float D = of_channel<kAlongTokens>(skip, place, i);
-    float gradient = dy[i];
-    if (p.z.data) {
-      const float gate = cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * z[i]));
-      dz[i] = dy[i] * fmaf(D, x[i], y[i]) * gate * fmaf(z[i], 1.0f - gate, 1.0f);
-      gradient *= z[i] * gate;
+    dx[i] = fmaf(of_channel<kAlongTokens>(skip, place, i), gradient[i], dt[i] * du[i]);
+    ddt[i] = fmaf(x[i], du[i], dlog[i]);
+    dD[i] = gradient[i] * x[i];
+  }
+  if (p.dt_softplus || p.dt_limited) {
+    slot_dt.widen(dtype_of<Policy>(p.dt), raw);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) raw[i] += of_channel<kAlongTokens>(bias, place, i);
+  }
+  if (p.dt_softplus) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) ddt[i] *= cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * raw[i]));
+  }
+  if (p.dt_limited) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const float free = p.dt_softplus ? softplus<Policy::kArithmetic>(raw[i]) : raw[i];
+      if (free < p.dt_min || free > p.dt_max) ddt[i] = 0.0f;
     }
-    raw[i] += of_channel<kAlongTokens>(bias, place, i);
-    float slope = p.dt_softplus ? cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * raw[i])) : 1.0f;
-    if (p.dt_limited) {
-      const float free = p.dt_softplus ? cuda::fast_softplus(raw[i]) : raw[i];
-      if (free < p.dt_min || free > p.dt_max) slope = 0.0f;
-    }
-    dx[i] = fmaf(D, gradient, dt[i] * du[i]);
-    ddt[i] = slope * fmaf(x[i], du[i], dlog[i]);
-    dD[i] = gradient * x[i];
-    if (!place.holds(i, tokens, channels)) ddt[i] = 0.0f, dD[i] = 0.0f;
+  }
+  if (tokens < kTile || channels < kChannels) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      if (!place.holds(i, tokens, channels)) ddt[i] = 0.0f, dD[i] = 0.0f;
   }
 }
 
@@ -105,14 +170,23 @@ template <class Policy, bool kEndsOnly>
 __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kStates = Policy::kStates, kValues = Policy::kValues, kParts = Policy::kParts;
   using Memory = BackwardStorage<Policy>;
-  constexpr int kSub = Memory::kSub, kSubTiles = kTile / kSub, kReduced = 2 * kValues;
+  constexpr int kSub = Memory::kSub, kSubTiles = kTile / kSub, kSummed = Memory::kSummed, kReduced = 2 * kValues;
+  constexpr int kSubsOfCheckpoint = kCheckpoint / kSub, kStart = LaneStates<Policy>::kWords * kWarp;
   extern __shared__ uint4 memory[];
 
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::int64_t ends = p.segments - 1;
-  Task task = task_of(p, kEndsOnly ? ends : p.segments);
+  const std::uint32_t tasks = gridDim.x / p.links;
+  const bool is_linked = !kEndsOnly && p.links > 1;
+  const std::uint32_t link = is_linked ? blockIdx.x / tasks : 0;
+  const std::int64_t index = is_linked ? blockIdx.x % tasks : blockIdx.x;
+  Task task = task_of(p, index, kEndsOnly ? ends : p.segments);
   if constexpr (kEndsOnly) ++task.segment;
-  const Span span = span_of(p, task.sequence, task.segment);
+  Span span = span_of(p, task.sequence, task.segment);
+  if (is_linked) {
+    span = link_of(span, p.links - 1 - link, p.links);
+    if (link > 0) wait_for_turn(p.turns + index, link);
+  }
   if (p.cu_seqlens && task.sequence == p.sequences) {
     if (task.segment == 0) clear_rows(p.dx, span, task), clear_rows(p.ddt, span, task), clear_rows(p.dz, span, task);
     return;
@@ -131,6 +205,11 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
   const Slot<kRun> slot_dt{take(2 * kRuns) + thread, kRuns};
   const Slot<kRun> slot_x{take(Policy::kWords * kRuns) + thread, kRuns}, slot_z{take(Policy::kWords * kRuns) + thread, kRuns};
   const Slot<kRun> slot_dy{take(Policy::kWords * kRuns) + thread, kRuns};
+  const ChannelTotals channel_totals{reinterpret_cast<float4*>(take(Memory::kTotals)) + thread};
+  channel_totals.clear();
+  char** const cursors = reinterpret_cast<char**>(take(Memory::kCursors)) + thread;
+  const Cursor at_dt{cursors}, at_x{cursors + kRuns}, at_z{cursors + 2 * kRuns}, at_dy{cursors + 3 * kRuns};
+  const Cursor at_dx{cursors + 4 * kRuns}, at_ddt{cursors + 5 * kRuns}, at_dz{cursors + 6 * kRuns};
   float* const sums = reinterpret_cast<float*>(take(Memory::kWarps * Memory::kSums));      // of y, [warp][token][channel]
   float4* const pairs = reinterpret_cast<float4*>(take(Memory::kWarps * Memory::kPairs));  // of du and A.q, [warp] as steps
   const int scanner = min(warp, Memory::kWarps - 1);
@@ -150,9 +229,9 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
   load_channels(p.D, task, skip);
   __syncthreads();
 
-  const Place place = place_of(p.reach, p.reverse, thread);
+  const Place place = place_of<Policy>(p.reach, p.reverse, thread);
   const std::int64_t row = task.sequence * p.segments + task.segment;
-  float total_D = 0.0f, total_bias = 0.0f;  // of channel `thread`
+  const std::int64_t place_of_channel = row * p.dim + task.channel + thread;
 
 #pragma unroll 1
   for (std::int64_t piece = 0; piece < p.dstate || piece == 0; piece += p.piece) {
@@ -164,8 +243,8 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
 
     float rate[2][kValues], g[2][kValues], total_dt[2] = {};
     load_rates<Policy>(p, task, state, states, rate);
-    load_states<Policy>(kEndsOnly ? View{} : p.dfinal_state, task.sequence, task, state, states, g);
-    if constexpr (!kEndsOnly) {
+    load_states<Policy>(kEndsOnly || link > 0 ? View{} : p.dfinal_state, task.sequence, task, state, states, g);
+    if (!kEndsOnly && link == 0) {
       float conjugate[2][kValues];
 #pragma unroll
       for (int c = 0; c < 2; ++c)
@@ -183,42 +262,87 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
     const std::int64_t tiles = (span.end - span.begin + kTile - 1) / kTile, last = span.begin + (tiles - 1) * kTile;
     const bool of_C = lane >= kTile;
     Projection<Policy> projection(p, of_C, scans, span, last, task.group, state, states, raw);
+    const auto set = [&](const Cursor& cursor, const View& t) {
+      if constexpr (Memory::kHasCursors) *cursor.at = place_at(p, t, span, place, last, task.channel);
+    };
+    const auto place_of_tile = [&](const Cursor& cursor, const View& t, std::int64_t token) {
+      if constexpr (Memory::kHasCursors) return cursor.step_back(p, t);
+      else return place_at(p, t, span, place, token, task.channel);
+    };
+    set(at_dt, p.dt), set(at_x, p.x), set(at_z, p.z), set(at_dy, p.dy), set(at_dx, p.dx), set(at_ddt, p.ddt), set(at_dz, p.dz);
     const auto fetch_tile = [&](std::int64_t token) {
       if (token >= span.begin) {
         const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
-        const auto fetch_to = [&](const Slot<kRun>& slot, const View& t) {
-          fetch(slot, place_at(p, t, span, place, token, task.channel), p, t, place, tokens, task.channels);
+        const auto fetch_to = [&](const Slot<kRun>& slot, const Cursor& cursor, const View& t) {
+          fetch<Policy>(slot, place_of_tile(cursor, t, token), p, t, place, tokens, task.channels);
         };
-        fetch_to(slot_dt, p.dt), fetch_to(slot_x, p.x), fetch_to(slot_dy, p.dy);
-        if (p.z.data) fetch_to(slot_z, p.z);
+        fetch_to(slot_dt, at_dt, p.dt), fetch_to(slot_x, at_x, p.x), fetch_to(slot_dy, at_dy, p.dy);
+        if (p.z.data) fetch_to(slot_z, at_z, p.z);
         projection.fetch(p, tokens, -1);
+        if (!kEndsOnly && scans) {
+#pragma unroll
+          for (int first = 0; first < kTile; first += kCheckpoint)
+            LaneStates<Policy>::fetch(starts + first / kCheckpoint * kStart,
+                                      checkpoint_at<Policy>(p, span, task, token + first, state));
+        }
       }
       commit_copies();
     };
     fetch_tile(last);
-    float h[2][kValues];  // the state at the start of a tile
-    const auto fetch_checkpoint = [&](std::int64_t token) {
-      if (kEndsOnly || !scans || token < span.begin) return;
-      const float4* const checkpoint = checkpoint_at<Policy>(p, span, task, token, state);
+    // What this lane's sums add to dB or dC, at the first token.
+    const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && dtype_of<Policy>(p.x) == DType::bfloat16;
+    const int summed_row = is_coarse ? coarse_row_of_lane() : lane;
+    const std::int64_t fours = (p.dstate + kStates - 1) / kStates;
+    const std::int64_t projected_step = (p.reverse ? -1 : 1) * std::int64_t{p.blocks} * fours * kReduced;
+    const std::int64_t first_token = span.row * p.seqlen + (p.reverse ? span.last - 1 - span.begin : span.first + span.begin);
+    float* const projected = p.projections ? p.projections +
+                                                 ((first_token * p.blocks + task.block) * fours + state / kStates) * kReduced +
+                                                 summed_row % kReduced
+                                           : nullptr;
+    // Where the state before a group of kSub tokens lies. Going back, the first group of a checkpoint fills in those between.
+    const auto start_of = [&](int sub) -> const float4* {
+      const int of_checkpoint = sub % kSubsOfCheckpoint;
+      float4* const checkpoint = starts + sub / kSubsOfCheckpoint * kStart;
+      float4* const between = starts + (kTile / kCheckpoint - 1) * kStart;
+      if (kSubsOfCheckpoint > 1 && of_checkpoint == kSubsOfCheckpoint - 1) {
+        float h[2][kValues];
+        LaneStates<Policy>::load(checkpoint, h);
+#pragma unroll 1
+        for (int s = 1; s < kSubsOfCheckpoint; ++s) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
+          for (int i = 0; i < kSub; ++i) {
+            TokenInputs<Policy, false> now;
+            now.read(in, (sub - of_checkpoint + s - 1) * kSub + i);
 #pragma unroll
-        for (int v = 0; v < kValues; v += 4) {
-          const float4 four = checkpoint[(c * kValues + v) / 4 * kWarp];
-          h[c][v] = four.x, h[c][v + 1] = four.y, h[c][v + 2] = four.z, h[c][v + 3] = four.w;
+            for (int c = 0; c < 2; ++c)
+#pragma unroll
+              for (int v = 0; v < kValues; v += kParts)
+                advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(now.dt[c], &rate[c][v]), now.u[c],
+                                             now.B_of(c) + v);
+          }
+          LaneStates<Policy>::store(between + s * kStart, h);
         }
+      }
+      return of_checkpoint == 0 ? checkpoint : between + of_checkpoint * kStart;
     };
-    fetch_checkpoint(last);
     Totals<Policy> totals;
+    if (link > 0) {
+      load_states<Policy>(view_of<Policy>(p, p.carried), row, task, state, states, g);
+      load_states<Policy>(view_of<Policy>(p, p.dA), row, task, state, states, totals.A);
+      if constexpr (Policy::kTimeInvariant) {
+        if (!p.varying_B) load_states<Policy>(view_of<Policy>(p, p.dB), row, task, state, states, totals.B);
+        if (!p.varying_C) load_states<Policy>(view_of<Policy>(p, p.dC), row, task, state, states, totals.C);
+      }
+    }
 
 #pragma unroll 1
     for (std::int64_t token = last; token >= span.begin; token -= kTile) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
       wait_for_copies();
       float dr[kRun], z[kRun];
-      slot_dy.widen(p.x.dtype, dr);
+      slot_dy.widen(dtype_of<Policy>(p.dy), dr);
       if (p.z.data) {
-        slot_z.widen(p.x.dtype, z);
+        slot_z.widen(dtype_of<Policy>(p.z), z);
 #pragma unroll
         for (int i = 0; i < kRun; ++i) dr[i] *= cuda::fast_silu(z[i]);
       }
@@ -226,10 +350,10 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
       for (int i = 0; i < kRun; ++i)
         if (!place.holds(i, tokens, task.channels)) dr[i] = 0.0f;
       if (place.along_tokens) {
-        put_steps_of<true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
+        put_steps_of<Policy, true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
         put_gradient<true>(gradients, place, dr);
       } else {
-        put_steps_of<false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
+        put_steps_of<Policy, false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
         put_gradient<false>(gradients, place, dr);
       }
       projection.put(p, of_C ? tile_C : tile_B);
@@ -257,76 +381,45 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
         }
       }
       if (!kEndsOnly && scans) {
-        // Forward to the start of each group of kSub tokens.
-#pragma unroll 1
-        for (int sub = 0; sub < kSubTiles; ++sub) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-#pragma unroll
-            for (int v = 0; v < kValues; v += 4)
-              starts[(sub * 2 * kValues + c * kValues + v) / 4 * kWarp] =
-                  make_float4(h[c][v], h[c][v + 1], h[c][v + 2], h[c][v + 3]);
-          if (sub + 1 == kSubTiles) break;
-#pragma unroll
-          for (int i = 0; i < kSub; ++i) {
-            const int t = sub * kSub + i;
-            const float4 at = in.steps[t * (kChannels / 2)];
-            const float dt[2] = {at.x, at.y}, u[2] = {at.z, at.w};
-            float B[kValues];
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              if (c == 0 || Policy::kTimeInvariant) read_projection<Policy>(B, tile_B, in.fixed_B, t, c);
-#pragma unroll
-              for (int v = 0; v < kValues; v += kParts)
-                advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(dt[c], &rate[c][v]), u[c], &B[v]);
-            }
-          }
-        }
-        // Back, group by group.
+        // Back, kSub tokens at a time.
 #pragma unroll 1
         for (int sub = kSubTiles - 1; sub >= 0; --sub) {
           Trail<Policy, kSub> trail;
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-#pragma unroll
-            for (int v = 0; v < kValues; v += 4) {
-              const float4 four = starts[(sub * 2 * kValues + c * kValues + v) / 4 * kWarp];
-              trail.h[0][c][v] = four.x, trail.h[0][c][v + 1] = four.y, trail.h[0][c][v + 2] = four.z,
-              trail.h[0][c][v + 3] = four.w;
-            }
+          LaneStates<Policy>::load(start_of(sub), trail.h[0]);
           trail.walk(in, sub * kSub, rate, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
-          float terms[kWarp];  // [token][state of B, then of C]
-          float4 back[kSub];
 #pragma unroll
-          for (int i = kSub - 1; i >= 0; --i) {
-            Step<Policy::kArithmetic> decays[2][kStates];
+          for (int summed = kSub - kSummed; summed >= 0; summed -= kSummed) {
+            float terms[kWarp];  // [token][state of B, then of C]
+            float4 back[kSummed];
 #pragma unroll
-            for (int c = 0; c < 2; ++c)
+            for (int k = kSummed - 1; k >= 0; --k) {
+              const int i = summed + k;
+              Step<Policy::kArithmetic> decays[2][kStates];
 #pragma unroll
-              for (int k = 0; k < kStates; ++k) decays[c][k] = trail.step(i, c, k * kParts);
-            back[i] = step_back<Policy>(in, lane_gradients, sub * kSub + i, rate, trail.h[i], trail.h[i + 1], decays, g, totals,
-                                        terms + i * kReduced);
-          }
+              for (int c = 0; c < 2; ++c)
 #pragma unroll
-          for (int i = 0; i < kSub; ++i)
-            pairs[warp * Memory::kPairs + (sub * kSub + i) * (kChannels / 2) + slot_of_pair(lane)] = back[i];
-          if (p.projections) {
-            const float sum = sum_over_warp(terms);
-            const std::int64_t t = token + sub * kSub + lane / kReduced;
-            if (t < span.end) {
-              const std::int64_t fours = (p.dstate + kStates - 1) / kStates;
-              const std::int64_t at = span.row * p.seqlen + (p.reverse ? span.last - 1 - t : span.first + t);
-              p.projections[((at * p.blocks + task.block) * fours + state / kStates) * kReduced + lane % kReduced] = sum;
+                for (int n = 0; n < kStates; ++n) decays[c][n] = trail.step(i, c, n * kParts);
+              back[k] = step_back<Policy>(in, lane_gradients, sub * kSub + i, rate, trail.h[i], trail.h[i + 1], decays, g,
+                                          totals, terms + k * kReduced);
+            }
+            const int first = sub * kSub + summed;
+#pragma unroll
+            for (int k = 0; k < kSummed; ++k)
+              pairs[warp * Memory::kPairs + (first + k) * (kChannels / 2) + slot_of_pair(lane)] = back[k];
+            if (projected) {
+              const float sum = is_coarse ? coarse_sum_over_warp(terms) : sum_over_warp(terms);
+              const std::int64_t t = token + first + summed_row / kReduced;
+              if (t < span.end) projected[(t - span.begin) * projected_step] = sum;
             }
           }
         }
       }
-      fetch_checkpoint(token - kTile);
       __syncthreads();
 
       if constexpr (!kEndsOnly) {
         float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {}, dx[kRun], ddt[kRun], dz[kRun], dD[kRun];
-        for (int w = 0; w < scanners; ++w) {
+#pragma unroll(Policy::kKnown ? Memory::kWarps : 1)
+        for (int w = 0; w < Memory::kWarps && w < scanners; ++w) {
           if (place.along_tokens) {
             add_sums<true>(sums + w * 4 * Memory::kSums, place, y);
             add_pairs<true>(pairs + w * Memory::kPairs, place, du, dlog);
@@ -343,37 +436,28 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
         }
         if (last_piece) {
           if (place.along_tokens)
-            finish_gradients<true>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du,
-                                   dlog, dx, ddt, dz, dD);
+            finish_gradients<Policy, true>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels,
+                                           y, du, dlog, dx, ddt, dz, dD);
           else
-            finish_gradients<false>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels, y, du,
-                                    dlog, dx, ddt, dz, dD);
-          const auto store_to = [&](const View& t, const float (&values)[kRun]) {
-            if (t.data) store(place_at(p, t, span, place, token, task.channel), p, t, place, tokens, task.channels, values);
+            finish_gradients<Policy, false>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens,
+                                            task.channels, y, du, dlog, dx, ddt, dz, dD);
+          const auto store_to = [&](const Cursor& cursor, const View& t, const float (&values)[kRun]) {
+            if (t.data) store<Policy>(place_of_tile(cursor, t, token), p, t, place, tokens, task.channels, values);
           };
-          store_to(p.dx, dx), store_to(p.ddt, ddt);
-          if (p.z.data) store_to(p.dz, dz);
-          // The thread's own elements of the first warp's sums are read: their places take what goes to dD and ddt_bias.
-          if (place.along_tokens) put_steps<true>(pairs, place, dD, ddt);
-          else put_steps<false>(pairs, place, dD, ddt);
+          store_to(at_dx, p.dx, dx), store_to(at_ddt, p.ddt, ddt);
+          if (p.z.data) store_to(at_dz, p.dz, dz);
+          channel_totals.add(dD, ddt);
         }
-        fetch_tile(token - kTile);
-        __syncthreads();
-        if (last_piece && thread < kChannels) {
-          const float* const at = reinterpret_cast<const float*>(pairs + slot_of_pair(thread / 2)) + thread % 2;
-#pragma unroll
-          for (int t = kTile - 1; t >= 0; --t) total_D += at[t * 2 * kChannels], total_bias += at[t * 2 * kChannels + 2];
-        }
-      } else {
-        fetch_tile(token - kTile);
       }
+      fetch_tile(token - kTile);
     }
 
     if (!scans) continue;
     if constexpr (kEndsOnly) {
       store_end<Policy>(p, p.adjoint_ends, task.sequence * ends + task.segment - 1, task, state, states, g, total_dt);
     } else {
-      if (task.segment == 0 && p.dinitial_state.data)
+      if (link + 1 < p.links) store_states<Policy>(view_of<Policy>(p, p.carried), row, task, state, states, g);
+      else if (task.segment == 0 && p.dinitial_state.data)
         store_states<Policy>(p.dinitial_state, task.sequence, task, state, states, g);
       store_states<Policy>(view_of<Policy>(p, p.dA), row, task, state, states, totals.A);
       if constexpr (Policy::kTimeInvariant) {
@@ -382,8 +466,22 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
       }
     }
   }
-  if (!kEndsOnly && thread < task.channels)
-    p.dD[row * p.dim + task.channel + thread] = total_D, p.ddt_bias[row * p.dim + task.channel + thread] = total_bias;
+  if constexpr (!kEndsOnly) {
+    float dD[kRun], ddt[kRun];
+    channel_totals.read(dD, ddt);
+    __syncthreads();  // the last tile's sums are read
+    if (place.along_tokens) put_steps<true>(pairs, place, dD, ddt);
+    else put_steps<false>(pairs, place, dD, ddt);
+    __syncthreads();
+    if (thread < task.channels) {
+      float total_D = link > 0 ? p.dD[place_of_channel] : 0.0f, total_bias = link > 0 ? p.ddt_bias[place_of_channel] : 0.0f;
+      const float* const at = reinterpret_cast<const float*>(pairs + slot_of_pair(thread / 2)) + thread % 2;
+#pragma unroll
+      for (int t = 0; t < kTile; ++t) total_D += at[t * 2 * kChannels], total_bias += at[t * 2 * kChannels + 2];
+      p.dD[place_of_channel] = total_D, p.ddt_bias[place_of_channel] = total_bias;
+    }
+  }
+  if (is_linked && link + 1 < p.links) end_turn(p.turns + index, link + 1);
 }
 
 }  // namespace statescan::selective_scan

@@ -18,19 +18,21 @@ void launch_row_sum(const float* rows, std::int64_t count, std::int64_t channels
 template <class Policy>
 void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.ngroups == 0) return;
-  const BackwardParams params = params_of(args, dims);
+  BackwardParams params = params_of(args, dims);
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
   const std::int64_t end_blocks = params.sequences * (params.segments - 1) * params.blocks,
                      rows = params.sequences * params.segments;
   constexpr int kBytes = BackwardStorage<Policy>::kBytes;
-  launch_pass<Policy, Pass::ends>(params, params.sequences, params.segments - 1, stream);
-  launch_pass<Policy, Pass::checkpoints>(params, params.sequences, params.segments, stream);
+  if (params.links > 1) cuda::clear(params.turns, kBackwardPasses * turns_of(args, dims) * sizeof(*params.turns), stream);
+  launch_pass<Policy, Pass::ends>(params, 0, params.sequences, params.segments - 1, stream);
+  launch_pass<Policy, Pass::checkpoints>(params, 1, params.sequences, params.segments, stream);
+  params.turns += 2 * turns_of(args, dims);
   if (end_blocks > 0)
     cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>, {end_blocks, kRuns, kBytes},
                  stream, params);
   if (blocks > 0)
-    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>, {blocks, kRuns, kBytes},
-                 stream, params);
+    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>,
+                 {blocks * params.links, kRuns, kBytes}, stream, params);
 
   const std::int64_t tokens = dims.batch * dims.seqlen;
   const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;

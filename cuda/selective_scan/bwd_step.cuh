@@ -5,7 +5,23 @@
 
 namespace statescan::selective_scan {
 
-// Sums of 32 rows over a warp: lane i ends with the sum of row i.
+// D += A B of one warp: 16x8 by 8x8, of numbers with 10 bits of mantissa, added up in float32.
+inline __device__ void multiply_tf32(float (&D)[4], const std::uint32_t (&A)[4], std::uint32_t B0, std::uint32_t B1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])
+      : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(B0), "r"(B1));
+}
+inline __device__ std::uint32_t nearest_tf32(float v) {
+  std::uint32_t bits;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));  // one instruction, where older devices take three
+#else
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+#endif
+  return bits;
+}
+
+// Sums of 32 rows over a warp. Lane i ends with the sum of row i.
 inline __device__ float sum_over_warp(float (&left)[kWarp]) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
@@ -19,18 +35,50 @@ inline __device__ float sum_over_warp(float (&left)[kWarp]) {
   return left[0];
 }
 
+// The same in two thirds of the instructions, the first additions by the tensor cores. What is added is rounded to 11 bits: for
+// a sum that ends as bfloat16. Four rows are a matrix of 16 by 8; one of zeros and ones adds up its left and its right half
+// into columns 2m and 2m + 1 of D.
+inline __device__ float coarse_sum_over_warp(const float (&rows)[kWarp]) {
+  constexpr std::uint32_t kOne = 0x3f800000;
+  const int lane = threadIdx.x % kWarp, quad = lane / 4;
+  float D[2][4] = {};
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* const of = rows + half * 16 + 4 * m;
+      const std::uint32_t A[4] = {nearest_tf32(of[0]), nearest_tf32(of[1]), nearest_tf32(of[2]), nearest_tf32(of[3])};
+      multiply_tf32(D[half], A, quad == 2 * m ? kOne : 0, quad == 2 * m + 1 ? kOne : 0);
+    }
+  }
+  const bool second = lane & 16, lower = lane & 8, right = lane & 4;
+  float four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    four[i] = (second ? D[1][i] : D[0][i]) + __shfl_xor_sync(0xffffffffu, second ? D[0][i] : D[1][i], 16);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    two[i] = (lower ? four[i + 2] : four[i]) + __shfl_xor_sync(0xffffffffu, lower ? four[i] : four[i + 2], 8);
+  return (right ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, right ? two[0] : two[1], 4);
+}
+// The row whose sum a lane ends with.
+inline __device__ int coarse_row_of_lane() {
+  const int lane = threadIdx.x % kWarp;
+  return (lane & 16) + (lane & 3) * 4 + (lane & 4) / 2 + (lane & 8) / 8;
+}
+
 // The states and decays of kSub tokens, forward from h: hs[i] is the state before token i. Gives the warp's part of y.
 template <class Policy, int kSub>
 struct Trail {
   static constexpr int kValues = Policy::kValues, kParts = Policy::kParts;
   float h[kSub + 1][2][kValues], factor[kSub][2][kValues];
-  std::uint32_t from_one = 0;  // a bit a decay
+  std::uint32_t from_one[(kSub * 2 * Policy::kStates + 31) / 32] = {};  // a bit a decay
 
   __device__ Step<Policy::kArithmetic> step(int i, int c, int v) const {
     Step<Policy::kArithmetic> s;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) s.factor[part] = factor[i][c][v + part];
-    s.from_one = Policy::kArithmetic != Arithmetic::fast && from_one >> bit(i, c, v) & 1;
+    s.from_one = Policy::kArithmetic != Arithmetic::fast && from_one[bit(i, c, v) / 32] >> bit(i, c, v) % 32 & 1;
     return s;
   }
   __device__ void walk(const TileInputs& in, int first, const float (&rate)[2][kValues], float* sums) {
@@ -48,7 +96,7 @@ struct Trail {
           for (int part = 0; part < kParts; ++part)
             factor[i][c][v + part] = s.factor[part], h[i + 1][c][v + part] = h[i][c][v + part];
           if constexpr (Policy::kArithmetic != Arithmetic::fast)
-            from_one |= static_cast<std::uint32_t>(s.from_one) << bit(i, c, v);
+            from_one[bit(i, c, v) / 32] |= static_cast<std::uint32_t>(s.from_one) << bit(i, c, v) % 32;
           advance<Policy::kArithmetic>(&h[i + 1][c][v], s, now.u[c], now.B_of(c) + v);
           y[i][c] = read_out<kParts>(now.C_of(c) + v, &h[i + 1][c][v], y[i][c]);
         }

@@ -26,6 +26,26 @@ inline __device__ Decay decay_of(float v) {
   return {near ? q * v : cuda::fast_exp2(v), near};
 }
 
+// log2(v) within 2^-22 for v of 0.5 to 2.
+inline __device__ float fast_log2(float v) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// log(1 + exp(v)). Beside 16-bit x within 1.2e-5 of itself, in two thirds of the instructions.
+template <Arithmetic arithmetic>
+__device__ float softplus(float v) {
+  if constexpr (arithmetic == Arithmetic::fast) {
+    const float e = cuda::fast_exp2(-1.44269504f * fabsf(v));
+    // Products by name: whether the compiler would fuse them with the sum differs from kernel to kernel, and so would the bits.
+    const float of_small = __fmul_rn(e, fmaf(e, fmaf(e, 0.333333333f, -0.5f), 1.0f));  // whose logarithm has few digits
+    return fmaxf(v, 0.0f) + (e < 0.015625f ? of_small : __fmul_rn(0.693147181f, fast_log2(1.0f + e)));
+  } else {
+    return cuda::fast_softplus(v);
+  }
+}
+
 struct SinCos {
   float sin, cos, cos_minus_one;  // cos_minus_one where small
   bool small;                     // the angle lies in the first quadrant about zero

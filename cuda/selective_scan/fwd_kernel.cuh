@@ -3,8 +3,9 @@
 // Shapes   x, dt, z, y [b,l,d]; A, h [d,n]; B, C [b,l,g,n] or [d,n]
 // Traffic  x, dt, z, y once: 4*b*l*d elements; B, C once a block of 64 channels, from L2
 //          b8 l2048 d5120 n16 bf16: 0.67 GB, 0.22 ms at 3.0 TB/s. 1.34 G states take 1.34 G exp2 beside 0.34 G for softplus and
-//          silu: 0.45 ms of the special-function units of an H100; 5.5 instructions a state and 45 a token: 0.38 ms of issue
-// Launch   one axis of sequences x segments x blocks; a block: 64 channels, one warp for 4 states of them (8 of long rows)
+//          silu: 0.45 ms of the special-function units of an H100; 5.6 instructions a state and 55 an element: 0.42 ms of issue
+// Launch   one axis of links x sequences x segments x blocks; a block: 64 channels, one warp for 4 states of them (8 of long
+//          rows)
 // Numerics float32. A warp adds up its states of a channel in order, then the warps in order. Where a sequence is cut into
 //          segments, a first launch leaves the end of each, started from zero, with the sum of its dt; a segment starts from
 //          those before it. The backward takes its checkpoints from this kernel
@@ -30,17 +31,17 @@ struct Storage {
 };
 
 // dt and dt x of the thread's elements.
-template <bool kAlongTokens>
+template <class Policy, bool kAlongTokens>
 __device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
                              const float* bias, int tokens, int channels, float4* steps) {
   float dt[kRun], u[kRun];
-  slot_dt.widen(p.dt.dtype, dt);
-  slot_x.widen(p.x.dtype, u);
+  slot_dt.widen(dtype_of<Policy>(p.dt), dt);
+  slot_x.widen(dtype_of<Policy>(p.x), u);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) dt[i] += of_channel<kAlongTokens>(bias, place, i);
   if (p.dt_softplus) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) dt[i] = cuda::fast_softplus(dt[i]);
+    for (int i = 0; i < kRun; ++i) dt[i] = softplus<Policy::kArithmetic>(dt[i]);
   }
   if (p.dt_limited) {
 #pragma unroll
@@ -57,17 +58,17 @@ __device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRu
 }
 
 // y of the thread's elements from the sums of the warps.
-template <bool kAlongTokens>
+template <class Policy, bool kAlongTokens>
 __device__ void finish(const Params& p, const Place& place, const Slot<kRun>& slot_x, const Slot<kRun>& slot_z,
                        const float* skip, float (&y)[kRun]) {
   float values[kRun];
   if (p.D.data) {
-    slot_x.widen(p.x.dtype, values);
+    slot_x.widen(dtype_of<Policy>(p.x), values);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) y[i] = fmaf(of_channel<kAlongTokens>(skip, place, i), values[i], y[i]);
   }
   if (p.z.data) {
-    slot_z.widen(p.x.dtype, values);
+    slot_z.widen(dtype_of<Policy>(p.z), values);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) y[i] *= cuda::fast_silu(values[i]);
   }
@@ -78,7 +79,7 @@ enum class Pass {
   output,       // y and the final state
   positions,    // and states at chosen positions
   ends,         // the end of each segment but the last, started from zero
-  checkpoints,  // the state at the start of each tile
+  checkpoints,  // the state before every kCheckpoint-th token
 };
 
 constexpr __host__ __device__ bool gives_output(Pass pass) { return pass == Pass::output || pass == Pass::positions; }
@@ -147,12 +148,19 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
 
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::int64_t ends = p.segments - 1;
-  const Task task = task_of(p, kEnds ? ends : p.segments);
-  const Span span = span_of(p, task.sequence, task.segment);
+  const std::uint32_t tasks = gridDim.x / p.links, link = blockIdx.x / tasks, index = blockIdx.x % tasks;
+  const Task task = task_of(p, index, kEnds ? ends : p.segments);
+  Span span = span_of(p, task.sequence, task.segment);
   if (p.cu_seqlens && task.sequence == p.sequences) {
     if (task.segment == 0) clear_rows(p.y, span, task);
     return;
   }
+
+  if (p.links > 1) {
+    span = link_of(span, link, p.links);
+    if (link > 0) wait_for_turn(p.turns + index, link);
+  }
+  const std::int64_t row = task.sequence * (kEnds ? ends : p.segments) + task.segment;
 
   float4* const steps = reinterpret_cast<float4*>(memory);
   float* const bias = reinterpret_cast<float*>(memory + Memory::kSteps);
@@ -175,8 +183,8 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
   load_channels(p.D, task, skip);
   __syncthreads();
 
-  const bool moves = thread < kRuns;
-  const Place place = place_of(p.reach, p.reverse, thread % kRuns);
+  const bool moves = Policy::kMostThreads == kRuns || thread < kRuns;
+  const Place place = place_of<Policy>(p.reach, p.reverse, thread % kRuns);
 
 #pragma unroll 1
   for (std::int64_t piece = 0; piece < p.dstate || piece == 0; piece += p.piece) {
@@ -188,8 +196,9 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
 
     float rate[2][kValues], h[2][kValues];
     load_rates<Policy>(p, task, state, states, rate);
-    load_states<Policy>(kEnds ? View{} : p.initial_state, task.sequence, task, state, states, h);
-    if constexpr (!kEnds) {
+    if (link > 0) load_states<Policy>(view_of<Policy>(p, kEnds ? p.ends.states : p.carried), row, task, state, states, h);
+    else load_states<Policy>(kEnds ? View{} : p.initial_state, task.sequence, task, state, states, h);
+    if (!kEnds && link == 0) {
 #pragma unroll 1
       for (std::int64_t before = 0; before < task.segment; ++before)
         cross_segment<Policy>(p, p.ends, task.sequence * ends + before, task, state, states, rate, h);
@@ -211,9 +220,9 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
       if (tokens > 0) {
         if (moves) {
           const int half = parity * (Policy::kWords * kRuns);
-          fetch(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
-          fetch({slots_x.at + half, kRuns}, at_x, p, p.x, place, tokens, task.channels);
-          if (gates) fetch({slots_z.at + half, kRuns}, at_z, p, p.z, place, tokens, task.channels);
+          fetch<Policy>(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
+          fetch<Policy>({slots_x.at + half, kRuns}, at_x, p, p.x, place, tokens, task.channels);
+          if (gates) fetch<Policy>({slots_z.at + half, kRuns}, at_z, p, p.z, place, tokens, task.channels);
           at_dt += kTile * token_step(p, p.dt), at_x += kTile * token_step(p, p.x), at_z += kTile * token_step(p, p.z);
         }
         projection.fetch(p, tokens, 1);
@@ -223,8 +232,10 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
     };
     fetch_next(span.begin);
     float total[2] = {};
+    if (kEnds && link > 0) load_steps(p, p.ends, row, task, total);
     Positions positions(p, task, span);
-    if (kPass == Pass::positions && scans && task.segment == 0) positions.template store_first<Policy>(task, state, states, h);
+    if (kPass == Pass::positions && scans && task.segment == 0 && link == 0)
+      positions.template store_first<Policy>(task, state, states, h);
 
 #pragma unroll 1
     for (std::int64_t token = span.begin; token < span.end; token += kTile) {
@@ -233,21 +244,13 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
       const Slot<kRun> slot_x{slots_x.at + half, kRuns}, slot_z{slots_z.at + half, kRuns};
       wait_for_copies();
       if (moves) {
-        if (place.along_tokens) put_steps_of<true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
-        else put_steps_of<false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
+        if (place.along_tokens) put_steps_of<Policy, true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
+        else put_steps_of<Policy, false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
       }
       projection.put(p, of_C ? tile_C : tile_B);
       __syncthreads();
       fetch_next(token + kTile);
       if (scans) {
-        if constexpr (kPass == Pass::checkpoints) {
-          float4* const to = checkpoint_at<Policy>(p, span, task, token, state);
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-#pragma unroll
-            for (int v = 0; v < kValues; v += 4)
-              to[(c * kValues + v) / 4 * kWarp] = make_float4(h[c][v], h[c][v + 1], h[c][v + 2], h[c][v + 3]);
-        }
         const auto scan_tokens = [&](int first, int last) {
           scan<Policy, kPass>(in, first, last, rate, h, total, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
         };
@@ -260,6 +263,12 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
             first = last;
           }
           scan_tokens(first, kTile);
+        } else if constexpr (kPass == Pass::checkpoints) {
+#pragma unroll
+          for (int first = 0; first < kTile; first += kCheckpoint) {
+            LaneStates<Policy>::store(checkpoint_at<Policy>(p, span, task, token + first, state), h);
+            scan_tokens(first, first + kCheckpoint);
+          }
         } else {
           scan_tokens(0, kTile);
         }
@@ -269,7 +278,8 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
       if constexpr (kOutput) {
         if (!moves) continue;
         float y[kRun] = {};
-        for (int w = 0; w < scanners; ++w) {
+#pragma unroll(Policy::kKnown ? Policy::kMostThreads / kWarp : 1)
+        for (int w = 0; w < Policy::kMostThreads / kWarp && w < scanners; ++w) {
           if (place.along_tokens) add_sums<true>(sums + w * 4 * Memory::kSums, place, y);
           else add_sums<false>(sums + w * 4 * Memory::kSums, place, y);
         }
@@ -277,18 +287,20 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
           pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
           if (!last_piece) continue;
         }
-        if (place.along_tokens) finish<true>(p, place, slot_x, slot_z, skip, y);
-        else finish<false>(p, place, slot_x, slot_z, skip, y);
-        store(at_y, p, p.y, place, tokens, task.channels, y);
+        if (place.along_tokens) finish<Policy, true>(p, place, slot_x, slot_z, skip, y);
+        else finish<Policy, false>(p, place, slot_x, slot_z, skip, y);
+        store<Policy>(at_y, p, p.y, place, tokens, task.channels, y);
         at_y += kTile * token_step(p, p.y);
       }
     }
 
     if (!scans) continue;
-    if constexpr (kEnds) store_end<Policy>(p, p.ends, task.sequence * ends + task.segment, task, state, states, h, total);
-    if (kOutput && task.segment == ends && p.final_state.data)
+    if constexpr (kEnds) store_end<Policy>(p, p.ends, row, task, state, states, h, total);
+    else if (link + 1 < p.links) store_states<Policy>(view_of<Policy>(p, p.carried), row, task, state, states, h);
+    else if (kOutput && task.segment == ends && p.final_state.data)
       store_states<Policy>(p.final_state, task.sequence, task, state, states, h);
   }
+  if (link + 1 < p.links) end_turn(p.turns + index, link + 1);
 }
 
 }  // namespace statescan::selective_scan

@@ -9,14 +9,6 @@
 
 namespace statescan::selective_scan {
 
-// How x, dt, z and y are reached: all alike, so that a thread has the same elements of each.
-enum class Reach {
-  channels,    // 16-byte accesses along the channels
-  tokens,      // 16-byte accesses along the tokens
-  by_channel,  // element by element, neighbouring lanes on neighbouring channels
-  by_token,    // element by element, neighbouring lanes on neighbouring tokens
-};
-
 // A tensor; strides in bytes. data is null where it is absent.
 struct View {
   char* data;
@@ -65,9 +57,12 @@ struct Params {
   bool vectors_B, vectors_C;  // a warp's states of B or C at a token are one access
   float dt_min, dt_max;
   View x, dt, A, B, C, D, z, dt_bias, initial_state, y, final_state;
+  std::uint32_t links;    // of a segment
+  std::uint32_t* turns;   // links of a block's segment that are done, [sequence, segment, block]
+  float* carried;         // from one link of a segment to the next: the state, or its adjoint [sequence, segment, d, n]
   Ends ends;              // of all segments but the last
   float* partial;         // y [b,l,d] when there are several pieces
-  float* checkpoints;     // states at the start of each tile
+  float* checkpoints;     // states before every kCheckpoint-th token
   const void* positions;  // [sequence, position]: after how many tokens the state is wanted
   bool positions_are_int64;
   std::int64_t npositions, positions_row, positions_step;
@@ -112,12 +107,26 @@ Reach reach_of(const A& args, const Dims& dims) {
   return args.x.stride[2] <= args.x.stride[1] ? Reach::by_channel : Reach::by_token;
 }
 
+// Whether B or C changes with the token and is reached by vectors of a thread's states.
+inline bool has_vectors(const Tensor& t, int states) { return t.ndim == 4 && cuda::why_not_runs("", t, 3, states).empty(); }
+
+// What the kernels of four states a thread may take for granted.
+template <class A>
+Known known_of(const A& args, const Dims& dims) {
+  if (args.x.dtype == DType::float32 || args.dt.dtype != args.x.dtype) return Known::nothing;
+  if (!has_vectors(args.B, 4) || !has_vectors(args.C, 4)) return Known::nothing;
+  const Reach reach = reach_of(args, dims);
+  if (reach == Reach::channels) return args.x.dtype == DType::bfloat16 ? Known::bfloat16_channels : Known::float16_channels;
+  if (reach == Reach::tokens) return args.x.dtype == DType::bfloat16 ? Known::bfloat16_tokens : Known::float16_tokens;
+  return Known::nothing;
+}
+
 // What both directions share. `states`: of a thread.
 template <class A>
 void set_inputs(Params& p, const A& args, const Dims& d, int states) {
-  const auto by_vectors = [&](const Tensor& t) { return t.ndim == 4 && cuda::why_not_runs("", t, 3, states).empty(); };
   p.sequences = d.num_sequences;
   p.segments = segments(d, args.batch_invariant);
+  p.links = static_cast<std::uint32_t>(links(args, d));
   p.seqlen = d.seqlen;
   p.group_channels = static_cast<std::uint32_t>(d.dim / d.ngroups);
   p.blocks_of_group = static_cast<std::uint32_t>(blocks_per_group(d));
@@ -129,7 +138,7 @@ void set_inputs(Params& p, const A& args, const Dims& d, int states) {
   p.reach = reach_of(args, d);
   p.reverse = args.reverse, p.dt_softplus = args.dt_softplus;
   p.varying_B = d.varying_B, p.varying_C = d.varying_C;
-  p.vectors_B = by_vectors(args.B), p.vectors_C = by_vectors(args.C);
+  p.vectors_B = has_vectors(args.B, states), p.vectors_C = has_vectors(args.C, states);
   p.dt_min = static_cast<float>(args.dt_min), p.dt_max = static_cast<float>(args.dt_max);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   p.dt_limited = p.dt_min > -kInfinity || p.dt_max < kInfinity;
@@ -153,6 +162,7 @@ inline Params params_of(const Args& args, const Dims& d) {
   float* const memory = static_cast<float*>(args.workspace.data);
   p.partial = memory + scratch.partial;
   p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
+  p.carried = memory + scratch.carried, p.turns = reinterpret_cast<std::uint32_t*>(memory + scratch.turns);
   return p;
 }
 
@@ -171,6 +181,7 @@ inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
   p.projections = wants_projections(args, d) ? memory + scratch.projections : nullptr;
   p.dA = memory + scratch.dA, p.dB = memory + scratch.dB, p.dC = memory + scratch.dC;
   p.dD = memory + scratch.dD, p.ddt_bias = memory + scratch.ddt_bias;
+  p.carried = memory + scratch.carried, p.turns = reinterpret_cast<std::uint32_t*>(memory + scratch.turns);
   return p;
 }
 

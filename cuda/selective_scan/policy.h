@@ -12,10 +12,22 @@
 namespace statescan::selective_scan {
 
 enum class Arithmetic {
-  fast,          // 16-bit x: the decay is one instruction of the special-function unit, 2 ulp
+  fast,          // 16-bit x: the decay is one instruction of the special-function unit, 2 ulp; softplus is within 2e-5
   precise,       // float32 x: near one the decay is kept as decay - 1
   complex_rate,  // A complex, any x; precise as well
 };
+
+// How x, dt, z and y are reached: all alike, so that a thread has the same elements of each.
+enum class Reach {
+  channels,    // 16-byte accesses along the channels
+  tokens,      // 16-byte accesses along the tokens
+  by_channel,  // element by element, neighbouring lanes on neighbouring channels
+  by_token,    // element by element, neighbouring lanes on neighbouring tokens
+};
+
+// What a kernel takes for granted: the type of x, dt, z, y, B and C, that B and C change with the token and lie in vectors, and
+// how the others are reached. Asked at run time, all this is half of the instructions outside of the recurrence itself.
+enum class Known { nothing, bfloat16_channels, bfloat16_tokens, float16_channels, float16_tokens };
 
 inline constexpr int kWarp = 32;
 inline constexpr int kTile = 16;      // tokens that a block stages at a time
@@ -25,13 +37,18 @@ inline constexpr int kRuns = kTile * kChannels / kRun;
 inline constexpr int kMostWarps = 16;  // that share the states of a channel; what they stage fits 99 KB
 
 // Bits depend on kStates through the order in which y is summed, and dstate alone decides it.
-template <Arithmetic arithmetic, int states, bool time_invariant>
+template <Arithmetic arithmetic, int states, bool time_invariant, Known known = Known::nothing>
 struct Policy {
   static constexpr Arithmetic kArithmetic = arithmetic;
   static constexpr int kParts = arithmetic == Arithmetic::complex_rate ? 2 : 1;
   static constexpr int kStates = states;  // of each of its channels that a thread carries
   static constexpr int kValues = kStates * kParts;
-  static constexpr bool kTimeInvariant = time_invariant;                 // B or C is [d,n]
+  static constexpr bool kTimeInvariant = time_invariant;  // B or C is [d,n]
+  static constexpr bool kKnown = known != Known::nothing;
+  static constexpr DType kElement =
+      known == Known::bfloat16_channels || known == Known::bfloat16_tokens ? DType::bfloat16 : DType::float16;
+  static constexpr Reach kReach =
+      known == Known::bfloat16_channels || known == Known::float16_channels ? Reach::channels : Reach::tokens;
   static constexpr int kWords = arithmetic == Arithmetic::fast ? 1 : 2;  // of 16 bytes, that kRun elements of x may take
   // Four states of a channel make four warps of the usual 16, so that blocks of 64 channels spread evenly over the
   // multiprocessors.
@@ -61,6 +78,16 @@ inline std::int64_t segments(const Dims& d, bool batch_invariant) {
   return std::max<std::int64_t>(std::min(divide_up(kWantedBlocks, tasks), tokens / kLeastTokens), 1);
 }
 
+// Into how many links a segment is cut, which blocks work on one after the other, the state handed on. Blocks of whole
+// segments, a few on each multiprocessor, are done at different times and leave it to ever fewer; links even that out. They
+// change no bits.
+inline std::int64_t links(const Inputs& args, const Dims& d) {
+  constexpr std::int64_t kTokens = 512, kEnoughBlocks = 264;
+  const std::int64_t cut = segments(d, args.batch_invariant);
+  if (args.cu_seqlens || d.num_sequences * cut * d.ngroups * blocks_per_group(d) < kEnoughBlocks) return 1;
+  return std::max<std::int64_t>(divide_up(divide_up(d.seqlen, cut), kTokens), 1);
+}
+
 // Hands out places in the workspace, counted in floats.
 class Scratch {
  public:
@@ -79,17 +106,27 @@ class Scratch {
 
 inline std::int64_t floats_of_states(const Dims& d) { return d.dim * d.dstate * (d.complex_A ? 2 : 1); }
 
+// What has turns in a launch of all links: the blocks of a segment. A call has a few such launches.
+inline constexpr int kForwardPasses = 2, kBackwardPasses = 3;
+inline std::int64_t turns_of(const Inputs& args, const Dims& d) {
+  return d.num_sequences * segments(d, args.batch_invariant) * blocks_per_group(d) * d.ngroups;
+}
+
 struct ForwardScratch : Scratch {
-  std::int64_t partial, end_states, end_steps;
+  std::int64_t partial, end_states, end_steps, carried, turns;
   ForwardScratch(const Inputs& args, const Dims& d) {
     const std::int64_t ends = d.num_sequences * (segments(d, args.batch_invariant) - 1);
+    const bool is_linked = links(args, d) > 1;
     partial = take(pieces(d) > 1 ? d.batch * d.seqlen * d.dim : 0);
     end_states = take(ends * floats_of_states(d)), end_steps = take(ends * d.dim);
+    carried = take(is_linked ? (ends + d.num_sequences) * floats_of_states(d) : 0);
+    turns = take(is_linked ? kForwardPasses * turns_of(args, d) : 0);
   }
 };
 
 // ---- backward --------------------------------------------------------------------------------------------------------------
 inline constexpr int kBackwardStates = 4;  // of a thread
+inline constexpr int kCheckpoint = 8;      // tokens from one stored state to the next
 // Warps that scan; the rest of a block's four only move tiles. What two stage of complex states, or four of others, fits 99 KB.
 constexpr int backward_warps(bool complex_A, bool time_invariant) { return complex_A || time_invariant ? 2 : 4; }
 inline int backward_warps(const Dims& d) { return backward_warps(d.complex_A, !d.varying_B || !d.varying_C); }
@@ -99,21 +136,22 @@ inline bool wants_projections(const BackwardArgs& args, const Dims& d) {
   return (args.dB && d.varying_B) || (args.dC && d.varying_C);
 }
 
-// Tiles of all sequences; a packed one starts with number first / kTile + i.
-inline std::int64_t tiles_of(const BackwardArgs& args, const Dims& d) {
-  return args.cu_seqlens ? d.seqlen / kTile + d.num_sequences + 1 : d.batch * divide_up(d.seqlen, kTile);
+// Checkpoints of all sequences, tile by tile; a packed one starts with tile first / kTile + i.
+inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
+  const std::int64_t tiles = args.cu_seqlens ? d.seqlen / kTile + d.num_sequences + 1 : d.batch * divide_up(d.seqlen, kTile);
+  return tiles * (kTile / kCheckpoint);
 }
 
 struct BackwardScratch : Scratch {
   std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB,
-      dC, dD, ddt_bias;
+      dC, dD, ddt_bias, carried, turns;
   BackwardScratch(const BackwardArgs& args, const Dims& d) {
     const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1),
                        rows = d.num_sequences * cut;
     const std::int64_t parts = d.complex_A ? 2 : 1, blocks = blocks_per_group(d) * d.ngroups;
     const std::int64_t fours = divide_up(d.dstate, kBackwardStates), sums = d.batch * d.seqlen * d.dim;
     const bool one_piece = fours <= backward_warps(d);
-    checkpoints = take(tiles_of(args, d) * blocks * fours * kChannels * kBackwardStates * parts);
+    checkpoints = take(checkpoints_of(args, d) * blocks * fours * kChannels * kBackwardStates * parts);
     end_states = take(ends * floats_of_states(d)), end_steps = take(ends * d.dim);
     adjoint_states = take(ends * floats_of_states(d)), adjoint_steps = take(ends * d.dim);
     partial = take(one_piece ? 0 : sums), partial_steps = take(one_piece ? 0 : 2 * sums);
@@ -121,6 +159,9 @@ struct BackwardScratch : Scratch {
     dA = take(rows * floats_of_states(d));
     dB = take(d.varying_B ? 0 : rows * floats_of_states(d)), dC = take(d.varying_C ? 0 : rows * floats_of_states(d));
     dD = take(rows * d.dim), ddt_bias = take(rows * d.dim);
+    const bool is_linked = links(args, d) > 1;
+    carried = take(is_linked ? rows * floats_of_states(d) : 0);
+    turns = take(is_linked ? kBackwardPasses * turns_of(args, d) : 0);
   }
 };
 

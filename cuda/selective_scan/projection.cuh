@@ -23,7 +23,7 @@ class Projection {
     if (states_ == 0) return;
     const View& t = of(p);
     const bool wanted = token_ < tokens;
-    if (of_C_ ? p.vectors_C : p.vectors_B) {
+    if (Policy::kKnown || (of_C_ ? p.vectors_C : p.vectors_B)) {
       slot_.fetch_vector(at_, dtype(p), wanted);
     } else {
 #pragma unroll
@@ -51,7 +51,7 @@ class Projection {
   Slot<Policy::kValues> slot_;
 
   __device__ const View& of(const Params& p) const { return of_C_ ? p.C : p.B; }
-  __device__ DType dtype(const Params& p) const { return Policy::kParts == 2 ? DType::float32 : of(p).dtype; }
+  __device__ DType dtype(const Params& p) const { return Policy::kParts == 2 ? DType::float32 : dtype_of<Policy>(of(p)); }
 };
 
 // The same for a B or C of [d,n]: the states of a lane's two channels, [channel of the lane][lane][state].

@@ -19,15 +19,15 @@ struct Task {
   int channels;
 };
 
-inline __device__ Task task_of(const Params& p, std::int64_t segments) {
+inline __device__ Task task_of(const Params& p, std::int64_t index, std::int64_t segments) {
   Task t;
-  t.block = blockIdx.x % p.blocks;
+  t.block = static_cast<std::uint32_t>(index % p.blocks);
   t.group = t.block / p.blocks_of_group;
   const std::uint32_t within = t.block % p.blocks_of_group * kChannels;
   t.channels = min(static_cast<int>(p.group_channels - within), kChannels);
   t.channel = t.group * p.group_channels + within;
-  t.segment = blockIdx.x / p.blocks % segments;
-  t.sequence = blockIdx.x / p.blocks / segments;
+  t.segment = index / p.blocks % segments;
+  t.sequence = index / p.blocks / segments;
   return t;
 }
 
@@ -46,6 +46,31 @@ inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int6
   s.begin = segment * each < length ? segment * each : length;
   s.end = s.begin + each < length ? s.begin + each : length;
   return s;
+}
+
+// Some of a segment's tiles: link number `link`, counted in scan order.
+inline __device__ Span link_of(const Span& s, std::uint32_t link, std::uint32_t links) {
+  const std::int64_t tiles = (s.end - s.begin + kTile - 1) / kTile, each = (tiles + links - 1) / links * kTile;
+  Span part = s;
+  part.begin = min(s.begin + link * each, s.end);
+  part.end = min(part.begin + each, s.end);
+  return part;
+}
+
+// Blocks begin in the order of their numbers, links of one segment far apart: one waits only for another that is done or runs.
+// Every thread of the block calls these.
+inline __device__ void wait_for_turn(const std::uint32_t* done, std::uint32_t count) {
+  if (threadIdx.x == 0) {
+    std::uint32_t value;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+    while (value != count);
+  }
+  __syncthreads();
+}
+inline __device__ void end_turn(std::uint32_t* done, std::uint32_t count) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(done), "r"(count) : "memory");
 }
 
 // A row of a tensor that changes with the token, which counts in scan order.
@@ -106,6 +131,14 @@ inline __device__ View view_of(const Params& p, float* states) {
   return {reinterpret_cast<char*>(states), DType::float32, p.dim * p.dstate * kEach, 0, p.dstate * kEach, kEach};
 }
 
+inline __device__ void load_steps(const Params& p, const Ends& ends, std::int64_t index, const Task& task, float (&steps)[2]) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int lane_channel = threadIdx.x % kWarp * 2 + c;
+    steps[c] = lane_channel < task.channels ? ends.steps[index * p.dim + task.channel + lane_channel] : 0.0f;
+  }
+}
+
 // state = what it becomes over a segment, whose end from zero is number `index` of `ends`.
 template <class Policy>
 __device__ void cross_segment(const Params& p, const Ends& ends, std::int64_t index, const Task& task, std::int64_t first,
@@ -113,14 +146,13 @@ __device__ void cross_segment(const Params& p, const Ends& ends, std::int64_t in
                               float (&state)[2][Policy::kValues]) {
   float end[2][Policy::kValues];
   load_states<Policy>(view_of<Policy>(p, ends.states), index, task, first, states, end);
+  float dt[2];
+  load_steps(p, ends, index, task, dt);
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    const int lane_channel = threadIdx.x % kWarp * 2 + c;
-    const float dt = lane_channel < task.channels ? ends.steps[index * p.dim + task.channel + lane_channel] : 0.0f;
+  for (int c = 0; c < 2; ++c)
 #pragma unroll
     for (int v = 0; v < Policy::kValues; v += Policy::kParts)
-      advance<Policy::kArithmetic>(&state[c][v], step_of<Policy::kArithmetic>(dt, &rate[c][v]), 1.0f, &end[c][v]);
-  }
+      advance<Policy::kArithmetic>(&state[c][v], step_of<Policy::kArithmetic>(dt[c], &rate[c][v]), 1.0f, &end[c][v]);
 }
 
 template <class Policy>
@@ -143,14 +175,42 @@ __device__ void store_end(const Params& p, const Ends& ends, std::int64_t index,
   }
 }
 
-// States at the start of a tile, in an order of their own: [tile, block, four states, channel of the lane, lane].
+// What a lane has of the states, in words of 16 bytes that lie a warp apart.
+template <class Policy>
+struct LaneStates {
+  static constexpr int kWords = 2 * Policy::kValues / 4;
+
+  static __device__ void store(float4* to, const float (&h)[2][Policy::kValues]) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int v = 0; v < Policy::kValues; v += 4)
+        to[(c * Policy::kValues + v) / 4 * kWarp] = make_float4(h[c][v], h[c][v + 1], h[c][v + 2], h[c][v + 3]);
+  }
+  static __device__ void load(const float4* from, float (&h)[2][Policy::kValues]) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int v = 0; v < Policy::kValues; v += 4) {
+        const float4 four = from[(c * Policy::kValues + v) / 4 * kWarp];
+        h[c][v] = four.x, h[c][v + 1] = four.y, h[c][v + 2] = four.z, h[c][v + 3] = four.w;
+      }
+  }
+  static __device__ void fetch(float4* to, const float4* from) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) copy_async<16>(to + w * kWarp, reinterpret_cast<const char*>(from + w * kWarp), true);
+  }
+};
+
+// The checkpoint before a token, in an order of their own: [checkpoint, block, four states, word, lane].
 template <class Policy>
 inline __device__ float4* checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t token,
                                         std::int64_t state) {
   const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
   const std::int64_t warps = (p.dstate + Policy::kStates - 1) / Policy::kStates;
-  const std::int64_t index = ((first + token / kTile) * p.blocks + task.block) * warps + state / Policy::kStates;
-  return reinterpret_cast<float4*>(p.checkpoints) + index * (2 * kWarp * Policy::kValues / 4) + threadIdx.x % kWarp;
+  const std::int64_t number = first * (kTile / kCheckpoint) + token / kCheckpoint;
+  const std::int64_t index = (number * p.blocks + task.block) * warps + state / Policy::kStates;
+  return reinterpret_cast<float4*>(p.checkpoints) + index * (LaneStates<Policy>::kWords * kWarp) + threadIdx.x % kWarp;
 }
 
 // A value of each channel of the block, zero where the tensor is absent.

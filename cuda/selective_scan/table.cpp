@@ -31,13 +31,32 @@ void forward_with(const Args& args, const Dims& dims, Stream stream) {
   else launch_forward<Policy<arithmetic, states, true>>(args, dims, stream);
 }
 
+// Calls `visit` with what the kernels for 16-bit x, a real A and four states a thread may take for granted.
+template <class A, class Visit>
+void with_known(const A& args, const Dims& dims, Visit visit) {
+  switch (known_of(args, dims)) {
+    case Known::bfloat16_channels:
+      return visit.template operator()<Known::bfloat16_channels>();
+    case Known::bfloat16_tokens:
+      return visit.template operator()<Known::bfloat16_tokens>();
+    case Known::float16_channels:
+      return visit.template operator()<Known::float16_channels>();
+    case Known::float16_tokens:
+      return visit.template operator()<Known::float16_tokens>();
+    case Known::nothing:
+      return visit.template operator()<Known::nothing>();
+  }
+}
+
 void forward(const Args& args, const Dims& dims, Stream stream) {
   const bool long_rows = states_per_thread(dims) == 8;
   if (dims.complex_A) forward_with<Arithmetic::complex_rate, 4>(args, dims, stream);
   else if (args.x.dtype == DType::float32 && long_rows) forward_with<Arithmetic::precise, 8>(args, dims, stream);
   else if (args.x.dtype == DType::float32) forward_with<Arithmetic::precise, 4>(args, dims, stream);
   else if (long_rows) forward_with<Arithmetic::fast, 8>(args, dims, stream);
-  else forward_with<Arithmetic::fast, 4>(args, dims, stream);
+  else if (!dims.varying_B || !dims.varying_C) launch_forward<Policy<Arithmetic::fast, 4, true>>(args, dims, stream);
+  else
+    with_known(args, dims, [&]<Known known> { launch_forward<Policy<Arithmetic::fast, 4, false, known>>(args, dims, stream); });
 }
 
 template <Arithmetic arithmetic>
@@ -49,7 +68,12 @@ void backward_with(const BackwardArgs& args, const Dims& dims, Stream stream) {
 void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.complex_A) backward_with<Arithmetic::complex_rate>(args, dims, stream);
   else if (args.x.dtype == DType::float32) backward_with<Arithmetic::precise>(args, dims, stream);
-  else backward_with<Arithmetic::fast>(args, dims, stream);
+  else if (!dims.varying_B || !dims.varying_C)
+    launch_backward<Policy<Arithmetic::fast, kBackwardStates, true>>(args, dims, stream);
+  else
+    with_known(args, dims, [&]<Known known> {
+      launch_backward<Policy<Arithmetic::fast, kBackwardStates, false, known>>(args, dims, stream);
+    });
 }
 
 // The rows share their kernels and give the same bits; they differ in how x, dt, z and y are reached.

@@ -86,8 +86,9 @@ struct Place {
   __device__ bool holds(int i, int tokens, int channels) const { return token_of(i) < tokens && channel_of(i) < channels; }
 };
 
-inline __device__ Place place_of(Reach reach, bool reverse, int thread) {
-  switch (reach) {
+template <class Policy>
+__device__ Place place_of(Reach reach, bool reverse, int thread) {
+  switch (Policy::kKnown ? Policy::kReach : reach) {
     case Reach::channels:
       return {thread / 8, thread % 8 * kRun, false, true, 1};
     case Reach::tokens:
@@ -105,11 +106,18 @@ inline __device__ std::int64_t element_step(const Params& p, const View& t, cons
   return place.along_tokens ? place.token_step * token_step(p, t) : t.channel;
 }
 
+// The dtype of x, dt, z, y, B or C.
+template <class Policy>
+__device__ DType dtype_of(const View& t) {
+  return Policy::kKnown ? Policy::kElement : t.dtype;
+}
+
 // The thread's elements of a tile, of which the first lies at `from`.
-inline __device__ void fetch(const Slot<kRun>& slot, const char* from, const Params& p, const View& t, const Place& place,
-                             int tokens, int channels) {
+template <class Policy>
+__device__ void fetch(const Slot<kRun>& slot, const char* from, const Params& p, const View& t, const Place& place, int tokens,
+                      int channels) {
   if (place.is_vector) {
-    slot.fetch_vector(from, t.dtype, place.holds(0, tokens, channels));
+    slot.fetch_vector(from, dtype_of<Policy>(t), place.holds(0, tokens, channels));
     return;
   }
   const std::int64_t step = element_step(p, t, place);
@@ -137,10 +145,11 @@ inline __device__ void store_vector(char* to, DType dtype, const float (&values)
   words[0] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-inline __device__ void store(char* to, const Params& p, const View& t, const Place& place, int tokens, int channels,
-                             const float (&values)[kRun]) {
+template <class Policy>
+__device__ void store(char* to, const Params& p, const View& t, const Place& place, int tokens, int channels,
+                      const float (&values)[kRun]) {
   if (place.is_vector) {
-    if (place.holds(0, tokens, channels)) store_vector(to, t.dtype, values);
+    if (place.holds(0, tokens, channels)) store_vector(to, dtype_of<Policy>(t), values);
     return;
   }
   const std::int64_t step = element_step(p, t, place);
