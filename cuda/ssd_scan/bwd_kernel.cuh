@@ -1,5 +1,6 @@
 // ssd_scan backward, the main kernel: every gradient, from kept states and adjoints
-// Math     in a chunk of q tokens, with s, h, G and g as in bwd_walk_kernel.cuh, end = q-1, L[i][j] = exp(s[i] - s[j]) for j <= i:
+// Math     in a chunk of q tokens, with s, h, G and g as in bwd_walk_kernel.cuh, end = q-1, L[i][j] = exp(s[i] - s[j]) for j <=
+// i:
 //          r[j]  = L[end][j] G B[j] + sum_{i>=j} (C[i].B[j]) L[i][j] g[i],    dx[j] = dt[j] r[j] + D g[j]
 //          dB[j] = sum over heads of dt[j] L[end][j] G^T x[j] + sum_{i>=j} (g[i].x[j]) L[i][j] dt[j] C[i]
 //          dC[i] = sum over heads of exp(s[i]) h^T g[i] + sum_{j<=i} (g[i].x[j]) L[i][j] dt[j] B[j]
@@ -10,7 +11,8 @@
 // Shapes   x, z, dy [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and chunk
 // Traffic  x, dy, z, dt, states and adjoints once, B and C once; write dx, dz, ddt, dB, dC; shares of dA, ddt_bias and dD of
 //          each chunk
-// Launch   a block of 16 warps for each (slot of a chunk, group, split of the heads), which goes through its heads. A warp has a
+// Launch   a block of 16 warps for each (slot of a chunk, group, split of the heads), which goes through its heads. A warp has
+// a
 //          strip of 16 tokens, and a part of the columns
 // Numerics ddtA has no difference in it, so that it keeps its digits where decays leave next to nothing. Scores, weights and
 //          states go into the products as sums of bfloat16 terms. What lies above the diagonal is selected away, and a g that
@@ -34,11 +36,11 @@ struct StateTile {
 template <class Policy>
 struct HeadSums {
   static constexpr int kChunk = Policy::kChunk, kBlocks = Policy::kBlocks, kParts = Policy::kParts;
-  float dot_B[kParts][kChunk];      // B[j].(G^T x[j]), of the columns of a part
-  float dot_C[kParts][kChunk];      // C[i].(h^T g[i])
-  float of_rows[kBlocks][kChunk];   // sum over the 16 k of a block of (C[k].B[j]) (g[k].x[j]) L[k][j]
+  float dot_B[kParts][kChunk];        // B[j].(G^T x[j]), of the columns of a part
+  float dot_C[kParts][kChunk];        // C[i].(h^T g[i])
+  float of_rows[kBlocks][kChunk];     // sum over the 16 k of a block of (C[k].B[j]) (g[k].x[j]) L[k][j]
   float of_columns[kBlocks][kChunk];  // sum over the j < i of a block and the k >= i of the block of i, with dt[j]
-  float whole[Policy::kWarps];      // <G,h>
+  float whole[Policy::kWarps];        // <G,h>
   float dD[kBlocks][Policy::kSlice];
   float CB[Policy::kPairs][8][Policy::kThreads];  // C[i].B[j] as its warps hold it: for all heads, at no cost in registers
 };
@@ -53,8 +55,11 @@ struct BackwardLayout {
   using State = StateTile<Policy>;
 
   // Of a stage x, g and rows of two states; there is a second stage where tiles are loaded ahead.
-  static constexpr int kFixedBytes = 2 * Group::kBytes + Scores::kBytes + 2 * sizeof(ChunkSteps) + sizeof(HeadSums<Policy>) + sizeof(ChunkPlace);
-  static STATESCAN_HOST_DEVICE constexpr int stage_bytes(int slice) { return X::kBytes + G::kBytes + 2 * Policy::kTermsOfState * slice * State::kStride * 2; }
+  static constexpr int kFixedBytes =
+      2 * Group::kBytes + Scores::kBytes + 2 * sizeof(ChunkSteps) + sizeof(HeadSums<Policy>) + sizeof(ChunkPlace);
+  static STATESCAN_HOST_DEVICE constexpr int stage_bytes(int slice) {
+    return X::kBytes + G::kBytes + 2 * Policy::kTermsOfState * slice * State::kStride * 2;
+  }
   static constexpr int bytes(int stages, int slice) { return kFixedBytes + stages * stage_bytes(slice); }
 
   char* base;
@@ -73,11 +78,14 @@ struct BackwardLayout {
   __device__ G g(int stage) const { return {tile(kFixedBytes + stage * stage_bytes(slice) + X::kBytes)}; }
   __device__ State state(int stage, int which) const {
     const int plane = slice * State::kStride;
-    return {tile(kFixedBytes + stage * stage_bytes(slice) + X::kBytes + G::kBytes) + which * Policy::kTermsOfState * plane, plane};
+    return {tile(kFixedBytes + stage * stage_bytes(slice) + X::kBytes + G::kBytes) + which * Policy::kTermsOfState * plane,
+            plane};
   }
 };
 
 inline __device__ bool is_finite_bfloat16(Bits v) { return (v & 0x7f80u) != 0x7f80u; }
+// Bits 15 and 31 are set where the exponent of a half is that of infinity and NaN.
+inline __device__ Bits carry_of_exponents(Bits pair) { return (pair & 0x7f807f80u) + 0x00800080u; }
 inline __device__ Bits finite_halves(Bits pair) {
   return (is_finite_bfloat16(pair) ? 0xffffu : 0u) | (is_finite_bfloat16(pair >> 16) ? 0xffff0000u : 0u);
 }
@@ -94,12 +102,22 @@ struct BackwardBlock {
   const Layout& shared;
   const ChunkPlace& place;  // in shared memory: it costs no registers
   int group;
-  int warp, strip, part;  // the warp's 16 tokens and part of the columns
-  int stage = 0;          // of the tiles at hand
-  int at = 0;             // head of the part at hand
+  int warp, strip, part;                                       // the warp's 16 tokens and part of the columns
+  RowLoader<Policy, Policy::kThreads, Policy::kSlice> load_x;  // of the first head of the part
+  GateLoader<Policy, Policy::kThreads, Policy::kSlice> load_g;
+  int stage = 0;  // of the tiles at hand
+  int at = 0;     // head of the part at hand
 
   __device__ BackwardBlock(const BackwardParams& params, const Layout& layout, const ChunkPlace& chunk, int of_group)
-      : p(params), shared(layout), place(chunk), group(of_group), warp(threadIdx.x / 32), strip(warp % kBlocks), part(warp / kBlocks) {}
+      : p(params),
+        shared(layout),
+        place(chunk),
+        group(of_group),
+        warp(threadIdx.x / 32),
+        strip(warp % kBlocks),
+        part(warp / kBlocks),
+        load_x(p.x, place.walk, head_at(0), p.headdim),
+        load_g(p, place.walk, head_at(0)) {}
 
   __device__ int row(int r) const { return 16 * strip + lane_id() / 4 + 8 * r; }  // of the lane's two
   // Pairs of tokens: j in the warp's strip, i in the blocks part, part + kParts..; those above the diagonal are left out.
@@ -111,35 +129,42 @@ struct BackwardBlock {
   __device__ typename Layout::G g() const { return shared.g(stage); }
 
   // ---- tiles ---------------------------------------------------------------------------------------------------------------
-  __device__ int width(std::int64_t first) const { return static_cast<int>(min(std::int64_t(p.slice), (p.headdim - first + 15) / 16 * 16)); }
+  __device__ int width(std::int64_t first) const {
+    return static_cast<int>(min(std::int64_t(p.slice), (p.headdim - first + 15) / 16 * 16));
+  }
 
   // Begins to load the tiles of a slice of a head: x, g, and the rows of its states.
-  __device__ void load_slice(int stage, std::int64_t head, const char* state, const char* adjoint, std::int64_t first) const {
-    const int columns = width(first);
-    load_tokens<Policy, Policy::kThreads>(shared.x(stage), columns, p.x, place.walk, place.start, place.count, head, first, p.headdim);
-    load_g<Policy, Policy::kThreads>(shared.g(stage), columns, p, place.walk, place.start, place.count, head, first);
-    load_state_rows(shared.state(stage, 0), state, first, columns);
-    load_state_rows(shared.state(stage, 1), adjoint, first, columns);
+  __device__ void load_slice(int to, int k, const char* state, const char* adjoint, int first) const {
+    load_x.load(shared.x(to), place.start, place.count, k, first);
+    load_g.load(shared.g(to), place.start, place.count, k, first);
+    load_state_rows(shared.state(to, 0), state, first);
+    load_state_rows(shared.state(to, 1), adjoint, first);
     cute::cp_async_fence();
   }
 
-  __device__ void load_state_rows(const StateTile<Policy>& tile, const char* kept, std::int64_t first, int rows) const {
-    constexpr int kUnits = Policy::kDstate / 8;
-    for (int unit = threadIdx.x; unit < rows * kUnits; unit += Policy::kThreads) {
-      const int row = unit / kUnits, column = unit % kUnits * 8;
-      const bool inside = first + row < p.headdim && column < p.columns;
-      const char* from = inside ? kept + ((first + row) * p.columns + column) * Policy::kBytesOfKept : kept;
+  // Rows `first`.. of a kept state, as many as a stage holds.
+  __device__ void load_state_rows(const StateTile<Policy>& tile, const char* kept, int first) const {
+    constexpr int kUnits = Policy::kDstate / 8, kStep = Policy::kThreads / kUnits;
+    const int row = threadIdx.x / kUnits, column = threadIdx.x % kUnits * 8;
+    const int left = column < p.columns ? static_cast<int>(p.headdim) - first - row : 0;
+    const std::int64_t step = p.columns * Policy::kBytesOfKept;
+    const char* from = kept + (first + row) * step + column * Policy::kBytesOfKept;
+#pragma unroll
+    for (int k = 0; k < Policy::kSlice; k += kStep) {
+      if (row + k >= static_cast<int>(p.slice)) break;
+      const bool inside = k < left;
       if constexpr (Policy::kKept == DType::bfloat16) {
-        cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
-                                                                     *reinterpret_cast<cute::uint128_t*>(tile.at(0, row, column)),
-                                                                     inside);
+        cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+            *reinterpret_cast<const cute::uint128_t*>(inside ? from + k * step : kept),
+            *reinterpret_cast<cute::uint128_t*>(tile.at(0, row + k, column)), inside);
       } else {
         float v[8] = {};
         if (inside) {
-          const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 16);
+          const float4 a = *reinterpret_cast<const float4*>(from + k * step),
+                       b = *reinterpret_cast<const float4*>(from + k * step + 16);
           v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
         }
-        store_run<Policy::kTermsOfState>(tile.at(0, row, column), tile.plane, v);
+        store_run<Policy::kTermsOfState>(tile.at(0, row + k, column), tile.plane, v);
       }
     }
   }
@@ -175,20 +200,21 @@ struct BackwardBlock {
   // ---- products with states ------------------------------------------------------------------------------------------------
   // to[i] += scale[i] state^T of[i] in the warp's columns; dots[r] += state^T of[i] . with[i], without the scale.
   template <int kTermsOf, class Of, class With>
-  __device__ void add_from_state(float (&to)[kColumns / 8][4], float (&dots)[2], const Of& of, int terms, const StateTile<Policy>& state,
-                                 const With& with, const float (&scale)[kChunk], int columns) const {
+  __device__ void add_from_state(float (&to)[kColumns / 8][4], float (&dots)[2], const Of& of, int terms,
+                                 const StateTile<Policy>& state, const With& with, const float (&scale)[kChunk],
+                                 int columns) const {
     const float scales[2] = {scale[row(0)], scale[row(1)]};
     float sum[kColumns / 16][2][4] = {};
 #pragma unroll
     for (int k = 0; k < Policy::kSlice; k += 16)
       if (k < columns)
-        multiply_strip<kTermsOf, Policy::kTermsOfState, Read::rows, Read::rows>(sum, of, 16 * strip, k, state, k, part * kColumns,
-                                                                                terms);
+        multiply_strip<kTermsOf, Policy::kTermsOfState, Read::rows, Read::rows>(sum, of, 16 * strip, k, state, k,
+                                                                                part * kColumns, terms);
 #pragma unroll
     for (int q = 0; q < kColumns / 8; ++q)
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float(&v)[4] = sum[q / 2][q % 2];
+        const float (&v)[4] = sum[q / 2][q % 2];
         const float2 other = pair_at<kTermsOfInput>(with, row(r), part * kColumns + 8 * q + lane_id() % 4 * 2);
         dots[r] = fmaf(v[2 * r], other.x, fmaf(v[2 * r + 1], other.y, dots[r]));
 #pragma unroll
@@ -205,8 +231,8 @@ struct BackwardBlock {
   }
 
   // ---- pairs of tokens -----------------------------------------------------------------------------------------------------
-  // From C[i].B[j] and g[i].x[j] of a block [16 j, 16 i]: scores into shared memory, the head's part of the weights, and the sums
-  // that ddt is made of.
+  // From C[i].B[j] and g[i].x[j] of a block [16 j, 16 i]: scores into shared memory, the head's part of the weights, and the
+  // sums that ddt is made of.
   __device__ void combine_pairs(int pair, const Sum16& gx, Sum16& weights) const {
     const auto& steps = this->steps();
     auto& sums = shared.sums();
@@ -268,28 +294,40 @@ struct BackwardBlock {
   __device__ void multiply_scores_g(Sum16& sum, int column, int terms) const {
     const auto scores = shared.scores();
     const auto g = this->g();
-    bool finite = true;
+    Bits leading[kBlocks][4], exponents = 0;
 #pragma unroll
     for (int k = 0; k < kBlocks; ++k) {
       if (k < strip) continue;
-      Bits a[kTerms][4], b[4], keep[4];
+      load_B<Read::rows>(g.at(0, 16 * k, column), g.kStride, leading[k]);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) exponents |= carry_of_exponents(leading[k][r]);
+    }
+    const bool finite = __all_sync(~0u, (exponents & 0x80008000u) == 0);
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+      if (k < strip) continue;
+      Bits a[kTerms][4], keep[4];
 #pragma unroll
       for (int i = 0; i < kTerms; ++i) load_A<Read::rows>(scores.at(i, 16 * strip, 16 * k), scores.kStride, a[i]);
+      if (!finite)
 #pragma unroll
-      for (int j = 0; j < kTerms; ++j) {
+        for (int r = 0; r < 4; ++r) keep[r] = finite_halves(leading[k][r]), leading[k][r] &= keep[r];
+#pragma unroll
+      for (int i = 0; i < kTerms; ++i) multiply_add(sum, a[i], leading[k]);
+#pragma unroll
+      for (int j = 1; j < kTerms; ++j) {
         if (j >= terms) break;
+        Bits b[4];
         load_B<Read::rows>(g.at(j, 16 * k, column), g.kStride, b);
+        if (!finite)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          if (j == 0) keep[r] = finite_halves(b[r]), finite = finite && keep[r] == ~0u;
-          b[r] &= keep[r];
-        }
+          for (int r = 0; r < 4; ++r) b[r] &= keep[r];
 #pragma unroll
         for (int i = 0; i < kTerms; ++i)
           if (counts<kTerms, kTerms>(i, j)) multiply_add(sum, a[i], b);
       }
     }
-    if (__all_sync(~0u, finite)) return;
+    if (finite) return;
     // What was left out belongs to its own token and those before it.
 #pragma unroll 1
     for (int i = 16 * strip; i < kChunk; ++i)
@@ -301,7 +339,8 @@ struct BackwardBlock {
           if (is_finite_bfloat16(v)) continue;
 #pragma unroll
           for (int r = 0; r < 2; ++r)
-            if (i >= row(r)) sum[q][2 * r + e] += __uint_as_float(Bits(*scores.at(0, row(r), i)) << 16) * __uint_as_float(v << 16);
+            if (i >= row(r))
+              sum[q][2 * r + e] += __uint_as_float(Bits(*scores.at(0, row(r), i)) << 16) * __uint_as_float(v << 16);
         }
   }
 
@@ -349,7 +388,8 @@ struct BackwardBlock {
 #pragma unroll
           for (int r = 0; r < 2; ++r)
             if (j <= row(r))
-              sum[q][2 * r + e] += __uint_as_float(Bits(*scores.at(0, j, row(r))) << 16) * steps.dt[j] * __uint_as_float(v << 16);
+              sum[q][2 * r + e] +=
+                  __uint_as_float(Bits(*scores.at(0, j, row(r))) << 16) * steps.dt[j] * __uint_as_float(v << 16);
         }
   }
 
@@ -365,7 +405,8 @@ struct BackwardBlock {
   __device__ void multiply_state(Sum16& sum, const Of& of, const StateTile<Policy>& state, int column) const {
 #pragma unroll 4
     for (int k = 0; k < Policy::kDstate; k += 16)
-      multiply_blocks<kTermsOfInput, Policy::kTermsOfState, Read::rows, Read::columns>(sum, of, 16 * strip, k, state, column, k);
+      multiply_blocks<kTermsOfInput, Policy::kTermsOfState, Read::rows, Read::columns>(sum, of, 16 * strip, k, state, column,
+                                                                                       k);
   }
 
   __device__ void store_dx(std::int64_t head, std::int64_t first, int column, int terms) const {
@@ -432,7 +473,7 @@ struct BackwardBlock {
           y0 = fmaf(D.x, x_i.x, y0), y1 = fmaf(D.y, x_i.y, y1);
         }
         store_two<kDType>(p.dz, token_at(p.dz, place.walk, place.start + i, head, first + c), left,
-                           dy.x * cuda::fast_dsilu(z.x) * y0, dy.y * cuda::fast_dsilu(z.y) * y1);
+                          dy.x * cuda::fast_dsilu(z.x) * y0, dy.y * cuda::fast_dsilu(z.y) * y1);
       }
     }
   }
@@ -539,7 +580,9 @@ struct BackwardBlock {
       const int i = first + k;
       if (i >= place.count) continue;
       const std::int64_t token = place.walk.origin + (place.start + i) * place.walk.sign;
-      const float raw = cuda::load_element(p.dt.data + place.walk.batch * p.dt.batch + token * p.dt.token + head * p.dt.head, p.dt.dtype) + bias;
+      const float raw =
+          cuda::load_element(p.dt.data + place.walk.batch * p.dt.batch + token * p.dt.token + head * p.dt.head, p.dt.dtype) +
+          bias;
       const float step = p.dt_softplus ? softplus(raw) : raw;
       float ddt = fmaf(A, ddtA[k], slope[k]);
       dA = fmaf(dt[k], ddtA[k], dA);
@@ -547,7 +590,8 @@ struct BackwardBlock {
       if (step < p.dt_min || step > p.dt_max) ddt = 0;
       ddt_bias += ddt;
       if (p.ddt.data)
-        cuda::store_element(p.ddt.data + place.walk.batch * p.ddt.batch + token * p.ddt.token + head * p.ddt.head, p.ddt.dtype, ddt);
+        cuda::store_element(p.ddt.data + place.walk.batch * p.ddt.batch + token * p.ddt.token + head * p.ddt.head, p.ddt.dtype,
+                            ddt);
     }
     dA = sum_of_warp(dA), ddt_bias = sum_of_warp(ddt_bias);
     if (lane_id() == 0) {
@@ -578,7 +622,8 @@ struct BackwardBlock {
     }
   }
 
-  __device__ void store_sums(const float (&v)[kColumns / 8][4], const TokenView& gradient, float* sums, std::uint32_t split) const {
+  __device__ void store_sums(const float (&v)[kColumns / 8][4], const TokenView& gradient, float* sums,
+                             std::uint32_t split) const {
     if (!gradient.data) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -594,7 +639,7 @@ struct BackwardBlock {
           if (left > 1) to[1] = v[q][2 * r + 1];
         } else {
           store_two<kDType>(gradient, token_at(gradient, place.walk, place.start + row(r), group, n), left, v[q][2 * r],
-                             v[q][2 * r + 1]);
+                            v[q][2 * r + 1]);
         }
       }
     }
@@ -625,9 +670,11 @@ struct BackwardBlock {
 #pragma unroll
       for (int k = 0; k < kBlocks; ++k) {
         if (k >= strip)
-          multiply_blocks<kTerms, kTermsOfInput, Read::rows, Read::rows>(sum_B, tile, 16 * strip, 16 * k, shared.C(), 16 * k, column);
+          multiply_blocks<kTerms, kTermsOfInput, Read::rows, Read::rows>(sum_B, tile, 16 * strip, 16 * k, shared.C(), 16 * k,
+                                                                         column);
         if (k <= strip)
-          multiply_blocks<kTerms, kTermsOfInput, Read::columns, Read::rows>(sum_C, tile, 16 * k, 16 * strip, shared.B(), 16 * k, column);
+          multiply_blocks<kTerms, kTermsOfInput, Read::columns, Read::rows>(sum_C, tile, 16 * k, 16 * strip, shared.B(), 16 * k,
+                                                                            column);
       }
 #pragma unroll
       for (int q = 0; q < 2; ++q)
@@ -643,9 +690,9 @@ struct BackwardBlock {
   // slice serves both.
   __device__ void load(int to, int k, int turn) const {
     const int slices = p.slices, slice = turn < slices ? turn : 2 * slices - 2 - turn;
-    const std::int64_t kept = ((place.slot * p.part.groups + group - p.part.first_group) * p.part.heads + k) * p.headdim * p.columns *
-                              Policy::kBytesOfKept;
-    load_slice(to, head_at(k), p.states + kept, p.adjoints + kept, std::int64_t(slice) * p.slice);
+    const std::int64_t kept = ((place.slot * p.part.groups + group - p.part.first_group) * p.part.heads + k) * p.headdim *
+                              p.columns * Policy::kBytesOfKept;
+    load_slice(to, k, p.states + kept, p.adjoints + kept, slice * static_cast<int>(p.slice));
   }
 
   // Brings the tiles of a turn, and begins with those of the next.
@@ -673,8 +720,9 @@ struct BackwardBlock {
     const int begin = min(static_cast<int>(split) * each, heads), end = min(begin + each, heads);
     const int terms = terms_of_g<Policy>(p);
 
-    load_tokens<Policy, Policy::kThreads>(shared.B(), Policy::kDstate, p.B, place.walk, place.start, place.count, group, 0, p.dstate);
-    load_tokens<Policy, Policy::kThreads>(shared.C(), Policy::kDstate, p.C, place.walk, place.start, place.count, group, 0, p.dstate);
+    using GroupLoader = RowLoader<Policy, Policy::kThreads, Policy::kDstate>;
+    GroupLoader(p.B, place.walk, group, p.dstate).load(shared.B(), place.start, place.count, 0, 0);
+    GroupLoader(p.C, place.walk, group, p.dstate).load(shared.C(), place.start, place.count, 0, 0);
     cute::cp_async_fence();
     if (begin < end) {
       if (p.stages > 1) load(1, begin, 0);
@@ -715,9 +763,10 @@ struct BackwardBlock {
 #pragma unroll
             for (int c = 0; c < Policy::kSlice; c += 16)
               if (c < columns)
-                multiply_blocks<kTermsOfInput, kTerms, Read::rows, Read::columns>(gx[pair], x(), 16 * strip, c, g(), 16 * block_of(pair),
-                                                                                  c, kTermsOfInput, terms);
-        add_from_state<kTermsOfInput>(dB, dots_B, x(), kTermsOfInput, shared.state(stage, 1), shared.B(), steps().to_end, columns);
+                multiply_blocks<kTermsOfInput, kTerms, Read::rows, Read::columns>(gx[pair], x(), 16 * strip, c, g(),
+                                                                                  16 * block_of(pair), c, kTermsOfInput, terms);
+        add_from_state<kTermsOfInput>(dB, dots_B, x(), kTermsOfInput, shared.state(stage, 1), shared.B(), steps().to_end,
+                                      columns);
         add_from_state<kTerms>(dC, dots_C, g(), terms, shared.state(stage, 0), shared.C(), steps().from_start, columns);
         whole += dot_states(stage, columns);
       }
@@ -729,8 +778,9 @@ struct BackwardBlock {
       whole = sum_of_warp(whole);
       if (lane_id() == 0) shared.sums().whole[warp] = whole;
       __syncthreads();
-      if (warp == at % Policy::kWarps) finish_steps(head);
-      if (at + 1 < end && warp == (at + Policy::kWarps / 2) % Policy::kWarps) load_steps(at + 1);
+      // By warps of the last strip, which has the fewest pairs of tokens in what follows.
+      if (warp == kBlocks - 1) finish_steps(head);
+      if (at + 1 < end && warp == Policy::kWarps - 1) load_steps(at + 1);
 #pragma unroll 1
       for (int slice = p.slices; slice-- > 0;) {
         const std::int64_t first = std::int64_t(slice) * p.slice;

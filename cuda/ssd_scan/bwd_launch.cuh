@@ -8,10 +8,11 @@
 
 namespace statescan::ssd_scan {
 
-inline void launch_split_sum(const float* sums, const BackwardPlan& plan, const Tensor& gradient, const Dims& d, Stream stream) {
+inline void launch_split_sum(const float* sums, const BackwardPlan& plan, const Tensor& gradient, const Dims& d,
+                             Stream stream) {
   if (!gradient || gradient.numel() == 0) return;
-  const SplitSumParams params{sums,     plan.splits,          gradient.numel(), d.seqlen, d.ngroups,
-                              d.dstate, token_view(gradient), gradient.dtype};
+  const SplitSumParams params{sums,      plan.splits, gradient.numel(),     d.seqlen,
+                              d.ngroups, d.dstate,    token_view(gradient), gradient.dtype};
   cuda::launch("ssd_scan_backward_split_sum_kernel", ssd_scan_backward_split_sum_kernel,
                {divide_up(params.count, kSumThreads), kSumThreads}, stream, params);
 }
@@ -43,8 +44,8 @@ inline void launch_clear(const BackwardParams& p, const BackwardArgs& args, cons
                            args.x.dtype};
   constexpr std::int64_t kMostBlocks = 1024;
   if (d.seqlen > 0)
-    cuda::launch("ssd_scan_backward_clear_kernel", ssd_scan_backward_clear_kernel, {std::min(d.seqlen, kMostBlocks), kSumThreads},
-                 stream, params);
+    cuda::launch("ssd_scan_backward_clear_kernel", ssd_scan_backward_clear_kernel,
+                 {std::min(d.seqlen, kMostBlocks), kSumThreads}, stream, params);
 }
 
 // What the segments of a walk add to the state becomes the state that they start from.

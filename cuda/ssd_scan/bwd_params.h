@@ -16,16 +16,16 @@ struct BackwardParams : Params {
   std::int64_t batch, ngroups, heads_of_group;
   Part part;
   std::uint32_t splits, slots;
-  std::uint32_t slices, slice;     // of headdim: slice columns at a time
-  std::uint32_t stages;            // of tiles in shared memory
-  bool is_first, is_last;          // of the pieces of a group
-  std::int64_t columns;            // of a kept state, dstate as whole vectors
+  std::uint32_t slices, slice;  // of headdim: slice columns at a time
+  std::uint32_t stages;         // of tiles in shared memory
+  bool is_first, is_last;       // of the pieces of a group
+  std::int64_t columns;         // of a kept state, dstate as whole vectors
   TokenView dy, dx, dB, dC, dz;
   MutableStepView ddt;
   StateView dfinal_state, dinitial_state;
-  char *states, *adjoints;         // [slots, heads of the part, p, columns]
-  float *ends, *decays;            // [2, sequences, segments, heads of the part, ...] of both walks; ends then are what they start from
-  float *dB_sums, *dC_sums;        // [splits, b, l, g, n], or null
+  char *states, *adjoints;  // [slots, heads of the part, p, columns]
+  float *ends, *decays;  // [2, sequences, segments, heads of the part, ...] of both walks; ends then are what they start from
+  float *dB_sums, *dC_sums;                        // [splits, b, l, g, n], or null
   float *dA_shares, *ddt_bias_shares, *dD_shares;  // of each slot; dD null: not wanted
 
   STATESCAN_HOST_DEVICE std::int64_t heads_of_part() const { return part.groups * part.heads; }
@@ -36,7 +36,8 @@ struct BackwardParams : Params {
 
 inline BackwardParams backward_params(const BackwardArgs& args, const Dims& d, const BackwardPlan& plan) {
   BackwardParams p{};
-  static_cast<Params&>(p) = params_of(args, d, {plan.segments, divide_up(divide_up(d.seqlen, plan.chunk), plan.segments), plan.chunk});
+  static_cast<Params&>(p) =
+      params_of(args, d, {plan.segments, divide_up(divide_up(d.seqlen, plan.chunk), plan.segments), plan.chunk});
   p.start = state_view(args.initial_state);
   p.batch = d.batch, p.ngroups = d.ngroups, p.heads_of_group = d.nheads / d.ngroups;
   p.splits = static_cast<std::uint32_t>(plan.splits), p.slots = static_cast<std::uint32_t>(plan.slots);

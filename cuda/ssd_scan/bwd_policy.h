@@ -1,10 +1,10 @@
 // What the backward kernels of ssd_scan are compiled for, and how a call is cut up: plain C++, for the table, the launcher and
 // the kernels.
 //
-// A first kernel walks each sequence twice: forward for the states that enter the chunks, backward for the adjoints of the states
-// that leave them, and keeps both in the workspace. The main kernel then takes all chunks at the same time, a block for the
-// heads of a group, so that what B and C share (their product, the sums over heads in dB and dC) stays in registers. Kept states
-// of all heads would be several times as large as x, so the heads go through both kernels in parts.
+// A first kernel walks each sequence twice: forward for the states that enter the chunks, backward for the adjoints of the
+// states that leave them, and keeps both in the workspace. The main kernel then takes all chunks at the same time, a block for
+// the heads of a group, so that what B and C share (their product, the sums over heads in dB and dC) stays in registers. Kept
+// states of all heads would be several times as large as x, so the heads go through both kernels in parts.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ struct BackwardPolicy {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocks = kChunk / 16;
   static constexpr int kParts = kWarps / kBlocks;
-  static constexpr int kColumns = kDstate / kParts;  // of dB and dC, of a warp
+  static constexpr int kColumns = kDstate / kParts;                       // of dB and dC, of a warp
   static constexpr int kPairs = kBlocks > kParts ? kBlocks / kParts : 1;  // blocks [16,16] of pairs of tokens, of a warp
   // Of a block that walks states: strips of 16 rows by parts of dstate, and a warp that finds the steps ahead of the others.
   static constexpr int kWalkStrips = kSlice / kRowsOfWarp;
@@ -54,40 +54,41 @@ struct Part {
 };
 
 struct BackwardPlan {
-  std::int64_t chunk;            // tokens
-  std::int64_t slots;            // of chunks: a packed sequence i begins with slot first_token / chunk + i
-  std::int64_t columns;          // of a kept state: dstate as whole vectors
-  std::int64_t bytes_of_kept;    // of an element
-  std::int64_t groups_of_part;   // 1 if a part is less than a group
-  std::int64_t heads_of_piece;   // of a group, in a part
-  std::int64_t pieces;           // of a group
-  std::int64_t splits;           // blocks that share the heads of a piece
-  std::int64_t segments;         // of a sequence, that are walked at the same time
-  bool sums_in_memory;           // dB and dC of all parts and splits meet in the workspace
+  std::int64_t chunk;           // tokens
+  std::int64_t slots;           // of chunks: a packed sequence i begins with slot first_token / chunk + i
+  std::int64_t columns;         // of a kept state: dstate as whole vectors
+  std::int64_t bytes_of_kept;   // of an element
+  std::int64_t groups_of_part;  // 1 if a part is less than a group
+  std::int64_t heads_of_piece;  // of a group, in a part
+  std::int64_t pieces;          // of a group
+  std::int64_t splits;          // blocks that share the heads of a piece
+  std::int64_t segments;        // of a sequence, that are walked at the same time
+  bool sums_in_memory;          // dB and dC of all parts and splits meet in the workspace
 
   std::int64_t parts(const Dims& d) const { return divide_up(d.ngroups, groups_of_part) * pieces; }
 
   Part part(const Dims& d, std::int64_t i) const {
     const std::int64_t group = i / pieces * groups_of_part, head = i % pieces * heads_of_piece;
-    return {group, std::min(groups_of_part, d.ngroups - group), head,
-            std::min(heads_of_piece, d.nheads / d.ngroups - head)};
+    return {group, std::min(groups_of_part, d.ngroups - group), head, std::min(heads_of_piece, d.nheads / d.ngroups - head)};
   }
 };
 
 // Floats of the workspace, one piece after the other. States may be of less.
 struct BackwardScratch {
   std::int64_t states, adjoints;  // [slots, heads of a part, p, n*]
-  std::int64_t ends;              // [2, sequences, segments, heads of a part, p, n]: what segments of both walks add to the state
-  std::int64_t decays;            // [2, sequences, segments, heads of a part]: the logarithms to base 2 of their decays
-  std::int64_t dB, dC;            // [splits, b, l, g, n]
+  std::int64_t ends;    // [2, sequences, segments, heads of a part, p, n]: what segments of both walks add to the state
+  std::int64_t decays;  // [2, sequences, segments, heads of a part]: the logarithms to base 2 of their decays
+  std::int64_t dB, dC;  // [splits, b, l, g, n]
   std::int64_t dA, ddt_bias, dD;  // of each slot: [slots, h], [slots, h], [slots, h, p]
   std::int64_t total = 0;
 
   BackwardScratch(const BackwardArgs& args, const Dims& d, const BackwardPlan& plan) {
-    const std::int64_t kept = divide_up(plan.slots * plan.groups_of_part * plan.heads_of_piece * d.headdim * plan.columns * plan.bytes_of_kept, 4);
+    const std::int64_t kept =
+        divide_up(plan.slots * plan.groups_of_part * plan.heads_of_piece * d.headdim * plan.columns * plan.bytes_of_kept, 4);
     const std::int64_t sums = plan.sums_in_memory ? plan.splits * d.batch * d.seqlen * d.ngroups * d.dstate : 0;
     states = take(kept), adjoints = take(kept);
-    const std::int64_t walked = plan.segments > 1 ? 2 * d.num_sequences * plan.segments * plan.groups_of_part * plan.heads_of_piece : 0;
+    const std::int64_t walked =
+        plan.segments > 1 ? 2 * d.num_sequences * plan.segments * plan.groups_of_part * plan.heads_of_piece : 0;
     ends = take(walked * d.headdim * d.dstate), decays = take(walked);
     dB = take(sums), dC = take(sums);
     dA = take(plan.slots * d.nheads), ddt_bias = take(plan.slots * d.nheads);
@@ -114,8 +115,8 @@ BackwardPlan backward_plan(const BackwardArgs& args, const Dims& d) {
   plan.bytes_of_kept = Policy::kBytesOfKept;
   const std::int64_t heads = d.nheads / d.ngroups;
 
-  // Memory in bytes of a token. With batch_invariant the parts, and with them the order of the sums over heads, are those of long
-  // sequences, whatever the call's own.
+  // Memory in bytes of a token. With batch_invariant the parts, and with them the order of the sums over heads, are those of
+  // long sequences, whatever the call's own.
   const auto f64 = [](std::int64_t v) { return static_cast<double>(v); };
   const double tokens = f64(std::max<std::int64_t>(d.batch * d.seqlen, 1));
   const double x = f64(d.nheads * d.headdim * size_of(args.x.dtype)), sums = f64(8 * d.ngroups * d.dstate);
@@ -130,12 +131,14 @@ BackwardPlan backward_plan(const BackwardArgs& args, const Dims& d) {
   const auto cut = [&](std::int64_t splits) {
     const auto of_room = [&](std::int64_t count, double others) {  // of so many groups or heads, those whose states fit
       const double share = std::max(room - others, room / 3) / std::max(kept, 1e-30);
-      return std::clamp<std::int64_t>(static_cast<std::int64_t>(std::min(share, 1.0) * f64(count)), divide_up(count, kMostParts), count);
+      return std::clamp<std::int64_t>(static_cast<std::int64_t>(std::min(share, 1.0) * f64(count)),
+                                      divide_up(count, kMostParts), count);
     };
     const auto even = [](std::int64_t count, std::int64_t most) { return divide_up(count, divide_up(count, most)); };
     BackwardPlan with = plan;
     with.splits = splits, with.groups_of_part = 1, with.heads_of_piece = heads, with.pieces = 1;
-    if (const std::int64_t groups = of_room(d.ngroups, splits > 1 ? f64(splits) * sums : 0); groups > 1 || kept <= room * f64(d.ngroups)) {
+    if (const std::int64_t groups = of_room(d.ngroups, splits > 1 ? f64(splits) * sums : 0);
+        groups > 1 || kept <= room * f64(d.ngroups)) {
       with.groups_of_part = even(d.ngroups, std::max<std::int64_t>(groups, 1));
     } else if (heads > 0) {  // pieces of a group meet in sums
       with.heads_of_piece = even(heads, std::max<std::int64_t>(of_room(d.nheads, f64(splits) * sums), 1));
@@ -166,10 +169,12 @@ BackwardPlan backward_plan(const BackwardArgs& args, const Dims& d) {
   };
   const double kept_of_part = kept * f64(plan.groups_of_part * plan.heads_of_piece) / f64(std::max<std::int64_t>(d.nheads, 1));
   const double left = room + for_segments - kept_of_part - (plan.sums_in_memory ? f64(plan.splits) * sums : 0);
-  const double ends = f64(8 * sequences * plan.groups_of_part * plan.heads_of_piece * d.headdim * d.dstate) / tokens;  // of a segment
+  const double ends =
+      f64(8 * sequences * plan.groups_of_part * plan.heads_of_piece * d.headdim * d.dstate) / tokens;  // of a segment
   plan.segments = 1;
   if (few_walks)
-    for (std::int64_t segments = 2; segments <= std::min<std::int64_t>(16, chunks / 4) && f64(segments) * ends <= left; ++segments)
+    for (std::int64_t segments = 2; segments <= std::min<std::int64_t>(16, chunks / 4) && f64(segments) * ends <= left;
+         ++segments)
       if (time_of_walks(segments) < time_of_walks(plan.segments)) plan.segments = segments;
   return plan;
 }

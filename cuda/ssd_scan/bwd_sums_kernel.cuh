@@ -8,7 +8,7 @@ namespace statescan::ssd_scan {
 inline constexpr int kSumThreads = 256, kSumWarps = kSumThreads / 32;
 
 struct SplitSumParams {
-  const float* sums;  // [splits, b, l, g, n]
+  const float* sums;                                    // [splits, b, l, g, n]
   std::int64_t splits, count, seqlen, ngroups, dstate;  // count: of one split
   TokenView gradient;
   DType dtype;
@@ -18,30 +18,33 @@ struct SplitSumParams {
 // Traffic  read the sums of every split, write the gradient
 // Launch   a thread for each element
 // Numerics float, the splits in order
-inline __global__ void __launch_bounds__(kSumThreads) ssd_scan_backward_split_sum_kernel(const __grid_constant__ SplitSumParams p) {
+inline __global__ void __launch_bounds__(kSumThreads)
+    ssd_scan_backward_split_sum_kernel(const __grid_constant__ SplitSumParams p) {
   const std::int64_t i = std::int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
   if (i >= p.count) return;
   float sum = 0;
   for (std::int64_t split = 0; split < p.splits; ++split) sum += p.sums[split * p.count + i];
   const std::int64_t n = i % p.dstate, group = i / p.dstate % p.ngroups, token = i / p.dstate / p.ngroups;
   const TokenView& t = p.gradient;
-  cuda::store_element(t.data + token / p.seqlen * t.batch + token % p.seqlen * t.token + group * t.head + n * t.column, p.dtype, sum);
+  cuda::store_element(t.data + token / p.seqlen * t.batch + token % p.seqlen * t.token + group * t.head + n * t.column, p.dtype,
+                      sum);
 }
 
 struct ChunkSumParams {
   Sequences sequences;
-  const float* shares;              // [slots, columns, inner]
-  std::int64_t columns, inner;      // inner: what is summed besides
-  std::int64_t channels;            // a column is head * channels + channel
+  const float* shares;          // [slots, columns, inner]
+  std::int64_t columns, inner;  // inner: what is summed besides
+  std::int64_t channels;        // a column is head * channels + channel
   char* to;
-  std::int64_t head, channel;       // strides in bytes
+  std::int64_t head, channel;  // strides in bytes
 };
 
 // Math     to[column] = sum over sequences, their chunks and `inner`
 // Traffic  read the shares once
 // Launch   a block of 8 warps for 32 columns; each warp takes every eighth chunk of every sequence
 // Numerics float; the order depends on sequences and chunks alone, so a batch and its packing give the same bits
-inline __global__ void __launch_bounds__(kSumThreads) ssd_scan_backward_chunk_sum_kernel(const __grid_constant__ ChunkSumParams p) {
+inline __global__ void __launch_bounds__(kSumThreads)
+    ssd_scan_backward_chunk_sum_kernel(const __grid_constant__ ChunkSumParams p) {
   __shared__ float sums[kSumWarps][32];
   const int warp = threadIdx.x / 32;
   const std::int64_t column = std::int64_t(blockIdx.x) * 32 + lane_id();
@@ -75,7 +78,8 @@ struct ClearParams {
 // Math     gradients past the last packed token are zero
 // Launch   blocks take tokens in turn
 inline __global__ void __launch_bounds__(kSumThreads) ssd_scan_backward_clear_kernel(const __grid_constant__ ClearParams p) {
-  for (std::int64_t token = boundary(p.sequences, p.sequences.count) + blockIdx.x; token < p.sequences.seqlen; token += gridDim.x) {
+  for (std::int64_t token = boundary(p.sequences, p.sequences.count) + blockIdx.x; token < p.sequences.seqlen;
+       token += gridDim.x) {
     for (int g = 0; g < 4; ++g) {
       const TokenView& t = p.gradients[g];
       if (!t.data) continue;

@@ -72,35 +72,71 @@ __device__ void store_run(std::uint16_t* to, int plane, const float (&v)[8]) {
 }
 
 // The address of a token of the walk, at a head (or group) and column.
-inline __device__ char* token_at(const TokenView& t, const Walk& walk, std::int64_t step, std::int64_t head, std::int64_t column) {
+inline __device__ char* token_at(const TokenView& t, const Walk& walk, std::int64_t step, std::int64_t head,
+                                 std::int64_t column) {
   return t.data + walk.batch * t.batch + (walk.origin + step * walk.sign) * t.token + head * t.head + column * t.column;
 }
 
-inline __device__ int columns_left(std::int64_t size, std::int64_t column) {
-  return static_cast<int>(max(0l, min(8l, size - column)));
-}
+// A thread's part of every tile [kChunk, kWidth] of a tensor: 8 columns of every kStep-th token. What does not exist becomes
+// zero. bfloat16 goes by cp.async where it can. Addresses are found once.
+template <class Policy, int kThreads, int kWidth>
+class RowLoader {
+ public:
+  static constexpr int kUnits = kWidth / 8;
+  static constexpr int kStep = kThreads / kUnits;
+  static_assert(kThreads % kUnits == 0);
 
-// Begins to load a tile [kChunk, kColumns] of tokens [start, start + count), columns from `first` to `size` of a head; zeros
-// elsewhere. bfloat16 goes by cp.async where it can.
-template <class Policy, int kThreads, class Target>
-__device__ void load_tokens(const Target& tile, int width, const TokenView& t, const Walk& walk, std::int64_t start, int count,
-                            std::int64_t head, std::int64_t first, std::int64_t size) {
-  const int units = width / 8;
-  for (int unit = threadIdx.x; unit < Policy::kChunk * units; unit += kThreads) {
-    const int row = unit / units, column = unit % units * 8;
-    const int columns = row < count ? columns_left(size, first + column) : 0;
-    const char* from = columns > 0 ? token_at(t, walk, start + row, head, first + column) : t.data;
-    if (Policy::kAhead || (Policy::kDType == DType::bfloat16 && t.vector)) {
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(*reinterpret_cast<const cute::uint128_t*>(from),
-                                                                   *reinterpret_cast<cute::uint128_t*>(tile.at(0, row, column)),
-                                                                   columns > 0);
-      continue;
+  // Of `size` columns of a head.
+  __device__ RowLoader(const TokenView& t, const Walk& walk, std::int64_t head, std::int64_t size)
+      : tensor_(t),
+        left_(static_cast<int>(size) - column()),
+        step_(t.token * walk.sign),
+        from_(token_at(t, walk, row(), head, column())) {}
+
+  static __device__ int row() { return threadIdx.x / kUnits; }
+  static __device__ int column() { return threadIdx.x % kUnits * 8; }
+
+  // Begins to load tokens [start, start + count), so many heads and columns further on.
+  template <class Target>
+  __device__ void load(const Target& tile, std::int64_t start, int count, int heads, int columns) const {
+    const char* from = at(start, heads, columns);
+    const int left = left_ - columns;
+    if (Policy::kAhead || (Policy::kDType == DType::bfloat16 && tensor_.vector)) {
+      for_each_row([&](int k) {
+        const bool inside = row() + k < count && left > 0;
+        cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+            *reinterpret_cast<const cute::uint128_t*>(inside ? from + k * step_ : tensor_.data),
+            *reinterpret_cast<cute::uint128_t*>(tile.at(0, row() + k, column())), inside);
+      });
+    } else {
+      for_each_row([&](int k) {
+        float v[8];
+        load_run<Policy::kDType>(tensor_, from + k * step_, row() + k < count ? min(left, 8) : 0, v);
+        store_run<Policy::kTermsOfInput>(tile.at(0, row() + k, column()), Target::kPlane, v);
+      });
     }
-    float v[8];
-    load_run<Policy::kDType>(t, from, columns, v);
-    store_run<Policy::kTermsOfInput>(tile.at(0, row, column), Target::kPlane, v);
   }
-}
+
+ private:
+  template <class, int, int>
+  friend class GateLoader;
+
+  __device__ const char* at(std::int64_t start, int heads, int columns) const {
+    return from_ + (start * step_ + heads * tensor_.head + columns * tensor_.column);
+  }
+
+  template <class Visit>
+  static __device__ void for_each_row(Visit visit) {
+#pragma unroll
+    for (int k = 0; k < Policy::kChunk; k += kStep)
+      if (kStep <= Policy::kChunk || row() < Policy::kChunk) visit(k);
+  }
+
+  const TokenView& tensor_;  // in the kernel's parameters: costs no register
+  int left_;
+  std::int64_t step_;
+  const char* from_;
+};
 
 // How many terms g has: with a gate it is computed.
 template <class Policy>
@@ -108,26 +144,36 @@ __device__ int terms_of_g(const BackwardParams& p) {
   return p.z.data ? Policy::kTerms : Policy::kTermsOfInput;
 }
 
-// g = dy silu(z), as load_tokens.
-template <class Policy, int kThreads, class Target>
-__device__ void load_g(const Target& tile, int width, const BackwardParams& p, const Walk& walk, std::int64_t start, int count,
-                       std::int64_t head, std::int64_t first) {
-  if (!p.z.data) {
-    load_tokens<Policy, kThreads>(tile, width, p.dy, walk, start, count, head, first, p.headdim);
-    return;
-  }
-  const int units = width / 8;
-  for (int unit = threadIdx.x; unit < Policy::kChunk * units; unit += kThreads) {
-    const int row = unit / units, column = unit % units * 8;
-    const int columns = row < count ? columns_left(p.headdim, first + column) : 0;
-    float dy[8], z[8];
-    load_run<Policy::kDType>(p.dy, columns > 0 ? token_at(p.dy, walk, start + row, head, first + column) : p.dy.data, columns, dy);
-    load_run<Policy::kDType>(p.z, columns > 0 ? token_at(p.z, walk, start + row, head, first + column) : p.z.data, columns, z);
+// g: dy, or dy silu(z).
+template <class Policy, int kThreads, int kWidth>
+class GateLoader {
+ public:
+  using Rows = RowLoader<Policy, kThreads, kWidth>;
+
+  __device__ GateLoader(const BackwardParams& p, const Walk& walk, std::int64_t head)
+      : dy_(p.dy, walk, head, p.headdim), z_(p.z, walk, head, p.headdim) {}
+
+  template <class Target>
+  __device__ void load(const Target& tile, std::int64_t start, int count, int heads, int columns) const {
+    if (!z_.tensor_.data) {
+      dy_.load(tile, start, count, heads, columns);
+      return;
+    }
+    const char *dy = dy_.at(start, heads, columns), *z = z_.at(start, heads, columns);
+    const int left = min(dy_.left_ - columns, 8);
+    Rows::for_each_row([&](int k) {
+      float v[8], gate[8];
+      load_run<Policy::kDType>(dy_.tensor_, dy + k * dy_.step_, Rows::row() + k < count ? left : 0, v);
+      load_run<Policy::kDType>(z_.tensor_, z + k * z_.step_, Rows::row() + k < count ? left : 0, gate);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) dy[i] *= cuda::fast_silu(z[i]);
-    store_run<Policy::kTerms>(tile.at(0, row, column), Target::kPlane, dy);
+      for (int i = 0; i < 8; ++i) v[i] *= cuda::fast_silu(gate[i]);
+      store_run<Policy::kTerms>(tile.at(0, Rows::row() + k, Rows::column()), Target::kPlane, v);
+    });
   }
-}
+
+ private:
+  Rows dy_, z_;
+};
 
 // Two neighbours of a token as floats; `left` columns exist from the first on.
 template <DType dtype>

@@ -3,7 +3,8 @@
 //          G = exp(s[end]) G + sum_i exp(s[i]) g[i] C[i]^T, kept before each chunk, from the last chunk on; g = dy silu(z)
 // Shapes   h, G [p,n] of each head; kept [slots, heads of the part, p, n*], float32 or bfloat16
 // Traffic  x, dy, z and dt once, B and C once for each head (from the second cache, mostly); write the states and the adjoints
-// Launch   a block for each direction, sequence, segment, head of the part and 64 rows of p: a warp takes 16 rows and half of n,
+// Launch   a block for each direction, sequence, segment, head of the part and 64 rows of p: a warp takes 16 rows and half of
+// n,
 //          and one more warp finds the steps. Where that leaves multiprocessors idle a sequence is cut into segments, and the
 //          kernel runs twice: first for what each segment adds to the state, then, with those combined, from the right starts
 // Numerics as the forward: weighted x and g as sums of bfloat16 terms, chunks added up in float
@@ -27,7 +28,9 @@ struct WalkLayout {
   __device__ char* stage(std::int64_t i) const { return base + i % kStages * kStageBytes; }
   __device__ Group group(std::int64_t i) const { return {reinterpret_cast<std::uint16_t*>(stage(i))}; }
   __device__ Rows rows(std::int64_t i) const { return {reinterpret_cast<std::uint16_t*>(stage(i) + Group::kBytes)}; }
-  __device__ ChunkSteps& steps(std::int64_t i) const { return reinterpret_cast<ChunkSteps*>(base + kStages * kStageBytes)[i % 2]; }
+  __device__ ChunkSteps& steps(std::int64_t i) const {
+    return reinterpret_cast<ChunkSteps*>(base + kStages * kStageBytes)[i % 2];
+  }
 };
 
 // The columns of a warp, as a policy for State.
@@ -39,8 +42,9 @@ struct WalkColumns {
 template <class Policy>
 using WalkState = State<WalkColumns<Policy>>;
 
-// state = decay state + sum_j weight[j] row[j] group[j]^T for 16 columns of the tile of rows, `row`.., and those of the warp from
-// `column` on. The products of a chunk are summed apart: the tensor core's sums truncate, which would add up over many chunks.
+// state = decay state + sum_j weight[j] row[j] group[j]^T for 16 columns of the tile of rows, `row`.., and those of the warp
+// from `column` on. The products of a chunk are summed apart: the tensor core's sums truncate, which would add up over many
+// chunks.
 template <class Policy, class Rows, class Group>
 __device__ void add_chunk(WalkState<Policy>& state, const Rows& rows, const Group& group, int row, int column, int terms,
                           const float (&weights)[Policy::kChunk], float decay) {
@@ -89,28 +93,42 @@ inline __device__ StateView from_column(StateView t, int column) {
   return t;
 }
 
-// Keeps a state in the workspace.
+// Keeps a state in the workspace. For bfloat16 neighbours exchange a half, so that each has 4 columns in a row and 4 lanes fill
+// a sector of 32 bytes: even lanes take columns 16q.. to 16q+7, odd lanes the 8 after them.
 template <class Policy>
-__device__ void keep_state(const WalkState<Policy>& state, char* to, const BackwardParams& p, std::int64_t first_row, int column) {
+__device__ void keep_state(const WalkState<Policy>& state, char* to, const BackwardParams& p, std::int64_t first_row,
+                           int column) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const std::int64_t row = first_row + lane_id() / 4 + 8 * r;
-    if (row >= p.headdim) continue;
-    char* const of_row = to + row * p.columns * Policy::kBytesOfKept;
+    const bool exists = row < p.headdim;
+    if constexpr (Policy::kKept == DType::bfloat16) {
+      const bool odd = lane_id() % 2;
+      const int first = column + (odd ? 8 : 0) + lane_id() % 4 / 2 * 4;
+      char* const from_first = to + (row * p.columns + first) * 2;
 #pragma unroll
-    for (int q = 0; q < Policy::kWalkColumns / 8; ++q) {
-      if (column + 8 * q >= p.columns) break;
-      const int n = column + 8 * q + lane_id() % 4 * 2;
-      const float pair[2] = {state[q][2 * r], state[q][2 * r + 1]};
-      if constexpr (Policy::kKept == DType::bfloat16) *reinterpret_cast<Bits*>(of_row + 2 * n) = cuda::narrow_word<__nv_bfloat16>(pair);
-      else *reinterpret_cast<float2*>(of_row + 4 * n) = make_float2(pair[0], pair[1]);
+      for (int q = 0; q < Policy::kWalkColumns / 16; ++q) {
+        const float low[2] = {state[2 * q][2 * r], state[2 * q][2 * r + 1]};
+        const float high[2] = {state[2 * q + 1][2 * r], state[2 * q + 1][2 * r + 1]};
+        const Bits of_low = cuda::narrow_word<__nv_bfloat16>(low), of_high = cuda::narrow_word<__nv_bfloat16>(high);
+        const Bits other = __shfl_xor_sync(~0u, odd ? of_low : of_high, 1);
+        if (exists && first + 16 * q < p.columns)
+          *reinterpret_cast<uint2*>(from_first + 32 * q) = odd ? make_uint2(other, of_high) : make_uint2(of_low, other);
+      }
+    } else {
+      const int first = column + lane_id() % 4 * 2;
+      char* const from_first = to + (row * p.columns + first) * 4;
+#pragma unroll
+      for (int q = 0; q < Policy::kWalkColumns / 8; ++q)
+        if (exists && column + 8 * q < p.columns)
+          *reinterpret_cast<float2*>(from_first + 32 * q) = make_float2(state[q][2 * r], state[q][2 * r + 1]);
     }
   }
 }
 
 // Of all segments but the last to be walked what they add to the state (`ends`), or the states themselves.
 template <class Policy>
-__global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead && Policy::kDstate <= 128 ? 2 : 1)
+__global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy::kDstate <= 128 ? 2 : 1)
     ssd_scan_backward_walk_kernel(const __grid_constant__ BackwardParams p, bool ends) {
   using Layout = WalkLayout<Policy>;
   constexpr int kChunk = Policy::kChunk, kStages = Layout::kStages;
@@ -157,28 +175,37 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead && Policy
       if (i + 1 < updates) log2_decay += loader.finish(shared.steps(i + 1));
       if (i + 2 < updates) loader.load(chunk_at(i + 2) * kChunk, count_at(i + 2));
     }
-    if (ends && tile_row == 0 && lane_id() == 0) p.decays[adjoint * p.ends_of_walk() + of_walk] = static_cast<float>(log2_decay);
+    if (ends && tile_row == 0 && lane_id() == 0)
+      p.decays[adjoint * p.ends_of_walk() + of_walk] = static_cast<float>(log2_decay);
     return;
   }
 
   const int strip = warp % Policy::kWalkStrips, column = warp / Policy::kWalkStrips * Policy::kWalkColumns;
   const std::int64_t row = tile_row + strip * kRowsOfWarp, dstate = p.dstate - column;
   WalkState<Policy> state{};
-  const StateView of_ends{reinterpret_cast<char*>(p.ends + adjoint * p.ends_of_walk() * p.headdim * p.dstate), DType::float32, 0,
-                       p.headdim * p.dstate * 4, p.dstate * 4, 4, p.dstate % 2 == 0};
+  const StateView of_ends{reinterpret_cast<char*>(p.ends + adjoint * p.ends_of_walk() * p.headdim * p.dstate),
+                          DType::float32,
+                          0,
+                          p.headdim * p.dstate * 4,
+                          p.dstate * 4,
+                          4,
+                          p.dstate % 2 == 0};
   if (!ends) {
     const bool from_ends = p.sequences.segments > 1;
     const StateView from = from_column(from_ends ? of_ends : adjoint ? p.dfinal_state : p.start, column);
     if (from.data)
-      load_state<WalkColumns<Policy>>(state, from, StatePlace(from, p, from_ends ? 0 : sequence, from_ends ? of_walk : head, row), dstate);
+      load_state<WalkColumns<Policy>>(state, from,
+                                      StatePlace(from, p, from_ends ? 0 : sequence, from_ends ? of_walk : head, row), dstate);
   }
   const int terms = adjoint ? terms_of_g<Policy>(p) : Policy::kTermsOfInput;
+  const RowLoader<Policy, Policy::kWalkers, Policy::kDstate> load_group(adjoint ? p.C : p.B, walk, group, p.dstate);
+  const RowLoader<Policy, Policy::kWalkers, Policy::kSlice> load_x(p.x, walk, head, p.headdim);
+  const GateLoader<Policy, Policy::kWalkers, Policy::kSlice> load_g(p, walk, head);
   const auto load = [&](std::int64_t i) {
     const std::int64_t start = chunk_at(i) * kChunk;
-    load_tokens<Policy, Policy::kWalkers>(shared.group(i), Policy::kDstate, adjoint ? p.C : p.B, walk, start, count_at(i), group, 0,
-                                          p.dstate);
-    if (adjoint) load_g<Policy, Policy::kWalkers>(shared.rows(i), Policy::kSlice, p, walk, start, count_at(i), head, tile_row);
-    else load_tokens<Policy, Policy::kWalkers>(shared.rows(i), Policy::kSlice, p.x, walk, start, count_at(i), head, tile_row, p.headdim);
+    load_group.load(shared.group(i), start, count_at(i), 0, 0);
+    if (adjoint) load_g.load(shared.rows(i), start, count_at(i), 0, static_cast<int>(tile_row));
+    else load_x.load(shared.rows(i), start, count_at(i), 0, static_cast<int>(tile_row));
     cute::cp_async_fence();
   };
   if (kStages > 1 && first < updates) load(first);
@@ -186,7 +213,8 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead && Policy
   for (std::int64_t i = first; i < last; ++i) {
     if (!ends) {
       char* const kept = adjoint ? p.adjoints : p.states;
-      keep_state<Policy>(state, kept + ((slot + chunk_at(i)) * heads + at) * p.headdim * p.columns * Policy::kBytesOfKept, p, row, column);
+      keep_state<Policy>(state, kept + ((slot + chunk_at(i)) * heads + at) * p.headdim * p.columns * Policy::kBytesOfKept, p,
+                         row, column);
     }
     if (i == updates) break;
     if constexpr (kStages == 1) {

@@ -146,6 +146,14 @@ std::size_t backward_workspace(const BackwardArgs& args, const Dims& dims) {
 }
 
 template <States states>
+std::int64_t backward_segment_tokens(const BackwardArgs& args, const Dims& dims) {
+  return with_backward_policy<states>(args, dims, [&]<class P>(P) -> std::int64_t {
+    const BackwardPlan plan = backward_plan<P>(args, dims);
+    return plan.segments > 1 ? divide_up(divide_up(dims.seqlen, plan.chunk), plan.segments) * plan.chunk : 0;
+  });
+}
+
+template <States states>
 void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   with_backward_policy<states>(args, dims, [&]<class P>(P) { launch_backward<P>(args, dims, stream); });
 }
@@ -164,8 +172,9 @@ constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
 constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
     {"ahead_bfloat16", just(DType::bfloat16), cuda::kSm80AndNewer, why_not_ahead, backward_workspace<States::one_term>,
-     backward<States::one_term>},
-    {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>},
+     backward<States::one_term>, backward_segment_tokens<States::one_term>},
+    {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>,
+     backward_segment_tokens<States::full>},
 };
 constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x, kBackwardRows};
 
