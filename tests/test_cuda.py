@@ -114,6 +114,28 @@ def test_both_rows_give_the_same_bits(rng):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dstate", (16, 64, 96, 128))
+@pytest.mark.parametrize("batch,seqlen", ((1, 1024), (16, 4096)))
+def test_scans_of_many_chunks_with_small_states(batch, seqlen, dstate):
+    """x, B and C as slices of one tensor: the same bits in every run, and those of float32 to bfloat16's accuracy."""
+    import torch
+
+    nheads, headdim = 8, 64
+    xBC = torch.randn(batch, seqlen, nheads * headdim + 2 * dstate, device="cuda", dtype=torch.bfloat16)
+    dt, A = torch.randn(batch, seqlen, nheads, device="cuda") - 3, -torch.rand(nheads, device="cuda") - 0.5
+
+    def scan(xBC):
+        x, B, C = xBC.split([nheads * headdim, dstate, dstate], -1)
+        x, B, C = x.unflatten(-1, (nheads, headdim)), B.unflatten(-1, (1, dstate)), C.unflatten(-1, (1, dstate))
+        return statescan.ssd_scan(x, dt, A, B, C, dt_softplus=True, return_final_state=True)
+
+    first, exact = scan(xBC), scan(xBC.float())
+    for got, again, value in zip(first, scan(xBC), exact):
+        assert torch.equal(got, again)
+        assert (got.float() - value).norm() <= 4e-3 * value.norm()
+
+
+@needs_gpu
 @pytest.mark.parametrize("back", (False, True), ids=("forward", "backward"))
 def test_a_packed_block_of_long_rows(rng, back):
     """The norm's groups are longer than what a block of threads holds at once, and past the last token there is poison."""
