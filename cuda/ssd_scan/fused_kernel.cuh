@@ -589,16 +589,15 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
       const int valid = static_cast<int>(min(task.length - task.template start_of<true>(p, i), std::int64_t{kTile}));
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
-      WeightedColumns<NativeElement> x;
-      x.load(shared.x[stage][which], shared.steps[stage][which], at);
-      std::uint32_t words[kTile / 4];
-#pragma unroll
-      for (int k = 0; k < kTile / 4; ++k) words[k] = x.weighted(k);
-      cute::warpgroup_wait<0>();  // for the chunk before: its operands are free
+      // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand to
+      // what comes after its matmul, waited for or not.
+      cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(state);
       if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
+      WeightedColumns<NativeElement> x;
+      x.load(shared.x[stage][which], shared.steps[stage][which], at);
 #pragma unroll
-      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = words[k];
+      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
       cute::warpgroup_fence_operand(weighted);
       cute::warpgroup_fence_operand(state);
       cute::warpgroup_arrive();
