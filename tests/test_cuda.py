@@ -440,6 +440,52 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(),
+        dict(seqlen=1),
+        dict(headdim=80, nheads=5, ngroups=1),
+        dict(headdim=128, dstate=64, nheads=6, ngroups=3),
+        dict(headdim=40, dstate=24),
+        dict(batch=1, seqlen=700, nheads=24, ngroups=1),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_ssd_scan(rng, dtype, sizes):
+    """Two heads at a time share the tensor cores: the same bits again, and none that the other head left."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, omit=("z",), **sizes)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs, dt_softplus=True).kernel == f"fused_{dtype}"
+    op.check(gpu, made, dt_softplus=True)
+    first, *others = (statescan.ssd_scan_backward(**inputs, dt_softplus=True) for _ in range(4))
+    for other in others:
+        for name, a, b in zip(op.gradients, first, other):
+            if a is not None:
+                assert_same_bits(gpu.get(b), gpu.get(a), f"d{name}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dstate", (64, 128))
+def test_segments_of_ssd_scan_give_the_same_bits_again(dstate):
+    """The state pass of many heads and segments, whose matmuls share the tensor cores."""
+    import torch
+
+    x, B, C = (torch.randn(16, 4096, n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((8, 64), (1, dstate), (1, dstate)))
+    dt, A = torch.rand(16, 4096, 8, device="cuda") / 8, -torch.rand(8, device="cuda") - 0.1
+    whole = statescan.ssd_scan(x, dt, A, B, C, return_final_state=True, batch_invariant=True)
+    first = statescan.ssd_scan(x, dt, A, B, C, return_final_state=True)
+    for a, b in zip(first, whole):
+        assert (a.float() - b.float()).norm() < 4e-3 * b.float().norm()
+    for _ in range(5):
+        for a, b in zip(statescan.ssd_scan(x, dt, A, B, C, return_final_state=True), first):
+            assert torch.equal(a, b)
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype,dstate", (("float32", 40), ("float16", 136), ("float16", 12), ("bfloat16", 20)))
 def test_vectors_and_elements_of_ssd_scan_backward_give_the_same_bits(rng, dtype, dstate):
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]

@@ -1,38 +1,12 @@
 #pragma once
 
 #include "bwd_kernel.cuh"
-#include "bwd_sums_kernel.cuh"
+#include "bwd_sums_launch.cuh"
 #include "bwd_walk_kernel.cuh"
 #include "segment_kernel.cuh"
 #include "stages.cuh"
 
 namespace statescan::ssd_scan {
-
-inline void launch_split_sum(const float* sums, const BackwardPlan& plan, const Tensor& gradient, const Dims& d,
-                             Stream stream) {
-  if (!gradient || gradient.numel() == 0) return;
-  const SplitSumParams params{sums,      plan.splits, gradient.numel(),     d.seqlen,
-                              d.ngroups, d.dstate,    token_view(gradient), gradient.dtype};
-  cuda::launch("ssd_scan_backward_split_sum_kernel", ssd_scan_backward_split_sum_kernel,
-               {divide_up(params.count, kSumThreads), kSumThreads}, stream, params);
-}
-
-// `columns` sums of `inner` values of each chunk.
-inline void launch_chunk_sum(const float* shares, const Sequences& sequences, const Tensor& gradient, std::int64_t inner,
-                             Stream stream) {
-  if (!gradient || gradient.numel() == 0) return;
-  const std::int64_t channels = gradient.ndim == 2 ? gradient.shape[1] : 1;
-  const ChunkSumParams params{sequences,
-                              shares,
-                              gradient.numel(),
-                              inner,
-                              channels,
-                              static_cast<char*>(gradient.data),
-                              gradient.stride[0] * 4,
-                              gradient.ndim == 2 ? gradient.stride[1] * 4 : 0};
-  cuda::launch("ssd_scan_backward_chunk_sum_kernel", ssd_scan_backward_chunk_sum_kernel,
-               {divide_up(params.columns, 32), kSumThreads}, stream, params);
-}
 
 inline void launch_clear(const BackwardParams& p, const BackwardArgs& args, const Dims& d, Stream stream) {
   const ClearParams params{p.sequences,
@@ -103,8 +77,8 @@ void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
                    params);
   }
   if (plan.splits > 1) {
-    launch_split_sum(params.dB_sums, plan, args.dB, d, stream);
-    launch_split_sum(params.dC_sums, plan, args.dC, d, stream);
+    launch_split_sum(params.dB_sums, plan.splits, args.dB, d, stream);
+    launch_split_sum(params.dC_sums, plan.splits, args.dC, d, stream);
   }
   launch_chunk_sum(params.dA_shares, params.sequences, args.dA, 1, stream);
   launch_chunk_sum(params.ddt_bias_shares, params.sequences, args.ddt_bias, 1, stream);

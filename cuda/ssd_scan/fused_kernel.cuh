@@ -480,7 +480,8 @@ struct SliceOfState {
   char* first;
   int rows, columns;  // that exist from the thread's first row and column on
 
-  __device__ SliceOfState(const FusedParams& p, const StateView& t, std::int64_t sequence, int head, int channel,
+  template <class Params>
+  __device__ SliceOfState(const Params& p, const StateView& t, std::int64_t sequence, int head, int channel,
                           const Fragment& at, std::int64_t offset = 0)
       : view(t),
         first(t.data + offset + sequence * t.sequence + head * t.head + (channel + at.row) * t.row + at.column * t.column),

@@ -5,6 +5,7 @@
 #include "../common/table.h"
 #include "../common/tma.h"
 #include "bwd_policy.h"
+#include "fused_bwd_plan.h"
 #include "fused_plan.h"
 #include "general_launch.h"
 #include "recurrent.h"
@@ -13,6 +14,9 @@ namespace statescan::ssd_scan {
 
 template <class Policy>
 void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, Stream stream);
+
+template <class Policy>
+void launch_fused_backward(const BackwardArgs& args, const Dims& dims, const FusedBackwardPlan& plan, Stream stream);
 
 namespace {
 
@@ -157,6 +161,42 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   with_backward_policy<states>(args, dims, [&]<class P>(P) { launch_backward<P>(args, dims, stream); });
 }
 
+// Why the bulk copy engine cannot move a tensor of the call, or "".
+std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  for (const auto& [name, tensor] : tensors)
+    if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
+  return "";
+}
+
+std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
+  if (args.z) return "takes no z";
+  if (args.cu_seqlens) return "takes no cu_seqlens";
+  if (args.reverse) return "does not go in reverse";
+  if (args.dD && dims.D_per_channel) return "gives dD of whole heads";
+  if (args.D && dims.D_per_channel) return "takes D of whole heads";
+  if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
+  if (dims.batch == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
+    return "needs at least one sequence, token, channel and state";
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
+  if (dims.seqlen > kMost - kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
+    return "counts tokens, and heads in all chunks, in 32 bits";
+  for (const auto& [name, gradient] : {std::pair{"dB", &args.dB}, {"dC", &args.dC}})
+    if (*gradient && dims.dstate > 1 && gradient->stride[3] != 1) return std::string("needs ") + name + " contiguous along dstate";
+  return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}});
+}
+
+std::size_t fused_backward_workspace(const BackwardArgs& args, const Dims& dims) {
+  return fused_backward_plan(dims, args.batch_invariant).workspace_bytes();
+}
+
+template <DType dtype>
+void run_fused_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
+  if (dims.dstate <= 64) launch_fused_backward<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  else launch_fused_backward<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
+}
+
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
     {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>,
@@ -170,6 +210,12 @@ constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
 constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
+#ifdef STATESCAN_CUDA_SM90A
+    {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused_backward, fused_backward_workspace,
+     run_fused_backward<DType::float16>},
+    {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused_backward, fused_backward_workspace,
+     run_fused_backward<DType::bfloat16>},
+#endif
     {"ahead_bfloat16", just(DType::bfloat16), cuda::kSm80AndNewer, why_not_ahead, backward_workspace<States::one_term>,
      backward<States::one_term>, backward_segment_tokens<States::one_term>},
     {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>,

@@ -1,0 +1,64 @@
+// The step sizes of a chunk in the fused backward, by one warp: two tokens a lane.
+#pragma once
+
+#include "fused_bwd_params.h"
+#include "fused_kernel.cuh"
+
+namespace statescan::ssd_scan::fused {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+// Of tokens 2 lane and 2 lane + 1. Logarithms are to base 2, from the chunk's start through the token.
+struct LaneSteps {
+  float raw[2], dt[2], log_decay[2], total;
+};
+
+struct StepReader {
+  float A, bias;
+  const char* from;  // token 0 of the sequence
+
+  __device__ StepReader(const FusedBackwardParams& p, int batch, int head)
+      : A(*reinterpret_cast<const float*>(p.A.data + head * p.A.head) * kLog2e),
+        bias(p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f),
+        from(p.dt.data + batch * p.dt.batch + head * p.dt.head) {}
+
+  __device__ void fetch(const FusedBackwardParams& p, int chunk, std::uint32_t (&bits)[2]) const {
+    const std::int64_t token = std::int64_t{chunk} * kTile + 2 * (threadIdx.x % 32);
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (token + k < p.seqlen) bits[k] = cuda::load_bits(from + (token + k) * p.dt.token, p.dt.dtype);
+  }
+};
+
+// Tokens past the end take a step of zero.
+inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, int chunk, float A, float bias,
+                                       const std::uint32_t (&bits)[2]) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t token = std::int64_t{chunk} * kTile + 2 * lane;
+  LaneSteps s;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float value = cuda::widen_bits(bits[k], p.dt.dtype);
+    s.raw[k] = value + bias;
+    s.dt[k] = token + k < p.seqlen ? discretise(value, bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
+  }
+  const float own[2] = {s.dt[0] * A, s.dt[1] * A};
+  float before = own[0] + own[1];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_up_sync(~0u, before, distance);
+    if (lane >= distance) before += other;
+  }
+  s.total = __shfl_sync(~0u, before, 31);
+  before = __shfl_up_sync(~0u, before, 1);
+  if (lane == 0) before = 0.0f;
+  s.log_decay[0] = before + own[0];
+  s.log_decay[1] = before + (own[0] + own[1]);
+  return s;
+}
+
+inline __device__ void store2(float* to, int lane, float a, float b) {
+  reinterpret_cast<float2*>(to)[lane] = make_float2(a, b);
+}
+
+}  // namespace statescan::ssd_scan::fused
