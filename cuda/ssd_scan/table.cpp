@@ -28,12 +28,11 @@ FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
 }
 
-// Smaller states are padded as well: kernels for 64 gave NaN on an H100 where those for 128 did not (b16 l4096 h8, two segments).
-constexpr int kFusedState = 128;
+int padded_dstate(const Dims& dims) { return dims.dstate <= 64 ? 64 : 128; }
 
 std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
-  if (std::string reason = why_not_dstate(dims, kFusedState); !reason.empty()) return reason;
+  if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
     return "needs at least one sequence, token, channel and state";
@@ -51,7 +50,7 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
 std::size_t fused_workspace(const Args& args, const Dims& dims) {
   const FusedPlan plan = fused_plan_of(args, dims);
   const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), cuda::multiprocessors(args.x.device.index));
-  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, kFusedState).sum();
+  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(dims)).sum();
 }
 
 std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
@@ -61,7 +60,9 @@ std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
 
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
-  launch_fused<FusedPolicy<dtype, kFusedState>>(args, dims, fused_plan_of(args, dims), stream);
+  const FusedPlan plan = fused_plan_of(args, dims);
+  if (padded_dstate(dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
 }
 
 // Calls `visit` with the policy of the general kernels for a call: its dtype, and dstate padded; k64: to 64 too, where there is
