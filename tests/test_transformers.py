@@ -93,6 +93,9 @@ def test_gradients_of_the_fused_block(model, ids):
     """In training mode most models call one function for a whole block."""
     if model.config.model_type in TRAINED_OTHERWISE:
         pytest.skip("in training mode transformers and mamba-ssm normalise dt in another place than the model itself")
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNormGated")]
+    if any(not hasattr(norm, "group_size") and not hasattr(norm, "n_groups") for norm in norms):
+        pytest.skip("this transformers' own code normalises all groups together")
     model.train()
     try:
         compare_gradients(model, ids)

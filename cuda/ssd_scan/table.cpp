@@ -173,11 +173,11 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
   if (args.cu_seqlens) return "takes no cu_seqlens";
   if (args.reverse) return "does not go in reverse";
-  if (args.dD && dims.D_per_channel) return "gives dD of whole heads";
   if (args.D && dims.D_per_channel) return "takes D of whole heads";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
-  if (dims.batch == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
-    return "needs at least one sequence, token, channel and state";
+  if (dims.batch == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
+  // What 16-bit states lose is then a share of every sum: ddt of one token is off by twice what rounding it costs.
+  if (dims.seqlen < kFusedTile) return "takes sequences of at least " + std::to_string(kFusedTile) + " tokens";
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
   if (dims.seqlen > kMost - kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
