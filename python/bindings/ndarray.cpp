@@ -106,6 +106,7 @@ bool is_true(PyObject* object) {
 // imaginary part of a lazy conjugate are. Asking torch costs 0.1 us a tensor; this spares nearly all of them.
 bool may_be_lazy(const Tensor& t) {
   if (is_complex(t.dtype)) return true;
+  if (t.dtype == DType::int32 || t.dtype == DType::int64) return false;
   for (int i = 0; i < t.ndim; ++i)
     if (t.shape[i] > 1 && t.stride[i] % 2 != 0) return false;
   return true;
