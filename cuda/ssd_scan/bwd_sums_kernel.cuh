@@ -15,6 +15,7 @@ struct SplitSumParams {
 };
 
 // Math     dB or dC = sum over the splits
+// Shapes   sums [splits,b,l,g,n], dB, dC [b,l,g,n]
 // Traffic  read the sums of every split, write the gradient
 // Launch   a thread for each element
 // Numerics float, the splits in order
@@ -40,6 +41,7 @@ struct ChunkSumParams {
 };
 
 // Math     to[column] = sum over sequences, their chunks and `inner`
+// Shapes   shares [slots,columns,inner], columns: heads, or heads x channels
 // Traffic  read the shares once
 // Launch   a block of 8 warps for 32 columns; each warp takes every eighth chunk of every sequence
 // Numerics float; the order depends on sequences and chunks alone, so a batch and its packing give the same bits
@@ -76,7 +78,10 @@ struct ClearParams {
 };
 
 // Math     gradients past the last packed token are zero
+// Shapes   dx, dz [b,l,h,p], dB, dC [b,l,g,n], ddt [b,l,h]
+// Traffic  write what lies past that token
 // Launch   blocks take tokens in turn
+// Numerics exact
 inline __global__ void __launch_bounds__(kSumThreads) ssd_scan_backward_clear_kernel(const __grid_constant__ ClearParams p) {
   for (std::int64_t token = boundary(p.sequences, p.sequences.count) + blockIdx.x; token < p.sequences.seqlen;
        token += gridDim.x) {

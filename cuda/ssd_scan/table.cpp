@@ -30,6 +30,13 @@ FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
 
 int padded_dstate(const Dims& dims) { return dims.dstate <= 64 ? 64 : 128; }
 
+// Why the bulk copy engine cannot move a tensor of the call, or "".
+std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  for (const auto& [name, tensor] : tensors)
+    if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
+  return "";
+}
+
 std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
@@ -41,9 +48,7 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   const FusedPlan plan = fused_plan_of(args, dims);
   if (dims.seqlen > kMost || plan.pairs * plan.segments * dims.num_sequences > kMost - kMultiprocessors)
     return "counts tokens, and pairs of heads in all segments, in 32 bits";
-  for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"y", &args.y}})
-    if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
-  return "";
+  return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"y", &args.y}});
 }
 
 // The segments' states, those at positions, and those between parts.
@@ -160,13 +165,6 @@ std::int64_t backward_segment_tokens(const BackwardArgs& args, const Dims& dims)
 template <States states>
 void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   with_backward_policy<states>(args, dims, [&]<class P>(P) { launch_backward<P>(args, dims, stream); });
-}
-
-// Why the bulk copy engine cannot move a tensor of the call, or "".
-std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
-  for (const auto& [name, tensor] : tensors)
-    if (std::string reason = cuda::why_not_tma(name, *tensor); !reason.empty()) return reason;
-  return "";
 }
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
