@@ -130,6 +130,13 @@ STATESCAN_INLINE void for_column_blocks(std::int64_t columns, Body&& body) {
   for (; c < columns; c += kLanes<T>) body(Constant<1>{}, c);
 }
 
+// The blocks of a product of these sizes.
+template <class T>
+STATESCAN_INLINE std::int64_t count_blocks(std::int64_t rows, std::int64_t columns) {
+  const std::int64_t vectors = columns / kLanes<T>;
+  return (rows + kTileRows - 1) / kTileRows * (vectors / kTileVectors + vectors % kTileVectors);
+}
+
 // to = a b, or to = scale * to + a b, for a [rows, depth], b [depth, columns] and to [rows, columns].
 template <bool kAdd = false, class T>
 void matmul(T* to, std::int64_t to_stride, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride,

@@ -12,9 +12,11 @@
 // Shapes   x, z, dy [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; states and adjoints are held as [p,n]
 // Traffic  x twice, dt twice, dy, z and the gradients once; B and C twice for each unit; the states that enter the chunks of a
 //          unit, [heads,chunks,p,n], written and read once
-// Tasks    the units of the forward (ssd_chunk.h); those of a group add their parts of dB and dC one after the other, chunk by
-//          chunk, each a chunk behind the one before. dx, dB and dC may lie where x, B and C lie: a unit reads its x of a
-//          chunk for the last time before it writes dx there, and the last of a group writes dB and dC behind all others
+// Tasks    the units of the forward (ssd_chunk.h). The first of a group makes C B^T of each chunk for all; they add their parts
+//          of dB, dC and of the weights (g[i].x[j]) L[i][j] dt[j] one after the other, chunk by chunk, each a chunk behind the
+//          one before, and the last multiplies the weights with B and C. dx, dB and dC may lie where x, B and C lie: a unit
+//          reads its x of a chunk for the last time before it writes dx there, and the last of a group writes dB and dC
+//          behind all others
 // Numerics sums of T in a fixed order that depends on the row's own shape alone; what is summed over tokens (dA, dD, ddt_bias)
 //          is summed in float64. ddtA has no difference in it, so that it keeps its digits where decays leave next to nothing.
 //          No product has a factor from above the diagonal: a NaN in dy reaches no later token
@@ -47,36 +49,49 @@ std::int64_t longest_sequence(const BackwardArgs& args, const Dims& d) {
   return length;
 }
 
+// The row of a tile with an element for each token of a chunk.
+template <class T>
+std::int64_t chunk_stride(const Tiling& t, std::int64_t longest) {
+  return whole_vectors<T>(least(t.chunk, most(longest, 1)));
+}
+
 // What the units of a call share.
 template <class T>
 struct Shared {
-  Shared(Arena& arena, const Tiling& t, const Dims& d) : n_stride(whole_vectors<T>(d.dstate)) {
-    const std::int64_t tokens = d.batch * d.seqlen, parts = units_of_group(t) > 1 ? tokens * d.ngroups * n_stride : 0;
-    dB = arena.take<T>(parts);
-    dC = arena.take<T>(parts);
+  Shared(Arena& arena, const Tiling& t, const Dims& d, std::int64_t longest)
+      : q_stride(chunk_stride<T>(t, longest)), n_stride(whole_vectors<T>(d.dstate)) {
+    const std::int64_t tokens = d.batch * d.seqlen, rows = units_of_group(t) > 1 ? tokens * d.ngroups : 0;
+    for (T** sums : {&dB, &dC}) *sums = arena.take<T>(rows * n_stride);
+    for (T** pairs : {&CB, &weights}) *pairs = arena.take<T>(rows * q_stride);
     dt_slope = arena.take<T>(t.column_blocks > 1 ? tokens * d.nheads : 0);
     const std::int64_t heads = d.num_sequences * d.nheads;
     share_count = heads * (2 + (d.D_per_channel ? d.headdim : 1));
     dA = arena.take<double>(share_count);
     ddt_bias = dA + heads;
     dD = ddt_bias + heads;
-    chunks_done = arena.take<int>(d.num_sequences * t.units);
+    counter_count = d.num_sequences * (t.units + d.ngroups);
+    chunks_done = arena.take<int>(counter_count);
+    CB_done = chunks_done + d.num_sequences * t.units;
   }
 
-  std::int64_t n_stride;
-  T *dB, *dC;           // [b,l,g,n*] summed over the units of the group so far
-  T* dt_slope;          // [b,l,h] ddt before limit and softplus, summed over the blocks of headdim so far
+  std::int64_t q_stride, n_stride;
+  T *dB, *dC;             // [b,g,l,n*] in the order of the scan, summed over the units of the group so far
+  T* CB;                  // [b,g,l,q*] C[i].B[j] of each chunk, up to the diagonal as the next
+  T* weights;             // [b,g,l,q*] summed over the units of the group so far
+  T* dt_slope;            // [b,l,h] ddt before limit and softplus, summed over the blocks of headdim so far
   std::int64_t share_count;
   double *dA, *ddt_bias;  // [s,h] each sequence's share, in one piece with the next
   double* dD;             // [s,h] or [s,h,p]
-  int* chunks_done;     // of each unit
+  std::int64_t counter_count;
+  int* chunks_done;       // of each unit, in one piece with the next
+  int* CB_done;           // [s,g] chunks that have it
 };
 
 // The tiles of one thread. q tokens, n of dstate, p columns of headdim; rows marked * are padded to whole vectors.
 template <class T>
 struct Tiles {
   Tiles(Arena& arena, const Tiling& t, const BackwardArgs& args, const Dims& d, std::int64_t longest)
-      : q_stride(whole_vectors<T>(least(t.chunk, most(longest, 1)))),
+      : q_stride(chunk_stride<T>(t, longest)),
         p_stride(whole_vectors<T>(t.columns)),
         n_stride(whole_vectors<T>(d.dstate)),
         state_size(t.columns * n_stride),
@@ -88,7 +103,8 @@ struct Tiles {
     adjoint_transposed = arena.take<T>(d.dstate * p_stride);
     for (T** tile : {&B, &C, &dB, &dC}) *tile = arena.take<T>(tokens_n);
     B_transposed = arena.take<T>(d.dstate * q_stride);
-    for (T** tile : {&CB, &gx, &scores, &weights}) *tile = arena.take<T>(pairs);
+    for (T** tile : {&gx, &scores, &weights}) *tile = arena.take<T>(pairs);
+    CB = arena.take<T>(units_of_group(t) > 1 ? 0 : pairs);
     for (T** tile : {&x, &x_weighted, &g, &g_weighted, &dx}) *tile = arena.take<T>(tokens_p);
     x_transposed = arena.take<T>(t.columns * q_stride);
     for (T** tile : {&dz, &x_stepped, &y}) *tile = arena.take<T>(args.z ? tokens_p : 0);
@@ -109,7 +125,8 @@ struct Tiles {
   T* adjoint_transposed;  // [n,p*] of one head
   T *B, *C, *dB, *dC;     // [q,n*]
   T* B_transposed;        // [n,q*]
-  T *CB, *gx;             // [q,q*] C[i].B[j] and g[i].x[j], up to the diagonal as the next two
+  T* CB;                  // [q,q*] C[i].B[j], up to the diagonal as the next three, where no other unit wants it
+  T* gx;                  // [q,q*] g[i].x[j]
   T* scores;              // [q,q*] CB L
   T* weights;             // [q,q*] sum over heads of gx L dt[j]
   T *x, *g, *dx;          // [q,p*]
@@ -140,6 +157,23 @@ STATESCAN_INLINE void add_dots(T* partial, const Vec<T> (&block)[R][V], const T*
     for (int v = 0; v < V; ++v) sum += block[r][v] * load<T>(other + r * stride + v * kLanes<T>);
     store<T>(partial + r * kLanes<T>, sum);
   }
+}
+
+// What a block is added to when its sum is done, on its way into the first cache while it is summed.
+template <class T, int R, int V>
+STATESCAN_INLINE void prefetch_block(const T* from, std::int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) __builtin_prefetch(from + r * stride + v * kLanes<T>);
+}
+
+template <class T, int R, int V>
+STATESCAN_INLINE void add_scaled(Vec<T> (&block)[R][V], T scale, const T* from, std::int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) block[r][v] += scale * load<T>(from + r * stride + v * kLanes<T>);
 }
 
 template <class T, int R, int V>
@@ -179,18 +213,18 @@ T dot(const T* a, const T* b, std::int64_t whole_count) {
 }
 
 // to = decay * from + a^T b for a [q,p*], b [q,n*] and states [p,n*]; without kFrom to = a^T b. How a state goes on to the next
-// chunk, and an adjoint to the one before.
+// chunk, and an adjoint to the one before. Fetches two tiles meanwhile.
 template <bool kFrom, class T>
 void carry(T* to, const T* from, T decay, const T* a, std::int64_t p_stride, const T* b, std::int64_t n_stride, std::int64_t p,
-           std::int64_t q) {
+           std::int64_t q, Ahead first, Ahead second) {
   for_column_blocks<T>(n_stride, [&]<int V>(Constant<V>, std::int64_t c) {
     for_row_blocks(p, [&]<int R>(Constant<R>, std::int64_t r) {
+      first.step();
+      second.step();
       Vec<T> sum[R][V] = {};
-      if constexpr (kFrom) {
-        load_block<T>(sum, from + r * n_stride + c, n_stride);
-        scale_block<T>(sum, decay);
-      }
+      if constexpr (kFrom) prefetch_block<T, R, V>(from + r * n_stride + c, n_stride);
       multiply_add<T>(sum, a + r, 1, b + c, n_stride, q, p_stride);
+      if constexpr (kFrom) add_scaled<T>(sum, decay, from + r * n_stride + c, n_stride);
       store_block<T>(to + r * n_stride + c, n_stride, sum);
     });
   });
@@ -213,16 +247,34 @@ struct Block {
 
   TileView rows(const Tensor& tensor, std::int64_t i, std::int64_t h) const { return walk.rows(tensor, i, h, unit.p0); }
 
-  // The rows of head k in the chunk from token `start` on.
-  STATESCAN_INLINE void prefetch(const Tensor& tensor, std::int64_t start, std::int64_t k) const {
-    const std::int64_t q = least(t.chunk, walk.length() - start);
-    if (tensor && q > 0) prefetch_tile(rows(tensor, start, unit.h0 + k), q, unit.columns);
+  std::int64_t tokens(std::int64_t start) const { return most(0, least(t.chunk, walk.length() - start)); }
+
+  // To be fetched beside a product of `steps` blocks: the rows of head k in the chunk from token `start` on, those that follow
+  // on chunk c of head k in the order of the backward, and a state.
+  Ahead ahead(const Tensor& tensor, std::int64_t start, std::int64_t k, std::int64_t steps) const {
+    const std::int64_t q = tokens(start);
+    if (!tensor || q == 0) return {};
+    return {rows(tensor, start, unit.h0 + k), q, unit.columns, steps};
   }
 
-  // The rows that follow on chunk c of head k in the order of the backward.
-  STATESCAN_INLINE void prefetch_next(const Tensor& tensor, std::int64_t c, std::int64_t k) const {
-    if (k + 1 < unit.heads) prefetch(tensor, c * t.chunk, k + 1);
-    else if (c > 0) prefetch(tensor, (c - 1) * t.chunk, 0);
+  Ahead next(const Tensor& tensor, std::int64_t c, std::int64_t k, std::int64_t steps) const {
+    if (k + 1 < unit.heads) return ahead(tensor, c * t.chunk, k + 1, steps);
+    return c > 0 ? ahead(tensor, (c - 1) * t.chunk, 0, steps) : Ahead();
+  }
+
+  Ahead ahead(const T* state, std::int64_t steps) const {
+    return {tile_view(state, tiles.n_stride), unit.columns, tiles.n_stride, steps};
+  }
+
+  // B or C of the chunk that comes after chunk c, and what the group's units before this one left of dB or dC.
+  Ahead next_projection(const Tensor& tensor, std::int64_t c, std::int64_t steps) const {
+    if (c == 0) return {};
+    return {walk.rows(tensor, (c - 1) * t.chunk, unit.group, 0), t.chunk, d.dstate, steps};
+  }
+
+  Ahead ahead_of_sums(const T* sums, std::int64_t start, std::int64_t steps) const {
+    if (place() == 0) return {};
+    return {tile_view(sums + shared_row(start) * tiles.n_stride, tiles.n_stride), tokens(start), tiles.n_stride, steps};
   }
 
   TileView state_view(const Tensor& tensor, std::int64_t k) const {
@@ -269,17 +321,19 @@ struct Block {
       for (std::int64_t k = 0; k < unit.heads; ++k) {
         load_steps<T>(tiles.steps, args, walk, start, t.chunk, unit.h0 + k);
         load_x(start, t.chunk, unit.h0 + k);
-        k + 1 < unit.heads ? prefetch(args.x, start, k + 1) : prefetch(args.x, start + t.chunk, 0);
+        const std::int64_t next_k = (k + 1) % unit.heads, next_c = next_k > 0 ? c : c + 1;
+        const std::int64_t steps = count_blocks<T>(unit.columns, tiles.n_stride);
         auto next = c > 0 || args.initial_state ? carry<true, T> : carry<false, T>;
         next(state(k, c + 1), state(k, c), tiles.steps.from_start[t.chunk - 1], tiles.x_weighted, tiles.p_stride, tiles.B,
-             tiles.n_stride, unit.columns, t.chunk);
+             tiles.n_stride, unit.columns, t.chunk, ahead(args.x, next_c * t.chunk, next_k, steps),
+             next_c + 1 < chunks() ? ahead(state(next_k, next_c + 1), steps) : Ahead());
       }
     }
   }
 
   // From C B^T and g x^T of one head: the scores, its part of the weights, and the sums over pairs that ddt is made of. Rows
   // come last to first: `below` holds sum_{k>=i} of each column. What a row's last vector has past the diagonal is never used.
-  void combine_pairs(std::int64_t q) const {
+  void combine_pairs(const T* CB, std::int64_t q) const {
     const Steps<T>& steps = tiles.steps;
     T* const below = tiles.partial_dots;  // [q*]
     clear(below, tiles.q_stride);
@@ -293,7 +347,7 @@ struct Block {
       for (std::int64_t j = 0; j <= i; j += kLanes<T>) {
         const IntVec<T> left = lane < static_cast<Index>(i - j);
         const Vec<T> L = steps.decay(i, j), dt = load<T>(steps.dt + j), gx = load<T>(tiles.gx + row + j);
-        const Vec<T> score = load<T>(tiles.CB + row + j) * L;
+        const Vec<T> score = load<T>(CB + row + j) * L;
         store<T>(tiles.scores + row + j, score);
         store<T>(tiles.weights + row + j, load<T>(tiles.weights + row + j) + gx * (L * dt));
         const Vec<T> column = load<T>(below + j) + score * gx;
@@ -307,11 +361,15 @@ struct Block {
   }
 
   // exp(s[i]) h^T g[i] into dC, and its dot with C[i].
-  void add_from_state(const T* h, std::int64_t q) const {
+  void add_from_state(const T* h, std::int64_t q, Ahead first, Ahead second) const {
     clear(tiles.partial_dots, tiles.q_stride * kLanes<T>);
     for_column_blocks<T>(tiles.n_stride, [&]<int V>(Constant<V>, std::int64_t c) {
       for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t i) {
+        first.step();
+        second.step();
         const std::int64_t at = i * tiles.n_stride + c;
+        prefetch_block<T, R, V>(tiles.C + at, tiles.n_stride);
+        prefetch_block<T, R, V>(tiles.dC + at, tiles.n_stride);
         Vec<T> sum[R][V] = {};
         multiply_add<T>(sum, tiles.g_weighted + i * tiles.p_stride, tiles.p_stride, h + c, tiles.n_stride, unit.columns);
         add_dots<T>(tiles.partial_dots + i * kLanes<T>, sum, tiles.C + at, tiles.n_stride);
@@ -322,20 +380,24 @@ struct Block {
   }
 
   // dt[j] L[end][j] G^T x[j] into dB; L[end][j] G B[j] to dx, and its dot with x[j].
-  void add_from_adjoint(const T* G, std::int64_t q) const {
+  void add_from_adjoint(const T* G, std::int64_t q, Ahead first, Ahead second, Ahead third, Ahead fourth) const {
     for_column_blocks<T>(tiles.n_stride, [&]<int V>(Constant<V>, std::int64_t c) {
       for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t j) {
-        Vec<T> sum[R][V];
+        first.step();
+        second.step();
         T* const dB = tiles.dB + j * tiles.n_stride + c;
-        load_block<T>(sum, dB, tiles.n_stride);
+        prefetch_block<T, R, V>(dB, tiles.n_stride);
+        Vec<T> sum[R][V] = {};
         multiply_add<T>(sum, tiles.x_weighted + j * tiles.p_stride, tiles.p_stride, G + c, tiles.n_stride, unit.columns);
-        store_block<T>(dB, tiles.n_stride, sum);
+        add_to_block<T>(dB, tiles.n_stride, sum);
       });
     });
     load_tile<T>(tiles.adjoint_transposed, tiles.p_stride, transposed(tile_view(G, tiles.n_stride)), d.dstate, unit.columns);
     clear(tiles.partial_dots, tiles.q_stride * kLanes<T>);
     for_column_blocks<T>(tiles.p_stride, [&]<int V>(Constant<V>, std::int64_t c) {
       for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t j) {
+        third.step();
+        fourth.step();
         const std::int64_t at = j * tiles.p_stride + c;
         Vec<T> sum[R][V] = {};
         const T* const B = tiles.B + j * tiles.n_stride;
@@ -426,24 +488,27 @@ struct Block {
   }
 
   // All that chunk c holds of head k: its part of dB and dC stays in their tiles, ddt in the slopes.
-  void differentiate_head(std::int64_t c, std::int64_t k) const {
-    const std::int64_t start = c * t.chunk, q = least(t.chunk, walk.length() - start), head = unit.h0 + k;
+  void differentiate_head(std::int64_t c, std::int64_t k, const T* CB) const {
+    const std::int64_t start = c * t.chunk, q = tokens(start), head = unit.h0 + k;
+    const std::int64_t of_states = count_blocks<T>(q, tiles.n_stride), of_rows = count_blocks<T>(q, tiles.p_stride);
     const bool from_state = c > 0 || args.initial_state, from_adjoint = c + 1 < chunks() || args.dfinal_state;
     const T *h = from_state ? state(k, c) : nullptr, *G = adjoint(k);
     load_steps<T>(tiles.steps, args, walk, start, q, head);
     const T decay = tiles.steps.from_start[q - 1];
     load_x(start, q, head);
-    prefetch(args.dx, start, k);
     load_tile<T>(tiles.x_transposed, tiles.q_stride, transposed(tile_view(tiles.x, tiles.p_stride)), unit.columns, q);
     load_g(start, q, head);
     if (args.D) load_D(head);
     multiply_pairs<T>(tiles.gx, tiles.q_stride, tiles.g, tiles.p_stride, tiles.x_transposed, q, unit.columns);
-    combine_pairs(q);
-    prefetch_next(args.x, c, k);
-    if (from_state) add_from_state(h, q);
-    else clear(tiles.from_state, q);
-    prefetch_next(args.dy, c, k);
-    if (from_adjoint) add_from_adjoint(G, q);
+    combine_pairs(CB, q);
+    const bool ends = k + 1 == unit.heads;  // and the sums of the group's units come next, then another chunk
+    if (from_state)
+      add_from_state(h, q, next(args.x, c, k, of_states), ends ? ahead_of_sums(shared.dC, start, of_states) : Ahead());
+    else
+      clear(tiles.from_state, q);
+    if (from_adjoint)
+      add_from_adjoint(G, q, next(args.dy, c, k, of_states), ends ? ahead_of_sums(shared.dB, start, of_states) : Ahead(),
+                       ahead(args.dx, start, k, of_rows), ends ? next_projection(args.B, c, of_rows) : Ahead());
     else clear(tiles.from_adjoint, q);
     if (args.dz) store_dz(h, start, q, head);
     if (args.dx) from_adjoint ? store_dx<true>(start, q, head) : store_dx<false>(start, q, head);
@@ -451,7 +516,10 @@ struct Block {
     combine_steps(k, from_state && from_adjoint ? decay * dot<T>(G, h, unit.columns * tiles.n_stride) : T(0), q);
     if (c == 0 && !args.dinitial_state) return;
     auto previous = from_adjoint ? carry<true, T> : carry<false, T>;
-    previous(adjoint(k), G, decay, tiles.g_weighted, tiles.p_stride, tiles.C, tiles.n_stride, unit.columns, q);
+    const std::int64_t to_states = count_blocks<T>(unit.columns, tiles.n_stride);
+    const T* const next_state = k + 1 < unit.heads ? (from_state ? state(k + 1, c) : nullptr) : c > 1 ? state(0, c - 1) : nullptr;
+    previous(adjoint(k), G, decay, tiles.g_weighted, tiles.p_stride, tiles.C, tiles.n_stride, unit.columns, q,
+             next_state ? ahead(next_state, to_states) : Ahead(), ends ? next_projection(args.C, c, to_states) : Ahead());
   }
 
   // What the weights, summed over heads, add to dB and dC.
@@ -470,20 +538,38 @@ struct Block {
     });
   }
 
-  // One of dB and dC: added to what the group's units before this one left, and passed on, or out to memory by the last.
-  void hand_on(const Tensor& gradient, T* sums, T* tile, std::int64_t start, std::int64_t q) const {
-    const std::int64_t place = unit.head_block * t.column_blocks + unit.column_block;
-    const bool is_last = place + 1 == units_of_group(t);
-    for (std::int64_t i = 0; i < q; ++i) {
-      T* const mine = tile + i * tiles.n_stride;
-      T* const sum = sums + ((walk.batch * d.seqlen + walk.token(start + i)) * d.ngroups + unit.group) * tiles.n_stride;
-      for (std::int64_t c = 0; c < tiles.n_stride; c += kLanes<T>) {
-        Vec<T> v = load<T>(mine + c);
-        if (place > 0) v = load<T>(sum + c) + v;
-        store<T>(is_last ? mine + c : sum + c, v);
+  std::int64_t place() const { return unit.head_block * t.column_blocks + unit.column_block; }  // in the group
+  bool is_last() const { return place() + 1 == units_of_group(t); }
+
+  // The first row of a chunk in what the units of a group share.
+  std::int64_t shared_row(std::int64_t start) const {
+    return (walk.batch * d.ngroups + unit.group) * d.seqlen + walk.first + start;
+  }
+
+  // tile += what the group's units before this one left in `sums`; passed on there, unless this is the last. Of a triangle only
+  // what lies up to the diagonal.
+  template <bool kTriangle>
+  void add_up(T* sums, T* tile, std::int64_t stride, std::int64_t q) const {
+    const bool is_first = place() == 0;
+    T* const to = is_last() ? tile : sums;
+    if (is_first && to == tile) return;
+    for (std::int64_t i = 0; i < q; ++i)
+      for (std::int64_t at = i * stride, end = at + (kTriangle ? whole_vectors<T>(i + 1) : stride); at < end; at += kLanes<T>) {
+        const Vec<T> v = load<T>(tile + at);
+        store<T>(to + at, is_first ? v : load<T>(sums + at) + v);
       }
-    }
-    if (is_last && gradient) store_tile<T>(walk.rows(gradient, start, unit.group, 0), q, d.dstate, tile, tiles.n_stride);
+  }
+
+  // The unit's part of dB and dC in the chunk from token `start` on, added up in the order of the group's units.
+  void hand_on(std::int64_t start, std::int64_t q) const {
+    const std::int64_t row = shared_row(start);
+    add_up<true>(shared.weights + row * tiles.q_stride, tiles.weights, tiles.q_stride, q);
+    if (is_last()) multiply_weights(q);
+    add_up<false>(shared.dB + row * tiles.n_stride, tiles.dB, tiles.n_stride, q);
+    add_up<false>(shared.dC + row * tiles.n_stride, tiles.dC, tiles.n_stride, q);
+    if (!is_last()) return;
+    if (args.dB) store_tile<T>(walk.rows(args.dB, start, unit.group, 0), q, d.dstate, tiles.dB, tiles.n_stride);
+    if (args.dC) store_tile<T>(walk.rows(args.dC, start, unit.group, 0), q, d.dstate, tiles.dC, tiles.n_stride);
   }
 
   // ddt of head k: the slopes of the blocks of headdim added up, and by the last of them taken through limit and softplus.
@@ -513,16 +599,30 @@ struct Block {
     if (args.ddt) store_tile<T>(walk.row(args.ddt, start, head), 1, q, slope, tiles.q_stride);
   }
 
+  // C B^T of a chunk: made by the first unit of the group, for all.
+  const T* chunk_CB(std::int64_t start, std::int64_t q) const {
+    const bool is_shared = units_of_group(t) > 1;
+    T* const CB = is_shared ? shared.CB + shared_row(start) * tiles.q_stride : tiles.CB;
+    int& done = shared.CB_done[unit.sequence * d.ngroups + unit.group];
+    const int number = static_cast<int>(chunks() - start / t.chunk);  // the last chunk comes first
+    if (place() > 0) {
+      wait_for(done, number);
+      return CB;
+    }
+    load_tile<T>(tiles.B_transposed, tiles.q_stride, transposed(tile_view(tiles.B, tiles.n_stride)), d.dstate, q);
+    multiply_pairs<T>(CB, tiles.q_stride, tiles.C, tiles.n_stride, tiles.B_transposed, q, d.dstate);
+    if (is_shared) advance_to(done, number);
+    return CB;
+  }
+
   void differentiate_chunk(std::int64_t c) const {
-    const std::int64_t start = c * t.chunk, q = least(t.chunk, walk.length() - start);
+    const std::int64_t start = c * t.chunk, q = tokens(start);
     load_tile<T>(tiles.B, tiles.n_stride, walk.rows(args.B, start, unit.group, 0), q, d.dstate);
     load_tile<T>(tiles.C, tiles.n_stride, walk.rows(args.C, start, unit.group, 0), q, d.dstate);
-    load_tile<T>(tiles.B_transposed, tiles.q_stride, transposed(tile_view(tiles.B, tiles.n_stride)), d.dstate, q);
-    multiply_pairs<T>(tiles.CB, tiles.q_stride, tiles.C, tiles.n_stride, tiles.B_transposed, q, d.dstate);
+    const T* const CB = chunk_CB(start, q);
     for (T* tile : {tiles.dB, tiles.dC}) clear(tile, q * tiles.n_stride);
     clear(tiles.weights, q * tiles.q_stride);
-    for (std::int64_t k = 0; k < unit.heads; ++k) differentiate_head(c, k);
-    multiply_weights(q);
+    for (std::int64_t k = 0; k < unit.heads; ++k) differentiate_head(c, k, CB);
   }
 
   // The unit's share of dA, ddt_bias and dD to what its sequence has of them; blocks of headdim add up.
@@ -541,7 +641,7 @@ struct Block {
   }
 
   void run(std::int64_t index) const {
-    const bool waits = unit.head_block > 0 || unit.column_block > 0;  // for the unit before it in its group
+    const bool waits = place() > 0;  // for the unit before it in its group
     for (double* sums : {tiles.dA, tiles.ddt_bias}) clear(sums, unit.heads);
     clear(tiles.dD, unit.heads * tiles.p_stride);
     for (std::int64_t k = 0; k < unit.heads; ++k) {
@@ -554,10 +654,9 @@ struct Block {
     int done = 0;
     for (std::int64_t c = chunks(); c-- > 0;) {
       differentiate_chunk(c);
-      const std::int64_t start = c * t.chunk, q = least(t.chunk, walk.length() - start);
+      const std::int64_t start = c * t.chunk, q = tokens(start);
       if (waits) wait_for(shared.chunks_done[index - 1], done + 1);
-      hand_on(args.dB, shared.dB, tiles.dB, start, q);
-      hand_on(args.dC, shared.dC, tiles.dC, start, q);
+      hand_on(start, q);
       for (std::int64_t k = 0; k < unit.heads; ++k) finish_ddt(k, start, q);
       advance_to(shared.chunks_done[index], ++done);
     }
@@ -590,17 +689,18 @@ std::size_t bytes_per_thread(const Tiling& t, const BackwardArgs& args, const Di
 }
 
 template <class T>
-std::size_t bytes_shared(const Tiling& t, const Dims& d) {
+std::size_t bytes_shared(const Tiling& t, const Dims& d, std::int64_t longest) {
   Arena count(nullptr);
-  Shared<T>(count, t, d);
+  Shared<T>(count, t, d, longest);
   return count.used();
 }
 
 template <class T>
 std::size_t bytes_of(const BackwardArgs& args, const Dims& d) {
   const Tiling t = tiling_of(args, d);
-  return bytes_shared<T>(t, d) +
-         bytes_per_thread<T>(t, args, d, longest_sequence(args, d)) * least(max_threads(), d.num_sequences * t.units);
+  const std::int64_t longest = longest_sequence(args, d);
+  return bytes_shared<T>(t, d, longest) +
+         bytes_per_thread<T>(t, args, d, longest) * least(max_threads(), d.num_sequences * t.units);
 }
 
 template <class T>
@@ -609,8 +709,8 @@ void differentiate(const BackwardArgs& args, const Dims& d) {
   const std::int64_t longest = longest_sequence(args, d);
   const std::size_t bytes = bytes_per_thread<T>(t, args, d, longest);
   Arena common(args.workspace.data);
-  const Shared<T> shared(common, t, d);
-  clear(shared.chunks_done, d.num_sequences * t.units);
+  const Shared<T> shared(common, t, d, longest);
+  clear(shared.chunks_done, shared.counter_count);
   if (t.units == 0)  // no unit writes a share
     clear(shared.dA, shared.share_count);
   parallel_for_groups(d.num_sequences * t.units, units_per_task(t, d, 5), [&](std::int64_t index, int thread) {

@@ -131,7 +131,8 @@ inline void store_tile(const TileView& to, std::int64_t rows, std::int64_t colum
 
 // Calls the lines of a tile into the second cache, for one whose turn comes soon. The rows of one head lie kilobytes apart, each
 // on another page, where the hardware foresees little: copying them would wait for most of their lines, one after the other.
-// Inline always, since GCC takes a function that only prefetches for one without effect and drops its calls.
+// A row need not start with a line, so its last byte is asked for beside them. Inline always, since GCC takes a function that
+// only prefetches for one without effect and drops its calls.
 STATESCAN_INLINE void prefetch_tile(const TileView& t, std::int64_t rows, std::int64_t columns) {
   constexpr std::int64_t kLine = 64;
   if (t.column_stride != 1) return;
@@ -139,8 +140,29 @@ STATESCAN_INLINE void prefetch_tile(const TileView& t, std::int64_t rows, std::i
   for (std::int64_t r = 0; r < rows; ++r) {
     const char* const row = static_cast<const char*>(t.data) + (t.first + r * t.row_stride) * size;
     for (std::int64_t at = 0; at < columns * size; at += kLine) __builtin_prefetch(row + at, 0, 2);
+    __builtin_prefetch(row + columns * size - 1, 0, 2);
   }
 }
+
+// The same a few rows at a time, beside the blocks of a product: hundreds of lines at once would wait for each other, and the
+// processor drops some.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const TileView& tile, std::int64_t rows, std::int64_t columns, std::int64_t steps)
+      : tile_(tile), left_(rows), columns_(columns), rows_of_step_(steps > 0 ? (rows + steps - 1) / steps : 0) {}
+
+  STATESCAN_INLINE void step() {
+    const std::int64_t rows = left_ < rows_of_step_ ? left_ : rows_of_step_;
+    prefetch_tile(tile_, rows, columns_);
+    tile_.first += rows * tile_.row_stride;
+    left_ -= rows;
+  }
+
+ private:
+  TileView tile_{};
+  std::int64_t left_ = 0, columns_ = 0, rows_of_step_ = 0;
+};
 
 // Even lanes of the pair (a, b), then odd lanes; and the way back.
 template <class T, int... kLane>
