@@ -102,6 +102,24 @@ STATESCAN_INLINE void scale_rows(Vec<T> (&block)[R][V], const T* scale) {
     for (int v = 0; v < V; ++v) block[r][v] *= scale[r];
 }
 
+// What a block is added to when its sum is done, on its way into the first cache while it is summed.
+template <class T, int R, int V>
+STATESCAN_INLINE void prefetch_block(const T* from, std::int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) __builtin_prefetch(from + r * stride + v * kLanes<T>);
+}
+
+// block += scale * what lies at `from`.
+template <class T, int R, int V>
+STATESCAN_INLINE void add_scaled(Vec<T> (&block)[R][V], T scale, const T* from, std::int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) block[r][v] += scale * load<T>(from + r * stride + v * kLanes<T>);
+}
+
 // A size known to the compiler, as an argument.
 template <int N>
 struct Constant {

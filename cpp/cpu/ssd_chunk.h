@@ -1,10 +1,11 @@
 // What the forward and the backward of ssd_scan share: how a sequence is walked and cut into units of work, and, of a chunk of
-// q tokens, the steps with their prefix sums and the lower triangle of a product such as C B^T.
+// q tokens, the steps with their prefix sums, the lower triangle of a product such as C B^T, and how a state goes on.
 #pragma once
 
 #include <statescan/ssd_scan.h>
 
 #include "matmul.h"
+#include "parallel.h"
 #include "simd.h"
 #include "tile.h"
 #include "../ops/contract.h"
@@ -17,6 +18,12 @@ STATESCAN_INLINE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b)
 
 // Chunks longer than this only cost time and scratch, so a larger chunk_size is cut to it.
 inline constexpr std::int64_t kMaxChunk = 256;
+
+// A tile in scratch.
+template <class T>
+STATESCAN_INLINE TileView tile_view(const T* tile, std::int64_t stride) {
+  return {const_cast<T*>(tile), kDTypeOf<T>, 0, stride, 1};
+}
 
 // How a call is cut. Batch, packing and threads have no say, so a row's bits never depend on them.
 struct Tiling {
@@ -45,6 +52,14 @@ inline Tiling cut_units(const ssd_scan::Dims& d, std::int64_t chunk) {
   return t;
 }
 
+STATESCAN_INLINE std::int64_t units_of_group(const Tiling& t) { return t.head_blocks * t.column_blocks; }
+
+// The row of a tile with an element for each token of a chunk.
+template <class T>
+STATESCAN_INLINE std::int64_t chunk_stride(const Tiling& t, std::int64_t longest) {
+  return whole_vectors<T>(least(t.chunk, most(longest, 1)));
+}
+
 // Units of work, one a sequence and part, that a thread takes at a time: about 20 us of multiply-adds, of which a token costs
 // `passes` times headdim x dstate.
 inline std::int64_t units_per_task(const Tiling& t, const ssd_scan::Dims& d, std::int64_t passes) {
@@ -54,20 +69,21 @@ inline std::int64_t units_per_task(const Tiling& t, const ssd_scan::Dims& d, std
 }
 
 // What a unit works on: heads h0.. of a group and columns p0.. of headdim, over all chunks of a sequence. A group's units
-// follow each other, those of the same heads side by side.
+// follow each other, those of the same heads side by side; `place` counts them.
 struct Unit {
   Unit(const Tiling& t, const ssd_scan::Dims& d, std::int64_t index) : sequence(index / t.units) {
     const std::int64_t part = index % t.units, group_heads = d.nheads / d.ngroups;
     column_block = part % t.column_blocks;
     head_block = part / t.column_blocks % t.head_blocks;
     group = part / t.column_blocks / t.head_blocks;
+    place = part % units_of_group(t);
     h0 = group * group_heads + head_block * t.heads;
     heads = least(t.heads, group_heads - head_block * t.heads);
     p0 = column_block * t.columns;
     columns = least(t.columns, d.headdim - p0);
   }
 
-  std::int64_t sequence, group, head_block, column_block, h0, heads, p0, columns;
+  std::int64_t sequence, group, place, head_block, column_block, h0, heads, p0, columns;
 };
 
 // The tokens of one sequence in the order of the scan.
@@ -170,5 +186,66 @@ void multiply_pairs(T* to, std::int64_t pitch, const T* a, std::int64_t a_stride
     });
   });
 }
+
+// to = decay * from + a^T b for a [q,a*], b [q,b*] and states [rows,b*], of which `columns`; without kFrom to = a^T b. How a state
+// goes on to the next chunk, and an adjoint to the one before. Fetches two tiles meanwhile.
+template <bool kFrom, class T>
+void carry(T* to, const T* from, T decay, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, std::int64_t rows,
+           std::int64_t q, Ahead first, Ahead second) {
+  for_column_blocks<T>(b_stride, [&]<int V>(Constant<V>, std::int64_t c) {
+    for_row_blocks(rows, [&]<int R>(Constant<R>, std::int64_t r) {
+      first.step();
+      second.step();
+      Vec<T> sum[R][V] = {};
+      if constexpr (kFrom) prefetch_block<T, R, V>(from + r * b_stride + c, b_stride);
+      multiply_add<T>(sum, a + r, 1, b + c, b_stride, q, a_stride);
+      if constexpr (kFrom) add_scaled<T>(sum, decay, from + r * b_stride + c, b_stride);
+      store_block<T>(to + r * b_stride + c, b_stride, sum);
+    });
+  });
+}
+
+// C B^T of the chunks, which the first unit of each group makes for all of them.
+template <class T>
+class GroupCB {
+ public:
+  GroupCB(Arena& arena, const Tiling& t, const ssd_scan::Dims& d, std::int64_t longest)
+      : q_stride_(chunk_stride<T>(t, longest)), ngroups_(d.ngroups), seqlen_(d.seqlen), counters_(d.num_sequences * d.ngroups) {
+    if (units_of_group(t) == 1) return;
+    tiles_ = arena.take<T>(d.batch * d.ngroups * d.seqlen * q_stride_);
+    done_ = arena.take<int>(counters_);
+    is_shared_ = true;
+  }
+
+  void start() const {
+    for (std::int64_t i = 0; is_shared_ && i < counters_; ++i) done_[i] = 0;
+  }
+
+  // The tile [q,q*] of the chunk from token `start` on, the unit's number-th from 1 on: made by make(tile), in `own` where there
+  // is no other unit.
+  template <class Make>
+  STATESCAN_INLINE const T* tile(const Unit& unit, const Walk& walk, std::int64_t start, std::int64_t number, T* own,
+                                 Make&& make) const {
+    if (!is_shared_) {
+      make(own);
+      return own;
+    }
+    T* const tile = tiles_ + ((walk.batch * ngroups_ + unit.group) * seqlen_ + walk.first + start) * q_stride_;
+    int& done = done_[unit.sequence * ngroups_ + unit.group];
+    if (unit.place > 0) {
+      wait_for(done, static_cast<int>(number));
+    } else {
+      make(tile);
+      advance_to(done, static_cast<int>(number));
+    }
+    return tile;
+  }
+
+ private:
+  std::int64_t q_stride_, ngroups_, seqlen_, counters_;
+  bool is_shared_ = false;
+  T* tiles_ = nullptr;   // [b,g,l,q*]
+  int* done_ = nullptr;  // [s,g] chunks that are there
+};
 
 }  // namespace statescan::cpu::STATESCAN_ISA_NAMESPACE

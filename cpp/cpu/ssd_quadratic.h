@@ -18,6 +18,7 @@ struct Quadratic {
 
   static Tiling cut(const ssd_scan::Args&, const ssd_scan::Dims& d) { return cut_units(d, kRows); }
 
+  using Shared = NothingShared;
   struct Scratch {
     Scratch(Arena& arena, const Tiling& t, const ssd_scan::Args& args, const ssd_scan::Dims& d) {
       constexpr std::int64_t kLine = 64 / sizeof(T);
@@ -55,7 +56,7 @@ struct Quadratic {
   const UnitView<T>& view;
   const Scratch& scratch;
 
-  static void run(const UnitView<T>& view, const Scratch& scratch, const Tiling&) { Quadratic{view, scratch}.run(); }
+  static void run(const UnitView<T>& view, const Scratch& scratch, const Shared&, const Tiling&) { Quadratic{view, scratch}.run(); }
 
  private:
   T* state(std::int64_t k) const { return scratch.state + k * view.state_size(); }

@@ -16,6 +16,7 @@ struct Recurrent {
 
   static Tiling cut(const ssd_scan::Args&, const ssd_scan::Dims& d) { return cut_units(d, kTokens); }
 
+  using Shared = NothingShared;
   struct Scratch {
     Scratch(Arena& arena, const Tiling& t, const ssd_scan::Args& args, const ssd_scan::Dims& d) {
       const std::int64_t p_stride = whole_vectors<T>(t.columns);
@@ -33,7 +34,7 @@ struct Recurrent {
     Gate<T> gate;
   };
 
-  static void run(const UnitView<T>& view, const Scratch& scratch, const Tiling&) {
+  static void run(const UnitView<T>& view, const Scratch& scratch, const Shared&, const Tiling&) {
     const std::int64_t length = view.walk.length(), size = view.state_size();
     Positions positions = view.positions(scratch.state);
     for (std::int64_t k = 0; k < view.unit.heads; ++k) view.load_initial_state(scratch.state + k * size, k);

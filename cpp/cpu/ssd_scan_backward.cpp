@@ -40,8 +40,6 @@ Tiling tiling_of(const BackwardArgs& args, const Dims& d) {
   return cut_units(d, least(most(args.chunk_size, kChunk), kMaxChunk));
 }
 
-std::int64_t units_of_group(const Tiling& t) { return t.head_blocks * t.column_blocks; }
-
 std::int64_t longest_sequence(const BackwardArgs& args, const Dims& d) {
   if (!args.cu_seqlens) return d.seqlen;
   std::int64_t length = 0;
@@ -49,42 +47,32 @@ std::int64_t longest_sequence(const BackwardArgs& args, const Dims& d) {
   return length;
 }
 
-// The row of a tile with an element for each token of a chunk.
-template <class T>
-std::int64_t chunk_stride(const Tiling& t, std::int64_t longest) {
-  return whole_vectors<T>(least(t.chunk, most(longest, 1)));
-}
-
 // What the units of a call share.
 template <class T>
 struct Shared {
   Shared(Arena& arena, const Tiling& t, const Dims& d, std::int64_t longest)
-      : q_stride(chunk_stride<T>(t, longest)), n_stride(whole_vectors<T>(d.dstate)) {
+      : q_stride(chunk_stride<T>(t, longest)), n_stride(whole_vectors<T>(d.dstate)), CB(arena, t, d, longest) {
     const std::int64_t tokens = d.batch * d.seqlen, rows = units_of_group(t) > 1 ? tokens * d.ngroups : 0;
     for (T** sums : {&dB, &dC}) *sums = arena.take<T>(rows * n_stride);
-    for (T** pairs : {&CB, &weights}) *pairs = arena.take<T>(rows * q_stride);
+    weights = arena.take<T>(rows * q_stride);
     dt_slope = arena.take<T>(t.column_blocks > 1 ? tokens * d.nheads : 0);
     const std::int64_t heads = d.num_sequences * d.nheads;
     share_count = heads * (2 + (d.D_per_channel ? d.headdim : 1));
     dA = arena.take<double>(share_count);
     ddt_bias = dA + heads;
     dD = ddt_bias + heads;
-    counter_count = d.num_sequences * (t.units + d.ngroups);
-    chunks_done = arena.take<int>(counter_count);
-    CB_done = chunks_done + d.num_sequences * t.units;
+    chunks_done = arena.take<int>(d.num_sequences * t.units);
   }
 
   std::int64_t q_stride, n_stride;
+  GroupCB<T> CB;
   T *dB, *dC;             // [b,g,l,n*] in the order of the scan, summed over the units of the group so far
-  T* CB;                  // [b,g,l,q*] C[i].B[j] of each chunk, up to the diagonal as the next
-  T* weights;             // [b,g,l,q*] summed over the units of the group so far
+  T* weights;             // [b,g,l,q*] the same, up to the diagonal
   T* dt_slope;            // [b,l,h] ddt before limit and softplus, summed over the blocks of headdim so far
   std::int64_t share_count;
   double *dA, *ddt_bias;  // [s,h] each sequence's share, in one piece with the next
   double* dD;             // [s,h] or [s,h,p]
-  std::int64_t counter_count;
-  int* chunks_done;       // of each unit, in one piece with the next
-  int* CB_done;           // [s,g] chunks that have it
+  int* chunks_done;       // of each unit
 };
 
 // The tiles of one thread. q tokens, n of dstate, p columns of headdim; rows marked * are padded to whole vectors.
@@ -159,23 +147,6 @@ STATESCAN_INLINE void add_dots(T* partial, const Vec<T> (&block)[R][V], const T*
   }
 }
 
-// What a block is added to when its sum is done, on its way into the first cache while it is summed.
-template <class T, int R, int V>
-STATESCAN_INLINE void prefetch_block(const T* from, std::int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) __builtin_prefetch(from + r * stride + v * kLanes<T>);
-}
-
-template <class T, int R, int V>
-STATESCAN_INLINE void add_scaled(Vec<T> (&block)[R][V], T scale, const T* from, std::int64_t stride) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) block[r][v] += scale * load<T>(from + r * stride + v * kLanes<T>);
-}
-
 template <class T, int R, int V>
 STATESCAN_INLINE void add_to_block(T* to, std::int64_t stride, const Vec<T> (&block)[R][V]) {
 #pragma GCC unroll 16
@@ -212,24 +183,6 @@ T dot(const T* a, const T* b, std::int64_t whole_count) {
   return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// to = decay * from + a^T b for a [q,p*], b [q,n*] and states [p,n*]; without kFrom to = a^T b. How a state goes on to the next
-// chunk, and an adjoint to the one before. Fetches two tiles meanwhile.
-template <bool kFrom, class T>
-void carry(T* to, const T* from, T decay, const T* a, std::int64_t p_stride, const T* b, std::int64_t n_stride, std::int64_t p,
-           std::int64_t q, Ahead first, Ahead second) {
-  for_column_blocks<T>(n_stride, [&]<int V>(Constant<V>, std::int64_t c) {
-    for_row_blocks(p, [&]<int R>(Constant<R>, std::int64_t r) {
-      first.step();
-      second.step();
-      Vec<T> sum[R][V] = {};
-      if constexpr (kFrom) prefetch_block<T, R, V>(from + r * n_stride + c, n_stride);
-      multiply_add<T>(sum, a + r, 1, b + c, n_stride, q, p_stride);
-      if constexpr (kFrom) add_scaled<T>(sum, decay, from + r * n_stride + c, n_stride);
-      store_block<T>(to + r * n_stride + c, n_stride, sum);
-    });
-  });
-}
-
 // One unit over the chunks of its sequence.
 template <class T>
 struct Block {
@@ -263,7 +216,7 @@ struct Block {
   }
 
   Ahead ahead(const T* state, std::int64_t steps) const {
-    return {tile_view(state, tiles.n_stride), unit.columns, tiles.n_stride, steps};
+    return {tile_view<T>(state, tiles.n_stride), unit.columns, tiles.n_stride, steps};
   }
 
   // B or C of the chunk that comes after chunk c, and what the group's units before this one left of dB or dC.
@@ -273,8 +226,8 @@ struct Block {
   }
 
   Ahead ahead_of_sums(const T* sums, std::int64_t start, std::int64_t steps) const {
-    if (place() == 0) return {};
-    return {tile_view(sums + shared_row(start) * tiles.n_stride, tiles.n_stride), tokens(start), tiles.n_stride, steps};
+    if (unit.place == 0) return {};
+    return {tile_view<T>(sums + shared_row(start) * tiles.n_stride, tiles.n_stride), tokens(start), tiles.n_stride, steps};
   }
 
   TileView state_view(const Tensor& tensor, std::int64_t k) const {
@@ -392,7 +345,7 @@ struct Block {
         add_to_block<T>(dB, tiles.n_stride, sum);
       });
     });
-    load_tile<T>(tiles.adjoint_transposed, tiles.p_stride, transposed(tile_view(G, tiles.n_stride)), d.dstate, unit.columns);
+    load_tile<T>(tiles.adjoint_transposed, tiles.p_stride, transposed(tile_view<T>(G, tiles.n_stride)), d.dstate, unit.columns);
     clear(tiles.partial_dots, tiles.q_stride * kLanes<T>);
     for_column_blocks<T>(tiles.p_stride, [&]<int V>(Constant<V>, std::int64_t c) {
       for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t j) {
@@ -410,13 +363,11 @@ struct Block {
     sum_dots<T>(tiles.from_adjoint, tiles.partial_dots, q);
   }
 
-  static TileView tile_view(const T* tile, std::int64_t stride) { return {const_cast<T*>(tile), kDTypeOf<T>, 0, stride, 1}; }
-
   // dz = dy silu'(z) y, y made again as the forward makes it; h null: no state enters.
   void store_dz(const T* h, std::int64_t start, std::int64_t q, std::int64_t head) const {
     for (std::int64_t j = 0; j < q; ++j) scale_row(tiles.x_stepped, tiles.x, j, tiles.steps.dt[j]);
     T* const h_transposed = tiles.state_transposed;
-    if (h) load_tile<T>(h_transposed, tiles.p_stride, transposed(tile_view(h, tiles.n_stride)), d.dstate, unit.columns);
+    if (h) load_tile<T>(h_transposed, tiles.p_stride, transposed(tile_view<T>(h, tiles.n_stride)), d.dstate, unit.columns);
     for_column_blocks<T>(tiles.p_stride, [&]<int V>(Constant<V>, std::int64_t c) {
       for_row_blocks(q, [&]<int R>(Constant<R>, std::int64_t i) {
         Vec<T> sum[R][V] = {};
@@ -496,7 +447,7 @@ struct Block {
     load_steps<T>(tiles.steps, args, walk, start, q, head);
     const T decay = tiles.steps.from_start[q - 1];
     load_x(start, q, head);
-    load_tile<T>(tiles.x_transposed, tiles.q_stride, transposed(tile_view(tiles.x, tiles.p_stride)), unit.columns, q);
+    load_tile<T>(tiles.x_transposed, tiles.q_stride, transposed(tile_view<T>(tiles.x, tiles.p_stride)), unit.columns, q);
     load_g(start, q, head);
     if (args.D) load_D(head);
     multiply_pairs<T>(tiles.gx, tiles.q_stride, tiles.g, tiles.p_stride, tiles.x_transposed, q, unit.columns);
@@ -538,8 +489,7 @@ struct Block {
     });
   }
 
-  std::int64_t place() const { return unit.head_block * t.column_blocks + unit.column_block; }  // in the group
-  bool is_last() const { return place() + 1 == units_of_group(t); }
+  bool is_last() const { return unit.place + 1 == units_of_group(t); }
 
   // The first row of a chunk in what the units of a group share.
   std::int64_t shared_row(std::int64_t start) const {
@@ -550,7 +500,7 @@ struct Block {
   // what lies up to the diagonal.
   template <bool kTriangle>
   void add_up(T* sums, T* tile, std::int64_t stride, std::int64_t q) const {
-    const bool is_first = place() == 0;
+    const bool is_first = unit.place == 0;
     T* const to = is_last() ? tile : sums;
     if (is_first && to == tile) return;
     for (std::int64_t i = 0; i < q; ++i)
@@ -599,27 +549,14 @@ struct Block {
     if (args.ddt) store_tile<T>(walk.row(args.ddt, start, head), 1, q, slope, tiles.q_stride);
   }
 
-  // C B^T of a chunk: made by the first unit of the group, for all.
-  const T* chunk_CB(std::int64_t start, std::int64_t q) const {
-    const bool is_shared = units_of_group(t) > 1;
-    T* const CB = is_shared ? shared.CB + shared_row(start) * tiles.q_stride : tiles.CB;
-    int& done = shared.CB_done[unit.sequence * d.ngroups + unit.group];
-    const int number = static_cast<int>(chunks() - start / t.chunk);  // the last chunk comes first
-    if (place() > 0) {
-      wait_for(done, number);
-      return CB;
-    }
-    load_tile<T>(tiles.B_transposed, tiles.q_stride, transposed(tile_view(tiles.B, tiles.n_stride)), d.dstate, q);
-    multiply_pairs<T>(CB, tiles.q_stride, tiles.C, tiles.n_stride, tiles.B_transposed, q, d.dstate);
-    if (is_shared) advance_to(done, number);
-    return CB;
-  }
-
   void differentiate_chunk(std::int64_t c) const {
     const std::int64_t start = c * t.chunk, q = tokens(start);
     load_tile<T>(tiles.B, tiles.n_stride, walk.rows(args.B, start, unit.group, 0), q, d.dstate);
     load_tile<T>(tiles.C, tiles.n_stride, walk.rows(args.C, start, unit.group, 0), q, d.dstate);
-    const T* const CB = chunk_CB(start, q);
+    const T* const CB = shared.CB.tile(unit, walk, start, chunks() - c, tiles.CB, [&](T* made) {
+      load_tile<T>(tiles.B_transposed, tiles.q_stride, transposed(tile_view<T>(tiles.B, tiles.n_stride)), d.dstate, q);
+      multiply_pairs<T>(made, tiles.q_stride, tiles.C, tiles.n_stride, tiles.B_transposed, q, d.dstate);
+    });
     for (T* tile : {tiles.dB, tiles.dC}) clear(tile, q * tiles.n_stride);
     clear(tiles.weights, q * tiles.q_stride);
     for (std::int64_t k = 0; k < unit.heads; ++k) differentiate_head(c, k, CB);
@@ -641,7 +578,7 @@ struct Block {
   }
 
   void run(std::int64_t index) const {
-    const bool waits = place() > 0;  // for the unit before it in its group
+    const bool waits = unit.place > 0;  // for the unit before it in its group
     for (double* sums : {tiles.dA, tiles.ddt_bias}) clear(sums, unit.heads);
     clear(tiles.dD, unit.heads * tiles.p_stride);
     for (std::int64_t k = 0; k < unit.heads; ++k) {
@@ -710,7 +647,8 @@ void differentiate(const BackwardArgs& args, const Dims& d) {
   const std::size_t bytes = bytes_per_thread<T>(t, args, d, longest);
   Arena common(args.workspace.data);
   const Shared<T> shared(common, t, d, longest);
-  clear(shared.chunks_done, shared.counter_count);
+  shared.CB.start();
+  clear(shared.chunks_done, d.num_sequences * t.units);
   if (t.units == 0)  // no unit writes a share
     clear(shared.dA, shared.share_count);
   parallel_for_groups(d.num_sequences * t.units, units_per_task(t, d, 5), [&](std::int64_t index, int thread) {

@@ -17,6 +17,12 @@ struct Gate {
   T* D = nullptr;  // [p*]
 };
 
+// What the units of a call share in a form where they share nothing.
+struct NothingShared {
+  NothingShared(Arena&, const Tiling&, const ssd_scan::Dims&, std::int64_t) {}
+  void start() const {}
+};
+
 // A unit, and where its rows lie. Tiles have columns of headdim, padded to p_stride; states are [n,p*].
 template <class T>
 struct UnitView {
@@ -32,9 +38,6 @@ struct UnitView {
   TileView rows(const Tensor& t, std::int64_t start, std::int64_t h) const { return walk.rows(t, start, h, unit.p0); }
   void load_rows(T* to, const Tensor& t, std::int64_t start, std::int64_t q, std::int64_t h) const {
     load_tile<T>(to, p_stride, rows(t, start, h), q, unit.columns);
-  }
-  STATESCAN_INLINE void prefetch_rows(const Tensor& t, std::int64_t start, std::int64_t q, std::int64_t h) const {
-    if (q > 0) prefetch_tile(rows(t, start, h), q, unit.columns);
   }
 
   // B or C as [q,n], and B as [n,q*].
