@@ -47,3 +47,29 @@ for base in spec.submodule_search_locations if spec else ():
   execute_process(COMMAND "${Python_EXECUTABLE}" -c "${look}" OUTPUT_VARIABLE root OUTPUT_STRIP_TRAILING_WHITESPACE)
   set(${result} "${root}" PARENT_SCOPE)
 endfunction()
+
+# Sets `result` to the architectures of this machine's GPUs that the compiler knows. Without one, to those that two cores build
+# in minutes: machine code for compute capability 8.x and 9.0, and PTX for what is newer.
+function(statescan_local_architectures result)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found ERROR_QUIET RESULT_VARIABLE status)
+  if(NOT status STREQUAL "0")
+    set(found "")
+  endif()
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
+  string(REPLACE "." "" found "${found}")
+  list(REMOVE_DUPLICATES found)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code OUTPUT_VARIABLE known)
+  string(REGEX MATCHALL "sm_[0-9]+" known "${known}")
+  set(architectures)
+  foreach(number ${found})
+    if("sm_${number}" IN_LIST known AND NOT number LESS 80)
+      list(APPEND architectures ${number})
+    endif()
+  endforeach()
+  if(NOT architectures)
+    set(architectures 80 90)
+  endif()
+  list(TRANSFORM architectures REPLACE "^90$" "90a")  # kernels of Hopper's own instructions run on no other
+  set(${result} "${architectures}" PARENT_SCOPE)
+endfunction()

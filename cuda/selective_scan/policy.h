@@ -13,7 +13,7 @@ namespace statescan::selective_scan {
 
 enum class Arithmetic {
   fast,          // 16-bit x: the decay is one instruction of the special-function unit, 2 ulp; softplus is within 2e-5
-  precise,       // float32 x: near one the decay is kept as decay - 1
+  precise,       // float32 x, and 16-bit x with a time-invariant B or C: near one the decay is kept as decay - 1
   complex_rate,  // A complex, any x; precise as well
 };
 

@@ -48,13 +48,18 @@ void with_known(const A& args, const Dims& dims, Visit visit) {
   }
 }
 
+// Kernels of float32's arithmetic take any x; those for 16-bit x ask B and C to change with the token.
+template <class A>
+bool is_precise(const A& args, const Dims& dims) {
+  return args.x.dtype == DType::float32 || !dims.varying_B || !dims.varying_C;
+}
+
 void forward(const Args& args, const Dims& dims, Stream stream) {
   const bool long_rows = states_per_thread(dims) == 8;
   if (dims.complex_A) forward_with<Arithmetic::complex_rate, 4>(args, dims, stream);
-  else if (args.x.dtype == DType::float32 && long_rows) forward_with<Arithmetic::precise, 8>(args, dims, stream);
-  else if (args.x.dtype == DType::float32) forward_with<Arithmetic::precise, 4>(args, dims, stream);
-  else if (long_rows) forward_with<Arithmetic::fast, 8>(args, dims, stream);
-  else if (!dims.varying_B || !dims.varying_C) launch_forward<Policy<Arithmetic::fast, 4, true>>(args, dims, stream);
+  else if (is_precise(args, dims) && long_rows) forward_with<Arithmetic::precise, 8>(args, dims, stream);
+  else if (is_precise(args, dims)) forward_with<Arithmetic::precise, 4>(args, dims, stream);
+  else if (long_rows) launch_forward<Policy<Arithmetic::fast, 8, false>>(args, dims, stream);
   else
     with_known(args, dims, [&]<Known known> { launch_forward<Policy<Arithmetic::fast, 4, false, known>>(args, dims, stream); });
 }
@@ -67,9 +72,7 @@ void backward_with(const BackwardArgs& args, const Dims& dims, Stream stream) {
 
 void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.complex_A) backward_with<Arithmetic::complex_rate>(args, dims, stream);
-  else if (args.x.dtype == DType::float32) backward_with<Arithmetic::precise>(args, dims, stream);
-  else if (!dims.varying_B || !dims.varying_C)
-    launch_backward<Policy<Arithmetic::fast, kBackwardStates, true>>(args, dims, stream);
+  else if (is_precise(args, dims)) backward_with<Arithmetic::precise>(args, dims, stream);
   else
     with_known(args, dims, [&]<Known known> {
       launch_backward<Policy<Arithmetic::fast, kBackwardStates, false, known>>(args, dims, stream);

@@ -4,7 +4,7 @@ STATESCAN_CUDA=auto (default)  CUDA kernels when nvcc is on the machine, else th
 STATESCAN_CUDA=on              the same, but fail without nvcc
 STATESCAN_CUDA=wheels          compile with the CUDA compiler from the package index (104 MB)
 STATESCAN_CUDA=off             the CPU backend alone
-STATESCAN_CUDA_ARCHITECTURES   e.g. "90a" or "80;90a;100;120" (default)
+STATESCAN_CUDA_ARCHITECTURES   e.g. "90a" or "80;90a;100;120"; default: this machine's GPUs
 STATESCAN_CUTLASS_INCLUDE_DIR  folder that holds cute/tensor.hpp, instead of the nvidia-cutlass package
 """
 
