@@ -371,7 +371,8 @@ Tensor Call::out_like(const char* name, nb::handle object, const Tensor& like, D
 }
 
 Tensor Call::out_as_laid_out(const char* name, nb::handle object, const Tensor& like) {
-  const bool has_views = api_ || traits_of(reinterpret_cast<PyTypeObject*>(main_object_.type().ptr())).is_numpy;
+  const TypeTraits traits = traits_of(reinterpret_cast<PyTypeObject*>(main_object_.type().ptr()));
+  const bool has_views = api_ || traits.is_numpy || traits.is_torch;
   const bool channels_first = like.ndim == 3 && like.shape[1] > 1 && like.stride[1] == 1 && like.stride[2] >= like.shape[1];
   if (!object.is_none() || !has_views || !channels_first) return out_like(name, object, like, like.dtype);
   const std::int64_t shape[] = {like.shape[0], like.shape[2], like.shape[1]};
