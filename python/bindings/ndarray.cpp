@@ -12,6 +12,17 @@
 
 namespace statescan::python {
 
+PyObject* getter_of(PyTypeObject* type, const char* attribute) {
+  if (PyType_GetSlot(type, Py_tp_getattro) != reinterpret_cast<void*>(&PyObject_GenericGetAttr)) return nullptr;
+  nb::object descriptor = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), attribute, nb::none());
+  return Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type ? descriptor.release().ptr() : nullptr;
+}
+
+PyObject* get(PyObject* descriptor, PyObject* object) {
+  static const auto getter = reinterpret_cast<descrgetfunc>(PyType_GetSlot(&PyGetSetDescr_Type, Py_tp_descr_get));
+  return getter(descriptor, object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
+}
+
 namespace {
 
 // What is known of a Python type: asked once, then remembered with a reference held, so that a cached pointer never dangles.
@@ -49,19 +60,6 @@ const dlpack_abi::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api->descriptor_from_object ? api : nullptr;
 }
 
-// The descriptor behind an attribute of a type's instances, when it is one of C's and attributes are looked up in the common way:
-// asking it directly spares the look-up, half the time of the question. Null otherwise.
-PyObject* getter_of(PyTypeObject* type, const char* attribute) {
-  if (PyType_GetSlot(type, Py_tp_getattro) != reinterpret_cast<void*>(&PyObject_GenericGetAttr)) return nullptr;
-  nb::object descriptor = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(type)), attribute, nb::none());
-  return Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type ? descriptor.release().ptr() : nullptr;
-}
-
-PyObject* get(PyObject* descriptor, PyObject* object) {
-  static const auto getter = reinterpret_cast<descrgetfunc>(PyType_GetSlot(&PyGetSetDescr_Type, Py_tp_descr_get));
-  return getter(descriptor, object, reinterpret_cast<PyObject*>(Py_TYPE(object)));
-}
-
 TypeTraits traits_of(PyTypeObject* type) {
   constexpr int kSlots = 16;
   static TypeTraits known[kSlots];  // the GIL guards it
@@ -87,13 +85,6 @@ TypeTraits traits_of(PyTypeObject* type) {
   }
   return found;
 }
-
-// An attribute name as a Python string, made once.
-#define STATESCAN_INTERNED(text)                                          \
-  ([]() -> PyObject* {                                                    \
-    static PyObject* const name = PyUnicode_InternFromString(text);       \
-    return name;                                                          \
-  }())
 
 bool is_true(PyObject* object) {
   const bool yes = object == Py_True;
@@ -235,6 +226,7 @@ bool Call::view_numpy(const char* name, nb::handle object, PyObject* array_struc
 
 // A torch tensor that autograd follows would lose its gradient here, silently.
 void Call::refuse_dropped_gradient(const char* name, nb::handle object, PyObject* getter) {
+  if (grad_mode_ == GradMode::unknown && GradientsAskedFor::active()) grad_mode_ = GradMode::off;
   if (grad_mode_ == GradMode::unknown) {
     static PyObject* const is_grad_enabled =
         nb::getattr(nb::module_::import_("torch"), "is_grad_enabled").release().ptr();

@@ -16,6 +16,32 @@ namespace nb = nanobind;
 
 namespace statescan::python {
 
+// An attribute name as a Python string, made once.
+#define STATESCAN_INTERNED(text)                                          \
+  ([]() -> PyObject* {                                                    \
+    static PyObject* const name = PyUnicode_InternFromString(text);       \
+    return name;                                                          \
+  }())
+
+// The descriptor behind an attribute of a type's instances, when it is one of C's and attributes are looked up in the common way:
+// asking it directly spares the look-up, half the time of the question. Null otherwise.
+PyObject* getter_of(PyTypeObject* type, const char* attribute);
+PyObject* get(PyObject* descriptor, PyObject* object);
+
+// While it lives, calls of this thread take torch tensors as they are: whoever holds it has asked whether they require grad.
+class GradientsAskedFor {
+ public:
+  GradientsAskedFor() : former_(active_) { active_ = true; }
+  ~GradientsAskedFor() { active_ = former_; }
+  GradientsAskedFor(const GradientsAskedFor&) = delete;
+  GradientsAskedFor& operator=(const GradientsAskedFor&) = delete;
+  static bool active() { return active_; }
+
+ private:
+  inline static thread_local bool active_ = false;
+  bool former_;
+};
+
 // The op's own run() and run_validated() by argument-dependent lookup, which Call's members of those names would hide.
 template <class Args>
 void run_op(const Args& args, Stream stream) {

@@ -3,6 +3,7 @@
 A call takes one of three ways. Where torch must see an operator (torch.compile, torch.export, fake tensors, dispatch modes,
 functorch transforms, tensor subclasses) it goes through the dispatcher as ``torch.ops.statescan.<op>``. Elsewhere the dispatcher
 would cost 9 us for nothing: a call whose gradient is wanted goes through an autograd.Function, any other straight to the library.
+The library decides (torch_call.cpp), as long as no mode, transform or autocast is on.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ Results = dict[str, tuple[Sequence[int], torch.dtype]]
 _library = Library("statescan", "DEF")  # the registrations last as long as this object
 
 _DEVICES = ("CPU", "CUDA")
-# What every call asks, found once.
+# What calls ask, found once. torch.export's other tracers run in a dispatch mode, so that Dynamo alone must be asked for.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _autocast_is_active = torch._C._is_any_autocast_enabled
-_any_requires_grad = _C.any_requires_grad
-_Parameter = torch.nn.Parameter
+_torch_call = _C.torch_call
+_torch_call_by_arguments = _C.torch_call_by_arguments
 
 
 def state_dtype(main: Tensor) -> torch.dtype:
@@ -97,13 +99,33 @@ class _Operator:
             _library.impl(name, self._run, device)
             _library.impl(name, self._autocast_kernel(device), f"Autocast{device}")
 
+    def _choose_ways(self, watched: Callable[..., Any], positions: Sequence[int]) -> None:
+        """`watched` takes calls with a gradient, as the arguments at `positions` and the tuple of all."""
+        self._ways = (self._kernel, watched, tuple(positions), self._dispatched, self._carefully)
+
+    def __call__(self, *args: Any) -> Any:
+        """The op on the arguments of the schema, by position: one result alone, several as a tuple."""
+        if _is_dynamo_compiling():
+            return self._dispatched(*args)
+        return _torch_call(self._ways, args)
+
+    def _carefully(self, *args: Any) -> Any:
+        """A call under a dispatch mode, a transform, forward-mode AD or autocast."""
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
+        if _count_dispatch_modes() or _transforms_are_active():
+            return self._dispatched(*args)
+        if _autocast_is_active():
+            args = tuple(self._autocast(args))
+        return _torch_call_by_arguments(self._ways, args)
+
     def _refuse_tangents(self, args: Sequence[Any]) -> None:
         """Forward-mode AD would take an op that has no rule for it as a constant, and say nothing."""
         for name, arg in zip(self.names, args):
             if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
                 raise NotImplementedError(f"{self.name}: {name} has a tangent, and forward-mode derivatives are not available")
 
-    def _dispatched(self, args: Sequence[Any]) -> Any:
+    def _dispatched(self, *args: Any) -> Any:
         """The call through the dispatcher, less the empty tensors that stand for results nobody asked for."""
         results = self.overload(*args)
         if len(self._asked) == 1:
@@ -203,28 +225,13 @@ class Op(_Operator):
         self._plan_backward(backward.split(), gradients.split(), like or {})
         self._define_backward()
         register_autograd(f"statescan::{name}", self._backward_dispatched, setup_context=self._setup_context, lib=_library)
-        self._apply = self._function()
-
-    def __call__(self, *args: Any) -> Any:
-        """The op on the arguments of the schema, by position: one result alone, several as a tuple."""
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(args)
-        if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
-            return self._dispatched(args)
-        requires_grad = _any_requires_grad(args, Tensor, _Parameter)
-        if requires_grad is None:
-            return self._dispatched(args)
-        if _autocast_is_active():
-            args = self._autocast(args)
-        if requires_grad and _is_grad_enabled():
-            return self._apply(*args)
-        return self._kernel(*args)
+        self._choose_ways(self._function(), self._differentiated)
 
     # ---- backward ------------------------------------------------------------------------------------------------------
     def _plan_backward(self, arguments: list[str], gradients: list[str], like: dict[str, str]) -> None:
         """Decides what is saved, and from where each argument of the backward comes."""
         self._cotangents = [f"d{result}" for result, _ in self._asked]
-        self._without_gradient = [result for result, _ in self._asked if f"d{result}" not in arguments]
+        self._without_gradient = [(result, option) for result, option in self._asked if f"d{result}" not in arguments]
         first_result = self._asked[0][0]
         saved = [n for n in arguments if self.types.get(n, "").startswith("Tensor")]
         options = [n for n in arguments if n in self.types and n not in saved]
@@ -269,51 +276,71 @@ class Op(_Operator):
         register_fake(f"statescan::{name}", fake, lib=_library)
         register_autograd(f"statescan::{name}", backward, lib=_library)
 
-    def _remember(self, ctx: Any, args: Sequence[Any], first_result: Tensor) -> None:
-        for (result, option), asked in zip(self._asked, self._results_asked(args)):
-            if asked and result in self._without_gradient and any(ctx.needs_input_grad):  # torch 2.4 calls this always
+    def _refuse_without_gradient(self, args: Sequence[Any]) -> None:
+        for result, option in self._without_gradient:
+            if args[option] is not None and args[option] is not False:
                 raise NotImplementedError(
                     f"{self.name}: {result} have no gradient; ask for {self.names[option]} under torch.no_grad(), or not at all"
                 )
-        saved = self._saved(args)
-        ctx.save_for_backward(*saved, first_result) if self._saves_result else ctx.save_for_backward(*saved)
-        ctx.options = self._options(args)
-        ctx.result_shape = first_result.shape
-        ctx.set_materialize_grads(False)
 
-    def _differentiate(self, ctx: Any, cotangents: Sequence[Tensor | None], backward: Callable[..., Any]) -> list[Any]:
-        """The gradient of every argument; None where none was asked for. `cotangents`: one a result."""
+    def _differentiate(
+        self, ctx: Any, needed: Sequence[bool], cotangents: Sequence[Tensor | None], backward: Callable[..., Any]
+    ) -> list[Tensor | None]:
+        """The gradients of the arguments that have one, in the order of the backward; None where none is needed. `cotangents`:
+        one a result."""
+        if all(cotangent is None for cotangent in cotangents):
+            return [None] * len(needed)
         saved = ctx.saved_tensors
-        wanted = [position for position in self._differentiated if ctx.needs_input_grad[position]]
-        mask = sum(1 << self._differentiated.index(position) for position in wanted)
         # Autograd may hand over lazy conjugates and negatives, whose memory holds other values.
-        cotangents = [None if c is None else c.resolve_conj().resolve_neg() for c in cotangents]
+        cotangents = [
+            c if c is None or not (c.is_neg() or c.is_conj()) else c.resolve_conj().resolve_neg() for c in cotangents
+        ]
         if cotangents[0] is None:
             cotangents[0] = saved[0].new_zeros(ctx.result_shape)
-        made = backward(*self._assembled((*saved, *ctx.options, *cotangents)), mask)
-        gradients: list[Any] = [None] * len(self.names)
-        for position, gradient in zip(wanted, (g for g in made if g is not None)):
-            gradients[position] = gradient
-        return gradients
+        mask = sum(1 << bit for bit, need in enumerate(needed) if need)
+        made = iter(backward(*self._assembled((*saved, *ctx.options, *cotangents)), mask))
+        if backward is self._backward_kernel:
+            return list(made)
+        return [next(made) if need else None for need in needed]
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        if any(ctx.needs_input_grad):  # torch 2.4 calls this always
+            self._refuse_without_gradient(inputs)
         results = output if isinstance(output, (tuple, list)) else (output,)
-        self._remember(ctx, inputs, results[0])
+        saved = self._saved(inputs)
+        ctx.save_for_backward(*saved, results[0]) if self._saves_result else ctx.save_for_backward(*saved)
+        ctx.options = self._options(inputs)
+        ctx.result_shape = results[0].shape
+        ctx.set_materialize_grads(False)
         unasked = (result for result, asked in zip(results, self._results_asked(inputs)) if not asked)
         ctx.mark_non_differentiable(*unasked)
 
     def _backward_dispatched(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        return tuple(self._differentiate(ctx, cotangents, self._backward_overload))
+        needed = [ctx.needs_input_grad[position] for position in self._differentiated]
+        gradients: list[Any] = [None] * len(self.names)
+        for position, gradient in zip(self._differentiated, self._differentiate(ctx, needed, cotangents, self._backward_overload)):
+            gradients[position] = gradient
+        return tuple(gradients)
 
     def _function(self) -> Callable[..., Any]:
-        """`apply` of the autograd.Function that eager calls go through."""
+        """`apply` of the autograd.Function that eager calls go through: on the arguments that have a gradient, and all of them."""
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            results = self._kernel(*args)
-            several = isinstance(results, tuple)
-            self._remember(ctx, args, results[0] if several else results)
-            if several:
+        kernel, saved, options, saves_result = self._kernel, self._saved, self._options, self._saves_result
+        may_refuse = bool(self._without_gradient)
+
+        def forward(ctx: Any, *given: Any) -> Any:  # its own time counts: a training step has hundreds of these calls
+            args = given[-1]
+            if may_refuse:
+                self._refuse_without_gradient(args)
+            results = kernel(*args)
+            first = results
+            if isinstance(results, tuple):
+                first = results[0]
                 ctx.asked = self._results_asked(args)
+                ctx.result_shape = first.shape
+                ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*saved(args), first) if saves_result else ctx.save_for_backward(*saved(args))
+            ctx.options = options(args)
             return results
 
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
@@ -325,7 +352,7 @@ class Op(_Operator):
             # With create_graph the result must refuse a second derivative, and compiled autograd must see an operator.
             watched = _is_grad_enabled() or _is_compiling() or _count_dispatch_modes() > 0
             call = self._backward_overload if watched else self._backward_kernel
-            return tuple(self._differentiate(ctx, cotangents, call))
+            return (*self._differentiate(ctx, ctx.needs_input_grad[:-1], cotangents, call), None)
 
         name = "".join(part.capitalize() for part in self.name.split("_"))
         function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
@@ -352,21 +379,7 @@ class Update(_Operator):
     ) -> None:
         super().__init__(name, arguments, results, {"y": None}, narrow, wide, constant)
         _library.impl(name, self._below_autograd, "Autograd")
-
-    def __call__(self, *args: Any) -> Tensor:
-        """The op on the arguments of the schema, by position."""
-        if forward_ad._current_level >= 0:
-            self._refuse_tangents(args)
-        if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
-            return self.overload(*args)
-        requires_grad = _any_requires_grad(args, Tensor, _Parameter)
-        if requires_grad is None:
-            return self.overload(*args)
-        if requires_grad:
-            self._refuse_gradient(args)
-        if _autocast_is_active():
-            args = self._autocast(args)
-        return self._kernel(*args)
+        self._choose_ways(self._refuse_gradient, ())
 
     def _refuse_gradient(self, args: Sequence[Any]) -> None:
         if not _is_grad_enabled():
