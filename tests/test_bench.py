@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import statescan
 from statescan import bench
-from statescan.bench import cli, harness
 from statescan.__main__ import main as statescan_main
+from statescan.bench import cli, harness
 
 
 def run(*arguments):
@@ -133,3 +133,69 @@ def test_training_step_beside_autograd(op, sizes):
     assert done.returncode == 0, done.stderr + done.stdout
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert rows[2].startswith("| statescan") and len(rows) > 3
+
+
+@pytest.fixture
+def mamba_ssm():
+    """mamba-ssm's names, served by compat: its arithmetic is ours, the calls are the benchmark's."""
+    pytest.importorskip("torch")
+    from statescan import compat
+
+    compat.install()
+    yield
+    compat.uninstall()
+
+
+def test_training_step_beside_mamba_ssm(mamba_ssm, tmp_path, capsys):
+    from statescan.bench import bench_training_step
+
+    file = tmp_path / "steps.json"
+    options = ["--model=tiny", "--batch=2", "--seqlen=100", "--steps=2", "--device=cpu", f"--json={file}"]
+    assert bench_training_step.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "| tiny    | statescan" in printed and "| tiny    | mamba-ssm" in printed
+    ours, peer = json.loads(file.read_text())["runs"]
+    assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-5)
+    assert ours["losses"][-1] < ours["losses"][0]
+
+
+def test_mamba_ssm_block_with_states(mamba_ssm):
+    """Put together from mamba-ssm's parts it is our op: results, states, and gradients through both."""
+    import torch
+    from statescan.bench import mamba_ssm_block
+    from statescan.torch import mamba2_scan
+
+    torch.manual_seed(0)
+    nheads, headdim, ngroups, dstate, width = 4, 8, 2, 6, 4
+    d_inner, conv_dim = nheads * headdim, nheads * headdim + 2 * ngroups * dstate
+    shapes = {
+        "zxbcdt": (2, 50, d_inner + conv_dim + nheads), "conv_weight": (conv_dim, width), "conv_bias": (conv_dim,),
+        "dt_bias": (nheads,), "A": (nheads,), "D": (nheads,), "norm_weight": (d_inner,),
+        "initial_conv_state": (2, conv_dim, width - 1), "initial_state": (2, nheads, headdim, dstate),
+    }  # fmt: skip
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    tensors["A"] = -tensors["A"].exp()
+    found = []
+    for block in (mamba2_scan, mamba_ssm_block.mamba2_scan):
+        a = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        results = block(**a, ngroups=ngroups, eps=1e-5, norm_before_gate=False, return_final_states=True)
+        sum((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum() for result in results).backward()
+        found.append((*results, *(tensor.grad for tensor in a.values())))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_our_convolution_in_mamba_ssm_s_fused_op():
+    torch = pytest.importorskip("torch")
+    from statescan.bench import mamba_ssm_block
+    from statescan.torch import causal_conv1d
+
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 2, 5, 30).unbind()  # channels first
+    weight, bias = torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True)
+    x.requires_grad_()
+    y = causal_conv1d(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+    torch.testing.assert_close(mamba_ssm_block._convolve(x, weight, bias, None, None, None, True), y)
+    got = mamba_ssm_block._convolve_backward(x, weight, bias, dy, None, None, None, None, False, True)
+    for one, other in zip(got, torch.autograd.grad(y, (x, weight, bias), dy), strict=True):
+        torch.testing.assert_close(one, other)

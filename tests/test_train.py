@@ -16,6 +16,7 @@ from statescan.demo.model import LanguageModel as NumpyModel
 CONFIG = Config(d_model=32, n_layer=2, headdim=16, dstate=16, ngroups=2)
 SETTINGS = train.Settings(steps=20, rows=2, window=64, learning_rate=1e-2, warmup=0.1, evaluations=2, fake_quantise_from=0.8)
 DOCUMENTS = corpus.load_bytes(corpus.default_root() / name for name in ("bisect.py", "colorsys.py", "sched.py"))
+MUON = [{"muon_learning_rate": 1e-2}] if hasattr(torch.optim, "Muon") else []  # torch 2.9 and newer
 
 
 def trainer(settings=SETTINGS):
@@ -49,9 +50,9 @@ def test_it_learns_step_for_step_as_plain_torch_does(monkeypatch):
     assert math.log(256) == pytest.approx(ours[0], rel=0.05)
 
 
-@pytest.mark.parametrize("dropout", (0.0, 0.2))
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, dropout):
-    settings = dataclasses.replace(SETTINGS, dropout=dropout)
+@pytest.mark.parametrize("options", ({}, {"dropout": 0.2}, *MUON), ids=str)
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, options):
+    settings = dataclasses.replace(SETTINGS, **options)
     whole = trainer(settings)
     expected = losses(whole, 6)
     first = trainer(settings)
@@ -64,6 +65,16 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, dropout):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="resume: rows=5 must be 2"):
         trainer(dataclasses.replace(SETTINGS, rows=5)).load_checkpoint(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("options", MUON)
+def test_muon_takes_the_projections_and_adamw_the_rest(options):
+    run = trainer(dataclasses.replace(SETTINGS, **options))
+    first, second = ([p for group in o.param_groups for p in group["params"]] for o in run.optimizers)
+    assert len(second) == 2 * CONFIG.n_layer
+    assert len(first) + len(second) == len(list(run.model.parameters()))
+    got = losses(run, 20)
+    assert sum(got[-5:]) < 0.75 * sum(got[:5]), got
 
 
 def test_dropout_is_for_training_alone():

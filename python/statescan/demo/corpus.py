@@ -91,7 +91,8 @@ def split(root: Path | None = None) -> tuple[list[Path], list[Path]]:
 
 
 def further(roots: Iterable[Path], train: Iterable[bytes], heldout: Iterable[bytes]) -> list[bytes]:
-    """Sources of other versions of the library that teach something new, without anything of the held-out modules.
+    """Other sources that teach something new, without anything of the held-out modules: of other versions of the library (so
+    no module of a held-out name) or of other packages, some of which carry copies of its modules.
 
     A file joins when at least a quarter of its lines, by length, occur in no file before it, and at most a twentieth in a
     held-out one. Lines of fewer than 30 characters do not count: they are everywhere.

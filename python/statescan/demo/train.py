@@ -201,7 +201,7 @@ class Stream:
 
 
 @torch.inference_mode()
-def document_bits(model: CausalLM, document: bytes, segment: int = 1 << 13) -> float:
+def document_bits(model: CausalLM, document: bytes, segment: int = 1 << 15) -> float:
     """Bits that the model needs for the document read as one sequence after a separator, from the zero state.
 
     The sequence goes through in segments that hand their states on: the same sum, in bounded memory.
@@ -306,14 +306,20 @@ def fake_quantised(parameters: Sequence[nn.Parameter], enabled: bool) -> Iterato
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Hyper-parameters of a run, stored as JSON in the weight file. The schedule follows `steps` if set, else time."""
+    """Hyper-parameters of a run, stored as JSON in the weight file. The schedule follows `steps` if set, else time.
+
+    With `muon_learning_rate` the projections are trained by Muon (torch 2.9 or newer) and the rest by AdamW; without, all by AdamW.
+    An epoch goes `repeat` times through the library, and once through further sources.
+    """
 
     minutes: float = 7.0
     steps: int | None = None
     rows: int = 16
     window: int = 4096
+    repeat: int = 1
     reset_probability: float = 0.125
     learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.0
     warmup: float = 0.02
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -329,6 +335,29 @@ class Settings:
             raise ValueError(f"settings: minutes={self.minutes} and steps={self.steps} must be positive")
         if not 0 < self.warmup < 1:
             raise ValueError(f"settings: warmup={self.warmup} must lie between 0 and 1")
+
+
+def optimizers(model: CausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon beside it. The schedule scales each group's `peak_lr`; matrices alone are decayed.
+
+    Muon: K. Jordan et al., 2024, with its step scaled to the size of AdamW's (Liu et al., 2025, arXiv:2502.16982).
+    """
+    named = dict(model.named_parameters())
+    projections = [p for name, p in named.items() if settings.muon_learning_rate > 0 and name.endswith("_proj.weight")]
+    rest = [p for p in named.values() if not any(p is other for other in projections)]
+    groups = [
+        {"params": [p for p in rest if p.ndim == 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    peak, betas = settings.learning_rate, (settings.beta1, settings.beta2)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=betas, fused=rest[0].is_cuda)]
+    if projections:
+        peak, decay = settings.muon_learning_rate, settings.weight_decay
+        found.append(torch.optim.Muon(projections, lr=peak, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return found
 
 
 class Trainer:
@@ -347,13 +376,7 @@ class Trainer:
             for layer in self.model.backbone.layers:
                 layer.mixer.register_forward_hook(functools.partial(drop_output, settings.dropout))
         self.stream = Stream(documents, settings.rows, settings.window, settings.reset_probability, settings.seed, device)
-        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim == 2]
-        others = [parameter for parameter in self.model.parameters() if parameter.ndim != 2]
-        groups = [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(settings.beta1, settings.beta2), fused=device.type == "cuda")
+        self.optimizers = optimizers(self.model, settings)
         self.states = self.model.zero_states(settings.rows)
         self.step = 0
         self.seconds = 0.0
@@ -367,8 +390,10 @@ class Trainer:
     def train_step(self) -> Tensor:
         """One update; the mean loss of the batch in nats, still on the device."""
         progress = self.progress()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * learning_rate_factor(progress, self.settings.warmup)
+        factor = learning_rate_factor(progress, self.settings.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
         inputs, targets, keep = self.stream.batch(self.step)
         states = [State(conv * keep[:, None, None], ssm * keep[:, None, None, None]) for conv, ssm in self.states]
         parameters = list(self.model.parameters())
@@ -381,8 +406,9 @@ class Trainer:
             loss.backward()
         self.model.eval()
         nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.states = [State(conv.detach(), ssm.detach()) for conv, ssm in states]
         self.step += 1
         return loss.detach()
@@ -395,7 +421,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "settings": dataclasses.asdict(self.settings),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "states": [tuple(state) for state in self.states],
             "step": self.step,
             "seconds": self.seconds,
@@ -412,7 +438,8 @@ class Trainer:
                 if content[part][key] != value:
                     raise ValueError(f"resume: {key}={value!r} must be {content[part][key]!r}, as in {path}")
         self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.states = [State(*state) for state in content["states"]]
         self.step, self.seconds = content["step"], content["seconds"]
 
@@ -481,7 +508,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, title: str) -> None:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stdlib", type=Path, default=None, help="folder of the library; default: this interpreter's")
-    parser.add_argument("--further", type=Path, nargs="+", default=[], help="folders of other versions, to train on as well")
+    parser.add_argument("--further", type=Path, nargs="+", default=[], help="folders of other sources, to train on as well")
     parser.add_argument("--stdlib-version", default=None, help="its Python version, recorded with the weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("model.safetensors"), help="the int8 weight file to write")
@@ -514,16 +541,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config, settings = (
         cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)}) for cls in (Config, Settings)
     )
-    documents = corpus.load_bytes(train_files)
-    further = corpus.further(options.further, documents, heldout)
-    documents += further
+    library = corpus.load_bytes(train_files)
+    further = corpus.further(options.further, library, heldout)
+    documents = library + further
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     print(
         f"{len(documents)} files, {sum(map(len, documents)):,} bytes; held out {len(heldout)} files, "
         f"{sum(map(len, heldout)):,} bytes; {hardware}, torch {torch.__version__}",
         flush=True,
     )
-    trainer = Trainer(config, settings, documents, device)
+    trainer = Trainer(config, settings, library * settings.repeat + further, device)
     if options.resume:
         trainer.load_checkpoint(options.checkpoint)
     trainer.run(heldout, options.checkpoint)
