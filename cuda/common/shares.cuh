@@ -22,12 +22,13 @@ struct SharesParams {
   SumView others, last;
 };
 
-inline constexpr int kShareColumns = 32, kShareWarps = 8;
+inline constexpr int kShareColumns = 32, kShareWarps = 32;
 
 // shares
 // Math     sums[v,c] = sum_i shares[i,v,c]
 // Traffic  read the shares once: 4*count*values*columns bytes
-// Launch   one axis of values x tiles of 32 columns; each warp of a block takes every eighth share
+// Launch   one axis of values x tiles of 32 columns; each warp of a block takes every 32nd share, eight at once:
+//          there are thousands of shares and few tiles, so that the time is that of loads waiting for one another
 // Numerics float32; the shares of a warp in order, then the warps in order
 inline __global__ void __launch_bounds__(kShareColumns* kShareWarps) sum_shares_kernel(const __grid_constant__ SharesParams p) {
   __shared__ float sums[kShareWarps][kShareColumns];
@@ -38,7 +39,7 @@ inline __global__ void __launch_bounds__(kShareColumns* kShareWarps) sum_shares_
   float sum = 0.0f;
   if (column < p.columns) {
     const float* from = p.shares + value * p.columns + column;
-#pragma unroll 4
+#pragma unroll 8
     for (std::int64_t i = warp; i < p.count; i += kShareWarps) sum += from[i * p.values * p.columns];
   }
   sums[warp][lane] = sum;
