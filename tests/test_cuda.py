@@ -449,6 +449,8 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
         dict(headdim=128, dstate=64, nheads=6, ngroups=3),
         dict(headdim=40, dstate=24),
         dict(batch=1, seqlen=700, nheads=24, ngroups=1),
+        dict(batch=70, seqlen=130, nheads=4),  # more sequences and chunks than multiprocessors: each takes several
+        dict(batch=90, seqlen=67, nheads=3, ngroups=1, headdim=72, dstate=40),
     ),
     ids=str,
 )

@@ -8,7 +8,7 @@ namespace statescan::cuda {
 
 namespace {
 
-constexpr int kBoxTokens = 64, kBoxElements = 64;
+constexpr int kBoxElements = 64;
 constexpr std::int64_t kAlignment = 16;
 
 // The driver's function, found through the runtime: nothing links to libcuda.
@@ -38,13 +38,13 @@ std::string why_not_tma(const char* name, const Tensor& t) {
   return aligned ? "" : std::string("needs ") + name + " and its strides aligned to 16 bytes, and strides not negative";
 }
 
-CUtensorMap tma_map(const Tensor& t) {
+CUtensorMap tma_map(const Tensor& t, int tokens) {
   const int order[] = {3, 2, 1, 0};
   cuuint64_t sizes[4], strides[3];
   for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(t.shape[order[i]]);
   for (int i = 1; i < 4; ++i)  // an axis of one element may have any stride
     strides[i - 1] = sizes[i] == 1 ? kAlignment : static_cast<cuuint64_t>(t.stride[order[i]] * size_of(t.dtype));
-  const cuuint32_t box[] = {kBoxElements, 1, kBoxTokens, 1}, steps[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {kBoxElements, 1, static_cast<cuuint32_t>(tokens), 1}, steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status =
       encoder()(&map, t.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,

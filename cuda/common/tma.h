@@ -13,8 +13,8 @@ namespace statescan::cuda {
 // Why the engine cannot address a tensor of 16-bit elements whose last axis is the row of a box, or "".
 std::string why_not_tma(const char* name, const Tensor& t);
 
-// The map of a [b,l,k,m] tensor for boxes of 64 tokens by 64 elements of one k; rows of 128 bytes, swizzled as wgmma reads
+// The map of a [b,l,k,m] tensor for boxes of `tokens` tokens by 64 elements of one k; rows of 128 bytes, swizzled as wgmma reads
 // them. What lies outside the tensor reads as zero and is not written. Coordinates: m, k, l, b.
-CUtensorMap tma_map(const Tensor& t);
+CUtensorMap tma_map(const Tensor& t, int tokens = 64);
 
 }  // namespace statescan::cuda

@@ -1,11 +1,12 @@
 // ssd_scan backward, the kernels after the main one: sums over splits, over chunks, and zeros past the last packed token
 #pragma once
 
+#include "../common/early.cuh"
 #include "bwd_tile.cuh"
 
 namespace statescan::ssd_scan {
 
-inline constexpr int kSumThreads = 256, kSumWarps = kSumThreads / 32;
+inline constexpr int kSumThreads = 256, kChunkSumThreads = 512;
 
 struct SplitSumParams {
   const float* sums;                                    // [splits, b, l, g, n]
@@ -31,41 +32,58 @@ inline __global__ void __launch_bounds__(kSumThreads)
                       sum);
 }
 
-struct ChunkSumParams {
-  Sequences sequences;
+// What the chunks' shares of one gradient become.
+struct ChunkSum {
   const float* shares;          // [slots, columns, inner]
   std::int64_t columns, inner;  // inner: what is summed besides
   std::int64_t channels;        // a column is head * channels + channel
   char* to;
   std::int64_t head, channel;  // strides in bytes
+
+  __host__ __device__ std::int64_t tiles() const { return (columns + 31) / 32; }
+};
+
+struct ChunkSumParams {
+  Sequences sequences;
+  ChunkSum sums[3];  // of dA, ddt_bias and dD; no columns: not wanted
 };
 
 // Math     to[column] = sum over sequences, their chunks and `inner`
 // Shapes   shares [slots,columns,inner], columns: heads, or heads x channels
 // Traffic  read the shares once
-// Launch   a block of 8 warps for 32 columns; each warp takes every eighth chunk of every sequence
+// Launch   a block of 16 warps for 32 columns of a gradient; each warp takes every 16th share, several on their way together
 // Numerics float; the order depends on sequences and chunks alone, so a batch and its packing give the same bits
-inline __global__ void __launch_bounds__(kSumThreads)
-    ssd_scan_backward_chunk_sum_kernel(const __grid_constant__ ChunkSumParams p) {
-  __shared__ float sums[kSumWarps][32];
-  const int warp = threadIdx.x / 32;
-  const std::int64_t column = std::int64_t(blockIdx.x) * 32 + lane_id();
-  const bool inside = column < p.columns;
+inline __global__ void __launch_bounds__(kChunkSumThreads)
+    ssd_scan_backward_chunk_sums_kernel(const __grid_constant__ ChunkSumParams p) {
+  cuda::wait_for_earlier_kernels();
+  constexpr unsigned kWarps = kChunkSumThreads / 32;
+  __shared__ float sums[kWarps][32];
+  std::int64_t tile = blockIdx.x;
+  int which = 0;
+  for (; tile >= p.sums[which].tiles(); ++which) tile -= p.sums[which].tiles();
+  const ChunkSum& s = p.sums[which];
+  const unsigned warp = threadIdx.x / 32;
+  const std::int64_t column = tile * 32 + lane_id();
+  const bool inside = column < s.columns, packed = p.sequences.cu_seqlens != nullptr;
+  const std::int64_t slot_step = s.columns * s.inner;
+  const auto inner = static_cast<std::uint32_t>(s.inner);
   float sum = 0;
-  for (std::int64_t s = 0; s < p.sequences.count; ++s) {
-    const std::int64_t chunks = chunks_of(p.sequences, s), slot = first_slot(p.sequences, s);
-    for (std::int64_t c = warp; c < chunks; c += kSumWarps) {
-      const float* from = p.shares + ((slot + c) * p.columns + column) * p.inner;
-      if (inside)
-        for (std::int64_t i = 0; i < p.inner; ++i) sum += from[i];
-    }
+  std::uint32_t before = 0;  // shares of the sequences before this one; rows of a batch count as one
+  for (std::int64_t i = 0; i < (packed ? p.sequences.count : 1); ++i) {
+    const std::int64_t chunks = chunks_of(p.sequences, i) * (packed ? 1 : p.sequences.count);
+    const auto count = static_cast<std::uint32_t>(chunks) * inner;
+    const float* from = s.shares + (packed ? first_slot(p.sequences, i) : 0) * slot_step + column * inner;
+    if (inside)
+#pragma unroll 8
+      for (std::uint32_t k = (warp - before) % kWarps; k < count; k += kWarps) sum += from[k / inner * slot_step + k % inner];
+    before += count;
   }
   sums[warp][lane_id()] = sum;
   __syncthreads();
   if (warp > 0 || !inside) return;
 #pragma unroll
-  for (int w = 1; w < kSumWarps; ++w) sum += sums[w][lane_id()];
-  *reinterpret_cast<float*>(p.to + column / p.channels * p.head + column % p.channels * p.channel) = sum;
+  for (unsigned w = 1; w < kWarps; ++w) sum += sums[w][lane_id()];
+  *reinterpret_cast<float*>(s.to + column / s.channels * s.head + column % s.channels * s.channel) = sum;
 }
 
 struct ClearParams {

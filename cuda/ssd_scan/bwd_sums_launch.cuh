@@ -13,21 +13,26 @@ inline void launch_split_sum(const float* sums, std::int64_t splits, const Tenso
                {divide_up(params.count, kSumThreads), kSumThreads}, stream, params);
 }
 
-// `columns` sums of `inner` values of each chunk.
-inline void launch_chunk_sum(const float* shares, const Sequences& sequences, const Tensor& gradient, std::int64_t inner,
-                             Stream stream) {
-  if (!gradient || gradient.numel() == 0) return;
-  const std::int64_t channels = gradient.ndim == 2 ? gradient.shape[1] : 1;
-  const ChunkSumParams params{sequences,
-                              shares,
-                              gradient.numel(),
-                              inner,
-                              channels,
-                              static_cast<char*>(gradient.data),
-                              gradient.stride[0] * 4,
-                              gradient.ndim == 2 ? gradient.stride[1] * 4 : 0};
-  cuda::launch("ssd_scan_backward_chunk_sum_kernel", ssd_scan_backward_chunk_sum_kernel,
-               {divide_up(params.columns, 32), kSumThreads}, stream, params);
+// `inner` shares of each chunk and head, or head and channel. An absent gradient has no columns.
+inline ChunkSum chunk_sum(const float* shares, const Tensor& gradient, std::int64_t inner) {
+  if (!gradient) return {};
+  const bool per_channel = gradient.ndim == 2;
+  return {shares,
+          gradient.numel(),
+          inner,
+          per_channel ? gradient.shape[1] : 1,
+          static_cast<char*>(gradient.data),
+          gradient.stride[0] * 4,
+          per_channel ? gradient.stride[1] * 4 : 0};
+}
+
+inline void launch_chunk_sums(const ChunkSumParams& params, Stream stream) {
+  std::int64_t tiles = 0;
+  for (const ChunkSum& sum : params.sums) tiles += sum.tiles();
+  cuda::LaunchShape shape{tiles, kChunkSumThreads};
+  shape.early = true;
+  if (tiles > 0)
+    cuda::launch("ssd_scan_backward_chunk_sums_kernel", ssd_scan_backward_chunk_sums_kernel, shape, stream, params);
 }
 
 }  // namespace statescan::ssd_scan

@@ -10,9 +10,10 @@
 // Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and chunk; p in slices of 64: an item
 // Traffic  read x, dy, dt, h and G, write dx and ddt: once; B, C, dB, dC once a block
 //          Floor of B8 L2048 H80 P64 G1 N128 bf16: 1.18 GB, 0.39 ms; matmuls 86 GFLOP, 0.11 ms
-// Launch   a block for each chunk, group and split of the group's heads, which goes through its items. One warpgroup has dC,
-// one
-//          dB, one what lies inside the chunk and dx; a fourth loads, prepares the steps and finishes ddt
+// Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
+// whose
+//          items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares the
+//          steps and finishes ddt, and is at the next task while the others end one
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -39,7 +40,7 @@ struct GradientSums {
   float dot_B[kTile], dot_C[kTile];  // B[j].(G^T x[j]), C[i].(h^T g[i])
   float below[kTile];                // sum_{i>=j} W[i][j]
   float strictly_below[kTile];       // sum_{i>j} W[i][j]
-  float before[kTile / 16][kTile];   // sum_{j<i} W[i][j] dt[j], j of each warp
+  float before[kTile / 16][kTile];   // sum_{j<i} W[i][j] dt[j], j of each warp of `combine`
   float diagonal[kTile];             // T[j][j]
   float whole[2 * kWarpgroup / 32];  // <G,h>, of each warp that has dB or dC
 };
@@ -51,10 +52,12 @@ struct GradientStorage {
   alignas(1024) Tile B[kTiles], C[kTiles];
   alignas(1024) Tile x[kStages], g[kStages];
   alignas(1024) Tile states[kStages][kTiles], adjoints[kStages][kTiles];
-  alignas(1024) Tile dx[2];  // by turns; the first then holds the sum over heads of T L dt
+  alignas(1024) Tile dx[2];    // by turns
+  alignas(1024) Tile weights;  // the sum over heads of T L dt
   GradientSteps steps[kStages];
   GradientSums sums[2];
-  alignas(8) Barrier projections, weights, full[kStages], empty[kStages], sums_full[2], sums_empty[2];
+  alignas(8) Barrier projections_full, projections_empty, weights_full, weights_empty;
+  Barrier full[kStages], empty[kStages], sums_full[2], sums_empty[2];
 };
 
 // A chunk, a group, and some of its items of the part.
@@ -83,26 +86,57 @@ struct GradientTask {
   __device__ std::int64_t first_token() const { return std::int64_t{chunk} * kTile; }
 };
 
+// Calls `visit` with each task of the block and the parity of the barriers that it passes once.
+template <class Visit>
+__device__ void for_each_task(const FusedBackwardParams& p, Visit visit) {
+  int parity = 0;
+#pragma unroll 1
+  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x, parity ^= 1) visit(GradientTask(p, index), parity);
+}
+
 // ---- the warps that load and finish ----------------------------------------------------------------------------------------
 
+// Of 64 tokens j, those i >= j are many for the first and few for the last. Rows of x and B, and of what is computed for them,
+// are dealt in eights so that each warp has as many pairs as the others: its first eight from the front, its second from the
+// back.
+inline __device__ int dealt_eight(int eight) { return eight % 2 == 0 ? eight / 2 : 7 - eight / 2; }
+
+inline __device__ void load_dealt_tile(const CUtensorMap& map, Barrier& barrier, char* tile, int column, int slab, int token,
+                                       int batch) {
+#pragma unroll 1
+  for (int eight = 0; eight < kTile / 8; ++eight)
+    load_tile(map, barrier, tile + eight * (kTileBytes / 8), column, slab, token + 8 * dealt_eight(eight), batch);
+}
+
 template <class Policy>
-__device__ void load_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared) {
+__device__ void load_projections(const FusedBackwardParams& p, const GradientTask& task, int parity,
+                                 GradientStorage<Policy>& shared) {
+  constexpr int kTiles = GradientStorage<Policy>::kTiles;
+  const int token = static_cast<int>(task.first_token());
+  shared.projections_empty.wait(parity ^ 1);
+  shared.projections_full.arrive_and_expect_tx(2 * kTiles * kTileBytes);
+#pragma unroll
+  for (int k = 0; k < kTiles; ++k) {
+    load_dealt_tile(p.dealt_B, shared.projections_full, shared.B[k], k * kTile, task.group, token, task.batch);
+    load_tile(p.C, shared.projections_full, shared.C[k], k * kTile, task.group, token, task.batch);
+  }
+}
+
+template <class Policy>
+using GradientRing = Ring<GradientStorage<Policy>::kStages>;
+
+template <class Policy>
+__device__ void load_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
+                           GradientRing<Policy>& ring) {
   using Storage = GradientStorage<Policy>;
   const int token = static_cast<int>(task.first_token());
-  shared.projections.arrive_and_expect_tx(2 * Storage::kTiles * kTileBytes);
-#pragma unroll
-  for (int k = 0; k < Storage::kTiles; ++k) {
-    load_tile(p.B, shared.projections, shared.B[k], k * kTile, task.group, token, task.batch);
-    load_tile(p.C, shared.projections, shared.C[k], k * kTile, task.group, token, task.batch);
-  }
-  Ring<Storage::kStages> ring;
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
     const int stage = ring.stage, head = task.head_of(p, item), channel = task.channel_of(p, item),
               kept = task.kept_of(p, item);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
     full.arrive_and_expect_tx((2 + 2 * Storage::kTiles) * kTileBytes);
-    load_tile(p.x, full, shared.x[stage], channel, head, token, task.batch);
+    load_dealt_tile(p.dealt_x, full, shared.x[stage], channel, head, token, task.batch);
     load_tile(p.dy, full, shared.g[stage], channel, head, token, task.batch);
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
@@ -113,7 +147,8 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
 }
 
 template <class Policy>
-__device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared) {
+__device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
+                              GradientRing<Policy>& ring) {
   const int lane = threadIdx.x % 32;
   // Raw steps of the items to come: a load from memory takes about as long as an item.
   struct Raw {
@@ -130,7 +165,6 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
   };
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) fetch(task.begin + k, next[k]);
-  Ring<GradientStorage<Policy>::kStages> ring;
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
     const LaneSteps s = scan_steps(p, task.chunk, next[0].A, next[0].bias, next[0].bits);
 #pragma unroll
@@ -189,10 +223,9 @@ inline __device__ void sum_from(const float (&v)[2], float (&sum)[2]) {
 
 // One warp: ddt, and the chunk's shares of dA, ddt_bias and dD. The slices of a head add up.
 template <class Policy>
-__device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared) {
+__device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
+                             GradientRing<Policy>& ring, Ring<2>& slots) {
   const int lane = threadIdx.x % 32;
-  Ring<GradientStorage<Policy>::kStages> ring;
-  Ring<2> slots;
   float direct[2] = {}, earlier[2] = {}, later[2] = {}, diagonal = 0, whole = 0;
   for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
     shared.full[ring.stage].wait(ring.parity);
@@ -209,8 +242,7 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
       earlier[k] += dt[k] * from_adjoint;
       float before = 0;
 #pragma unroll
-      for (int w = 0; w < kTile / 16; ++w)
-        if (w <= i / 16) before += sums.before[w][i];
+      for (int w = 0; w < kTile / 16; ++w) before += sums.before[w][i];
       later[k] += steps.enter[i] * sums.dot_C[i] + (before - dt[k] * sums.strictly_below[i]);
       diagonal += sums.diagonal[i];
     }
@@ -259,6 +291,18 @@ struct GradientMatmuls : Matmuls<Policy> {
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, _64, _64>, Base::kMN, Base::kMN>()));
 };
 
+// The tokens of a thread's two rows, in their order or dealt, and the places of a tile that has them in their order.
+struct Tokens {
+  int row[2];
+  Fragment in_order;
+
+  __device__ Tokens(const Fragment& at, bool dealt) : in_order(at) {
+    const auto first_of = [&](int r) { return dealt ? 8 * (r == 0 ? at.warp : 7 - at.warp) : 16 * at.warp + 8 * r; };
+    row[0] = first_of(0) + at.lane / 4, row[1] = first_of(1) + at.lane / 4;
+    in_order.row_unit = unit_offset(first_of(at.lane / 8 % 2) + at.lane % 8, at.lane / 16);
+  }
+};
+
 inline __device__ float sum_of_row(float v) {
   v += __shfl_xor_sync(~0u, v, 1);
   return v + __shfl_xor_sync(~0u, v, 2);
@@ -303,16 +347,26 @@ __device__ float multiply_states(const void* states, const void* adjoints, int h
   return sum[0] + sum[1];
 }
 
+// Where float4 k of a thread of the warpgroup that has dB or dC of a chunk lies: k * kWarpgroup + thread from here. Sums of
+// pieces and splits are kept in the order of accumulators, float4 k of columns 8 k to 8 k + 7, so that each access is as wide
+// as can be.
+template <int kState>
+__device__ std::int64_t kept_sums(const FusedBackwardParams& p, int split, int slot, int group) {
+  const std::int64_t block = (std::int64_t{split} * p.batch * p.chunks + slot) * p.ngroups + group;
+  return block * (kState / 8 * kWarpgroup);
+}
+
 // dC or dB: the sum over items of scaled rows of g h, or x G; and for ddt the products of those rows with C, or B.
 template <class Policy>
-__device__ void project(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared, bool is_C) {
+__device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& shared, bool is_C) {
   using M = GradientMatmuls<Policy>;
   using Storage = GradientStorage<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kTiles = Storage::kTiles, kStages = Storage::kStages, kValues = kTile / 2;
+  constexpr int kTiles = Storage::kTiles, kStages = Storage::kStages;
   constexpr auto _ = cute::_;
   const int thread = threadIdx.x % kWarpgroup;
   const Fragment at(thread);
+  const Tokens tokens(at, !is_C);
   typename M::RowsColumns mma;
   const auto mine = mma.get_thread_slice(thread);
   const auto rows =
@@ -322,130 +376,130 @@ __device__ void project(const FusedBackwardParams& p, const GradientTask& task, 
   auto product = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   auto sum0 = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   auto sum1 = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
-  const auto& tiles = is_C ? shared.C : shared.B;
+  auto& tiles = is_C ? shared.C : shared.B;
 
-  // [b,l,g,n] sums of the pieces before this one.
-  const OutputView& gradient = is_C ? p.dC : p.dB;
-  float* const sums = is_C ? p.dC_sums : p.dB_sums;
-  const auto for_each_pair = [&](auto visit) {  // of values of a tile
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const std::int64_t token = task.first_token() + at.row + 8 * r;
-      if (token >= p.seqlen) continue;
-#pragma unroll
-      for (int k = 0; k < kTile / 8; ++k) visit(4 * k + 2 * r, token, 8 * k + at.column);
-    }
-  };
-  const auto sums_at = [&](std::int64_t token, int n) {
-    return sums + (((std::int64_t{task.split} * p.batch + task.batch) * p.seqlen + token) * p.ngroups + task.group) * p.dstate +
-           n;
-  };
-  const auto load_sums = [&](auto& sum, int first) {
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) sum(v) = 0.0f;
-    if (p.part.is_first || !gradient.data) return;
-    for_each_pair([&](int v, std::int64_t token, int n) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        if (first + n + c < p.dstate) sum(v + c) = *(sums_at(token, first + n) + c);
-    });
-  };
-  load_sums(sum0, 0);
-  if constexpr (kTiles == 2) load_sums(sum1, kTile);
-
-  shared.projections.wait(0);
   Ring<kStages> ring;
   Ring<2> slots;
-  for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
-    const int stage = ring.stage;
-    shared.full[stage].wait(ring.parity);
-    const GradientSteps& steps = shared.steps[stage];
-    float dot[2] = {}, scale[2];
+  for_each_task(p, [&](const GradientTask& task, int parity) {
+    // What the pieces before this one have come to.
+    const bool is_wanted = is_C ? p.has_dC : p.has_dB;
+    float4* const kept =
+        (is_C ? p.dC_sums : p.dB_sums) + kept_sums<Policy::kState>(p, task.split, task.slot, task.group) + thread;
+    const auto load_sums = [&](auto& sum, int tile) {
+      const bool is_first = p.part.is_first || !is_wanted;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) scale[r] = (is_C ? steps.enter : steps.leave)[at.row + 8 * r];
-    const auto add_tile = [&](int tile, auto& sum) {
-      cute::warpgroup_fence_operand(product);
-      cute::warpgroup_arrive();
-      issue<true>(mma, rows(_, _, _, stage), states(_, _, _, stage * kTiles + tile), product);
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(product);
-#pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) {
-        std::uint32_t word[4];
-        at.load(tiles[tile], j, word);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float pair[2];
-          cuda::widen_word<NativeElement>(word[w], pair);
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int v = 8 * j + 2 * w + c;
-            dot[w % 2] = fmaf(pair[c], product(v), dot[w % 2]);
-            sum(v) = fmaf(scale[w % 2], product(v), sum(v));
-          }
-        }
+      for (int k = 0; k < kTile / 8; ++k) {
+        const float4 v = is_first ? float4{} : kept[(tile * (kTile / 8) + k) * kWarpgroup];
+        sum(4 * k) = v.x, sum(4 * k + 1) = v.y, sum(4 * k + 2) = v.z, sum(4 * k + 3) = v.w;
       }
     };
-    add_tile(0, sum0);
-    if constexpr (kTiles == 2) add_tile(1, sum1);
-    const float whole =
-        sum_of_warp(multiply_states<NativeElement, kTiles>(shared.states[stage], shared.adjoints[stage], is_C, thread));
-    shared.empty[stage].arrive();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) dot[r] = sum_of_row(dot[r]);
-    shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
-    GradientSums& found = shared.sums[slots.stage];
-    if (at.lane == 0) found.whole[(is_C ? kWarpgroup / 32 : 0) + at.warp] = whole;
-    if (at.lane % 4 == 0)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) (is_C ? found.dot_C : found.dot_B)[at.row + 8 * r] = dot[r];
-    shared.sums_full[slots.stage].arrive();
-  }
+    load_sums(sum0, 0);
+    if constexpr (kTiles == 2) load_sums(sum1, 1);
 
-  // What the heads have in common is multiplied once.
-  shared.weights.wait(0);
-  const auto add_common = [&](auto& sum, int tile) {
-    cute::warpgroup_fence_operand(sum);
-    if (is_C) {
-      typename M::ColumnsColumns common;
-      const auto slice = common.get_thread_slice(thread);
-      const auto weights = slice.partition_fragment_A(M::tensor(shared.dx, typename M::template Columns<kTile, 2>{}));
-      const auto others = slice.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kTile, kTiles>{}));
-      cute::warpgroup_arrive();
-      issue<false>(common, weights(_, _, _, 0), others(_, _, _, tile), sum);
-    } else {
-      const auto weights = mine.partition_fragment_A(M::tensor(shared.dx, typename M::template Rows<kTile, 2>{}));
-      const auto others = mine.partition_fragment_B(M::tensor(shared.C, typename M::template Columns<kTile, kTiles>{}));
-      cute::warpgroup_arrive();
-      issue<false>(mma, weights(_, _, _, 0), others(_, _, _, tile), sum);
-    }
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(sum);
-  };
-  const bool keeps_sums = sums && !(p.part.is_last && p.splits == 1);
-  char* const to = gradient.data + task.batch * (is_C ? p.dC_batch : p.dB_batch) + task.group * gradient.head;
-  const auto store = [&](const auto& sum, int first) {
-    if (!gradient.data) return;
-    for_each_pair([&](int v, std::int64_t token, int n) {
+    shared.projections_full.wait(parity);
+    for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
+      const int stage = ring.stage;
+      shared.full[stage].wait(ring.parity);
+      const GradientSteps& steps = shared.steps[stage];
+      float dot[2] = {}, scale[2];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (first + n + c >= p.dstate) continue;
-        if (keeps_sums) *(sums_at(token, first + n) + c) = sum(v + c);
-        else reinterpret_cast<NativeElement*>(to + token * gradient.token)[first + n + c] = NativeElement(sum(v + c));
+      for (int r = 0; r < 2; ++r) scale[r] = (is_C ? steps.enter : steps.leave)[tokens.row[r]];
+      const auto add_tile = [&](int tile, auto& sum) {
+        cute::warpgroup_fence_operand(product);
+        cute::warpgroup_arrive();
+        issue<true>(mma, rows(_, _, _, stage), states(_, _, _, stage * kTiles + tile), product);
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(product);
+#pragma unroll
+        for (int j = 0; j < kTile / 16; ++j) {
+          std::uint32_t word[4];
+          at.load(tiles[tile], j, word);
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            float pair[2];
+            cuda::widen_word<NativeElement>(word[w], pair);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const int v = 8 * j + 2 * w + c;
+              dot[w % 2] = fmaf(pair[c], product(v), dot[w % 2]);
+              sum(v) = fmaf(scale[w % 2], product(v), sum(v));
+            }
+          }
+        }
+      };
+      add_tile(0, sum0);
+      if constexpr (kTiles == 2) add_tile(1, sum1);
+      const float whole =
+          sum_of_warp(multiply_states<NativeElement, kTiles>(shared.states[stage], shared.adjoints[stage], is_C, thread));
+      shared.empty[stage].arrive();
+#pragma unroll
+      for (int r = 0; r < 2; ++r) dot[r] = sum_of_row(dot[r]);
+      shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
+      GradientSums& found = shared.sums[slots.stage];
+      if (at.lane == 0) found.whole[(is_C ? kWarpgroup / 32 : 0) + at.warp] = whole;
+      if (at.lane % 4 == 0)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) (is_C ? found.dot_C : found.dot_B)[tokens.row[r]] = dot[r];
+      shared.sums_full[slots.stage].arrive();
+    }
+
+    // What the heads have in common is multiplied once.
+    shared.weights_full.wait(parity);
+    const auto add_common = [&](auto& sum, int tile) {
+      cute::warpgroup_fence_operand(sum);
+      if (is_C) {
+        typename M::ColumnsColumns common;
+        const auto slice = common.get_thread_slice(thread);
+        const auto weights = slice.partition_fragment_A(M::tensor(shared.weights, typename M::template Columns<kTile, 1>{}));
+        const auto others = slice.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kTile, kTiles>{}));
+        cute::warpgroup_arrive();
+        issue<false>(common, weights(_, _, _, 0), others(_, _, _, tile), sum);
+      } else {
+        const auto weights = mine.partition_fragment_A(M::tensor(shared.weights, typename M::template Rows<kTile, 1>{}));
+        const auto others = mine.partition_fragment_B(M::tensor(shared.C, typename M::template Columns<kTile, kTiles>{}));
+        cute::warpgroup_arrive();
+        issue<false>(mma, weights(_, _, _, 0), others(_, _, _, tile), sum);
       }
-    });
-  };
-  add_common(sum0, 0);
-  store(sum0, 0);
-  if constexpr (kTiles == 2) {
-    add_common(sum1, 1);
-    store(sum1, kTile);
-  }
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(sum);
+    };
+    add_common(sum0, 0);
+    if constexpr (kTiles == 2) add_common(sum1, 1);
+    shared.weights_empty.arrive();
+    if (is_wanted && p.keeps_sums) {
+      const auto keep = [&](const auto& sum, int tile) {
+#pragma unroll
+        for (int k = 0; k < kTile / 8; ++k)
+          kept[(tile * (kTile / 8) + k) * kWarpgroup] = make_float4(sum(4 * k), sum(4 * k + 1), sum(4 * k + 2), sum(4 * k + 3));
+      };
+      keep(sum0, 0);
+      if constexpr (kTiles == 2) keep(sum1, 1);
+    } else if (is_wanted) {
+      // Out by way of the tiles of B and C, once both warpgroups are through with them.
+      if (p.has_dB && p.has_dC) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2);
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) {
+        tokens.in_order.store<NativeElement>(tiles[0], j, sum0);
+        if constexpr (kTiles == 2) tokens.in_order.store<NativeElement>(tiles[1], j, sum1);
+      }
+      cutlass::arch::fence_view_async_shared();
+      cutlass::arch::NamedBarrier::sync(kWarpgroup, 3 + is_C);
+      if (thread == 0) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+          cute::SM90_TMA_STORE_4D::copy(is_C ? &p.dC : &p.dB, tiles[tile], tile * kTile, task.group,
+                                        static_cast<int>(task.first_token()), task.batch);
+        cute::tma_store_arrive();
+        cute::tma_store_wait<0>();
+      }
+    }
+    shared.projections_empty.arrive();
+  });
 }
 
-// What lies inside the chunk: dx, the sums of W for ddt, and the sum over items of T L dt. Values are [j][i].
+// What lies inside the chunk: dx, the sums of W for ddt, and the sum over items of T L dt. Values are [j][i], j as dealt.
 template <class Policy>
-__device__ void combine(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared) {
+__device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& shared) {
   using M = GradientMatmuls<Policy>;
   using Storage = GradientStorage<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
@@ -453,7 +507,23 @@ __device__ void combine(const FusedBackwardParams& p, const GradientTask& task, 
   constexpr auto _ = cute::_;
   const int thread = threadIdx.x % kWarpgroup;
   const Fragment at(thread);
-  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1); };
+  const Tokens tokens(at, true);
+  const int (&token)[2] = tokens.row;
+  // Value 4 k + 2 r + c is of i - j = 8 k + c - diagonal[r]. What is i < j of all warps is left out: r = 1, k < 4.
+  const int diagonal[2] = {token[0] - at.column, token[1] - at.column};
+  constexpr auto is_none = [](int k, int r) { return r == 1 && k < 4; };
+  constexpr auto is_all = [](int k, int r) { return r == 0 && k >= 4; };
+  // A row's value on the diagonal, for the thread of its four that has it.
+  const bool has_diagonal = at.lane % 4 == at.lane / 8;
+  const auto on_diagonal = [&](const auto& values, int r) {
+    float found = 0.0f;
+#pragma unroll
+    for (int k = 4 * r; k < 4 * r + 4; ++k) {
+      const float value = at.lane / 4 % 2 == 0 ? values(4 * k + 2 * r) : values(4 * k + 2 * r + 1);
+      found = k == (r == 0 ? at.warp : 7 - at.warp) ? value : found;
+    }
+    return found;
+  };
 
   typename M::RowsRows rows_mma;
   typename M::Output output_mma;
@@ -473,143 +543,165 @@ __device__ void combine(const FusedBackwardParams& p, const GradientTask& task, 
   auto masked = cute::make_tensor<typename M::Element>(cute::partition_shape_A(output_mma, cute::Shape<_64, _64>{}));
   auto masked_words = cute::recast<std::uint32_t>(masked);
 
-  shared.projections.wait(0);
-  cute::warpgroup_fence_operand(scores);
-  cute::warpgroup_arrive();
-  issue<true>(rows_mma, B_rows(_, _, _, 0), C_rows(_, _, _, 0), scores);
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) weights(v) = 0.0f;
-  cute::warpgroup_wait<0>();
-  cute::warpgroup_fence_operand(scores);
-
   Ring<kStages> ring;
   Ring<2> slots;
-  for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
-    const int stage = ring.stage;
-    shared.full[stage].wait(ring.parity);
-    cute::warpgroup_fence_operand(pairs);
-    cute::warpgroup_fence_operand(dx);
+  for_each_task(p, [&](const GradientTask& task, int parity) {
+    shared.projections_full.wait(parity);
+    cute::warpgroup_fence_operand(scores);
     cute::warpgroup_arrive();
-    issue<true>(rows_mma, x_rows(_, _, _, stage), g_rows(_, _, _, stage), pairs);
-    issue<true>(rows_mma, B_rows(_, _, _, 0), adjoint_rows(_, _, _, stage), dx);
+    issue<true>(rows_mma, B_rows(_, _, _, 0), C_rows(_, _, _, 0), scores);
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) weights(v) = 0.0f;
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(scores);
+    const float own_score[2] = {on_diagonal(scores, 0), on_diagonal(scores, 1)};
 
-    const GradientSteps& steps = shared.steps[stage];
-    float log_j[2], dt_j[2], to_end[2];
+    for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
+      const int stage = ring.stage;
+      shared.full[stage].wait(ring.parity);
+      cute::warpgroup_fence_operand(pairs);
+      cute::warpgroup_fence_operand(dx);
+      cute::warpgroup_arrive();
+      issue<true>(rows_mma, x_rows(_, _, _, stage), g_rows(_, _, _, stage), pairs);
+      issue<true>(rows_mma, B_rows(_, _, _, 0), adjoint_rows(_, _, _, stage), dx);
+
+      const GradientSteps& steps = shared.steps[stage];
+      float log_j[2], dt_j[2], to_end[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int j = at.row + 8 * r;
-      log_j[r] = steps.log_decay[j], dt_j[r] = steps.dt[j], to_end[r] = steps.to_end[j];
-    }
-    shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
-    GradientSums& sums = shared.sums[slots.stage];
-    float own[2] = {}, strictly_below[2] = {};  // W[j][j], and the sum over i > j
-    float before[kTile / 4] = {};               // value 2 k + c: column 8 k + `column` + c
-    cute::warpgroup_wait<1>();
-    cute::warpgroup_fence_operand(pairs);
+      for (int r = 0; r < 2; ++r)
+        log_j[r] = steps.log_decay[token[r]], dt_j[r] = steps.dt[token[r]], to_end[r] = steps.to_end[token[r]];
+      shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
+      GradientSums& sums = shared.sums[slots.stage];
+      float strictly_below[2] = {};  // the sum of W over i > j
+      float before[kTile / 4] = {};  // value 2 k + c: column 8 k + `column` + c
+      cute::warpgroup_wait<1>();
+      cute::warpgroup_fence_operand(pairs);
 #pragma unroll
-    for (int b = 0; b < kTile / 16; ++b) {  // tokens i of a block
-      if (b < at.warp) {
+      for (int k = 0; k < kTile / 8; ++k) {
+        const float2 log_i = load2(steps.log_decay + 8 * k + at.column);
 #pragma unroll
-        for (int w = 0; w < 4; ++w) masked_words(4 * b + w) = 0;
-        continue;
-      }
-      const auto each =
-          [&](auto visit) {  // of the block's values: value, its row of two, its word, its column of two, L before exp
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-              const int r = w % 2;
-              const float2 log_i = load2(steps.log_decay + 16 * b + w / 2 * 8 + at.column);
-              const float pair[2] = {visit(8 * b + 2 * w, r, w, 0, log_i.x - log_j[r]),
-                                     visit(8 * b + 2 * w + 1, r, w, 1, log_i.y - log_j[r])};
-              masked_words(4 * b + w) = cuda::narrow_word<NativeElement>(pair);
-            }
-          };
-      const auto add = [&](int v, int r, int w, int c, float L, float score, float W) {
-        weights(v) = fmaf(pairs(v) * L, dt_j[r], weights(v));
-        strictly_below[r] += W;
-        before[4 * b + 2 * (w / 2) + c] = fmaf(dt_j[r], W, before[4 * b + 2 * (w / 2) + c]);
-        return score;
-      };
-      if (b > at.warp) {
-        each([&](int v, int r, int w, int c, float log) {
-          const float L = fast_exp2(log), score = scores(v) * L;
-          return add(v, r, w, c, L, score, score * pairs(v));
-        });
-      } else {  // the block on the diagonal
-        each([&](int v, int r, int w, int c, float log) {
-          const int later = w / 2 * 8 + at.column + c - (at.lane / 4 + 8 * r);  // i - j
-          if (later < 0) return 0.0f;
-          if (later == 0) {  // L is 1
-            sums.diagonal[at.row + 8 * r] = pairs(v);
-            own[r] = scores(v) * pairs(v);
-            weights(v) = fmaf(pairs(v), dt_j[r], weights(v));
-            return scores(v);
+        for (int r = 0; r < 2; ++r) {
+          std::uint32_t& word = masked_words(k / 2 * 4 + k % 2 * 2 + r);
+          if (is_none(k, r)) {
+            word = 0;
+            continue;
           }
-          const float L = fast_exp2(log), score = scores(v) * L;
-          return add(v, r, w, c, L, score, score * pairs(v));
-        });
-      }
-    }
-    const int columns = sum_of_columns(before);
-    store2(sums.before[at.warp] + 8 * columns, at.column / 2, before[0], before[1]);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(dx);
+          float masked_scores[2];
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) dx(v) *= to_end[v / 2 % 2];
-    cute::warpgroup_fence_operand(dx);
-    cute::warpgroup_fence_operand(masked);
-    cute::warpgroup_arrive();
-    issue<false>(output_mma, masked, g_columns(_, _, _, stage), dx);
-
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      own[r] = sum_of_row(own[r]);
-      strictly_below[r] = sum_of_row(strictly_below[r]);
-      if (at.lane % 4 == 0) {
-        sums.below[at.row + 8 * r] = own[r] + strictly_below[r];
-        sums.strictly_below[at.row + 8 * r] = strictly_below[r];
-      }
-    }
-    shared.sums_full[slots.stage].arrive();
-    const int head = task.head_of(p, item), channel = task.channel_of(p, item);
-    const float D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
-    char* const tile = shared.dx[slots.stage];
-    if (thread == 0) cute::tma_store_wait<1>();  // the one before the last has left its tile
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(dx);
-    cute::warpgroup_fence_operand(masked);
-    sync();
-#pragma unroll
-    for (int b = 0; b < kTile / 16; ++b) {
-      std::uint32_t word[4];
-      at.load(shared.g[stage], b, word);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        float pair[2];
-        cuda::widen_word<NativeElement>(word[w], pair);
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int v = 8 * b + 2 * w + c;
-          dx(v) *= dt_j[w % 2];
-          if (p.D.data) dx(v) = fmaf(D, pair[c], dx(v));
+          for (int c = 0; c < 2; ++c) {
+            const int v = 4 * k + 2 * r + c;
+            const float L = fast_exp2((c == 0 ? log_i.x : log_i.y) - log_j[r]);
+            const bool reaches = is_all(k, r) || 8 * k + c >= diagonal[r], is_later = is_all(k, r) || 8 * k + c > diagonal[r];
+            const float weight = reaches ? pairs(v) * L : 0.0f;  // what lies before j may be anything
+            masked_scores[c] = reaches ? scores(v) * L : 0.0f;
+            const float W = is_later ? scores(v) * weight : 0.0f;
+            weights(v) = fmaf(weight, dt_j[r], weights(v));
+            strictly_below[r] += W;
+            before[2 * k + c] = fmaf(dt_j[r], W, before[2 * k + c]);
+          }
+          word = cuda::narrow_word<NativeElement>(masked_scores);
         }
       }
-      at.store<NativeElement>(tile, b, dx);
-    }
-    shared.empty[stage].arrive();
-    cutlass::arch::fence_view_async_shared();
-    sync();
-    if (p.has_dx && thread == 0) {
-      cute::SM90_TMA_STORE_4D::copy(&p.dx, tile, channel, head, static_cast<int>(task.first_token()), task.batch);
-      cute::tma_store_arrive();
-    }
-  }
-  if (thread == 0) cute::tma_store_wait<0>();
-  sync();
+      const float own[2] = {on_diagonal(pairs, 0), on_diagonal(pairs, 1)};
+      const int columns = sum_of_columns(before);
+      store2(sums.before[at.warp] + 8 * columns, at.column / 2, before[0], before[1]);
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(dx);
 #pragma unroll
-  for (int b = 0; b < kTile / 16; ++b) at.store<NativeElement>(shared.dx[0], b, weights);
-  cutlass::arch::fence_view_async_shared();
-  shared.weights.arrive();
+      for (int v = 0; v < kValues; ++v) dx(v) *= to_end[v / 2 % 2];
+      cute::warpgroup_fence_operand(dx);
+      cute::warpgroup_fence_operand(masked);
+      cute::warpgroup_arrive();
+      issue<false>(output_mma, masked, g_columns(_, _, _, stage), dx);
+
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        strictly_below[r] = sum_of_row(strictly_below[r]);
+        if (!has_diagonal) continue;
+        sums.diagonal[token[r]] = own[r];
+        sums.below[token[r]] = fmaf(own_score[r], own[r], strictly_below[r]);
+        sums.strictly_below[token[r]] = strictly_below[r];
+      }
+      shared.sums_full[slots.stage].arrive();
+      const int head = task.head_of(p, item), channel = task.channel_of(p, item);
+      const float D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
+      char* const tile = shared.dx[slots.stage];
+      if (at.lane == 0) cute::tma_store_wait<1>();  // the one before the last has left its tile
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(dx);
+      cute::warpgroup_fence_operand(masked);
+      __syncwarp();
+#pragma unroll
+      for (int b = 0; b < kTile / 16; ++b) {
+        std::uint32_t word[4];
+        tokens.in_order.load(shared.g[stage], b, word);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float pair[2];
+          cuda::widen_word<NativeElement>(word[w], pair);
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int v = 8 * b + 2 * w + c;
+            dx(v) *= dt_j[w % 2];
+            if (p.D.data) dx(v) = fmaf(D, pair[c], dx(v));
+          }
+        }
+        at.store<NativeElement>(tile, b, dx);
+      }
+      shared.empty[stage].arrive();
+      cutlass::arch::fence_view_async_shared();
+      __syncwarp();
+      if (p.has_dx && at.lane == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          cute::SM90_TMA_STORE_4D::copy(&p.dealt_dx, tile + (2 * at.warp + r) * (kTileBytes / 8), channel, head,
+                                        static_cast<int>(task.first_token()) + token[r], task.batch);
+        cute::tma_store_arrive();
+      }
+    }
+    shared.weights_empty.wait(parity ^ 1);
+#pragma unroll
+    for (int b = 0; b < kTile / 16; ++b) at.store<NativeElement>(shared.weights, b, weights);
+    cutlass::arch::fence_view_async_shared();
+    shared.weights_full.arrive();
+  });
+  if (at.lane == 0) cute::tma_store_wait<0>();
+}
+
+// dB and dC of a chunk from those of the splits: a block for each chunk, group and gradient.
+template <class Policy>
+__global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(const __grid_constant__ FusedSplitSumParams p) {
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  cuda::let_next_kernel_in();
+  cuda::wait_for_earlier_kernels();
+  const bool is_C = blockIdx.x % 2;
+  const GradientView& gradient = is_C ? p.dC : p.dB;
+  if (!gradient.data) return;
+  const int group = static_cast<int>(blockIdx.x / 2 % p.ngroups), slot = static_cast<int>(blockIdx.x / 2 / p.ngroups);
+  const Fragment at(threadIdx.x);
+  constexpr int kCount = Policy::kState / 8;
+  const std::int64_t step = std::int64_t{p.slots} * p.ngroups * kCount * kWarpgroup;  // from split to split
+  const float4* const sums =
+      (is_C ? p.dC_sums : p.dB_sums) + (std::int64_t{slot} * p.ngroups + group) * kCount * kWarpgroup + threadIdx.x;
+  const Tokens tokens(at, !is_C);
+  const std::int64_t first = std::int64_t{slot} % p.chunks * kTile;
+  char* const to = gradient.data + slot / p.chunks * gradient.batch + group * gradient.group;
+#pragma unroll 4
+  for (int k = 0; k < kCount; ++k) {
+    float4 sum = sums[k * kWarpgroup];
+    for (int split = 1; split < p.splits; ++split) {
+      const float4 v = sums[split * step + k * kWarpgroup];
+      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    const int column = 8 * k + at.column;
+    if (column >= p.dstate) break;
+    const float pairs[2][2] = {{sum.x, sum.y}, {sum.z, sum.w}};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (first + tokens.row[r] < p.seqlen)
+        *reinterpret_cast<std::uint32_t*>(to + (first + tokens.row[r]) * gradient.token + column * sizeof(NativeElement)) =
+            cuda::narrow_word<NativeElement>(pairs[r]);
+  }
 }
 
 }  // namespace fused
@@ -619,14 +711,15 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
     ssd_scan_fused_gradient_kernel(const __grid_constant__ FusedBackwardParams p) {
   using namespace fused;
   using Storage = GradientStorage<Policy>;
-  constexpr int kProducerRegisters = 40, kProjectRegisters = 144, kCombineRegisters = 184;  // 512 in all
+  constexpr int kProducerRegisters = 40, kProjectRegisters = 136, kCombineRegisters = 200;  // 512 in all
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   static_assert(sizeof(Storage) <= kMostSharedBytes);
   auto& shared = *reinterpret_cast<Storage*>(shared_bytes);
-  const GradientTask task(p, blockIdx.x);
   if (threadIdx.x == 0) {
-    shared.projections.init(1);
-    shared.weights.init(kWarpgroup);
+    shared.projections_full.init(1);
+    shared.projections_empty.init(2 * kWarpgroup);
+    shared.weights_full.init(kWarpgroup);
+    shared.weights_empty.init(2 * kWarpgroup);
     for (int stage = 0; stage < Storage::kStages; ++stage) {
       shared.full[stage].init(1 + 32);                // the tiles, and the steps
       shared.empty[stage].init(3 * kWarpgroup + 32);  // and the warp that finishes ddt
@@ -638,27 +731,36 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
+  cuda::let_next_kernel_in();
+  cuda::wait_for_earlier_kernels();
   switch (cutlass::canonical_warp_group_idx()) {
     case 0:
       cutlass::arch::warpgroup_reg_alloc<kCombineRegisters>();
-      combine<Policy>(p, task, shared);
+      combine<Policy>(p, shared);
       break;
     case 1:
     case 2:
       cutlass::arch::warpgroup_reg_alloc<kProjectRegisters>();
-      project<Policy>(p, task, shared, cutlass::canonical_warp_group_idx() == 1);
+      project<Policy>(p, shared, cutlass::canonical_warp_group_idx() == 1);
       break;
     default:
       cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+      GradientRing<Policy> ring;
+      Ring<2> slots;
       switch (cutlass::canonical_warp_idx_sync() % 4) {
         case 0:
-          if (cute::elect_one_sync()) load_items<Policy>(p, task, shared);
+          if (cute::elect_one_sync())
+            for_each_task(p, [&](const GradientTask& task, int) { load_items<Policy>(p, task, shared, ring); });
           break;
         case 1:
-          prepare_items<Policy>(p, task, shared);
+          for_each_task(p, [&](const GradientTask& task, int) { prepare_items<Policy>(p, task, shared, ring); });
           break;
         case 2:
-          finish_steps<Policy>(p, task, shared);
+          for_each_task(p, [&](const GradientTask& task, int) { finish_steps<Policy>(p, task, shared, ring, slots); });
+          break;
+        case 3:
+          if (cute::elect_one_sync())
+            for_each_task(p, [&](const GradientTask& task, int parity) { load_projections<Policy>(p, task, parity, shared); });
           break;
       }
   }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <utility>
+
 #include "bwd_sums_launch.cuh"
 #include "fused_bwd_kernel.cuh"
 #include "fused_bwd_walk_kernel.cuh"
@@ -12,8 +14,9 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   FusedBackwardParams p{};
   p.x = cuda::tma_map(args.x), p.dy = cuda::tma_map(args.dy);
   p.has_dx = static_cast<bool>(args.dx);
-  if (p.has_dx) p.dx = cuda::tma_map(args.dx);
+  if (p.has_dx) p.dealt_dx = cuda::tma_map(args.dx, 8);
   p.B = cuda::tma_map(args.B), p.C = cuda::tma_map(args.C);
+  p.dealt_x = cuda::tma_map(args.x, 8), p.dealt_B = cuda::tma_map(args.B, 8);
   const std::int64_t dt_size = size_of(args.dt.dtype);
   p.dt = {static_cast<const char*>(args.dt.data), args.dt.dtype, args.dt.stride[0] * dt_size, args.dt.stride[1] * dt_size,
           args.dt.stride[2] * dt_size};
@@ -32,13 +35,9 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.ngroups = static_cast<int>(d.ngroups), p.dstate = static_cast<int>(d.dstate), p.chunks = static_cast<int>(plan.chunks);
   p.slices = static_cast<int>(plan.slices), p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
   p.splits = static_cast<int>(plan.splits);
-  const auto gradient = [](const Tensor& t, OutputView& view, std::int64_t& batch) {
-    if (!t) return;
-    view = {static_cast<char*>(t.data), t.stride[1] * size_of(t.dtype), t.stride[2] * size_of(t.dtype)};
-    batch = t.stride[0] * size_of(t.dtype);
-  };
-  gradient(args.dB, p.dB, p.dB_batch);
-  gradient(args.dC, p.dC, p.dC_batch);
+  p.has_dB = static_cast<bool>(args.dB), p.has_dC = static_cast<bool>(args.dC);
+  if (p.has_dB) p.dB = cuda::tma_map(args.dB);
+  if (p.has_dC) p.dC = cuda::tma_map(args.dC);
 
   auto* memory = static_cast<char*>(args.workspace.data);
   const auto take = [&](std::size_t bytes) {
@@ -49,14 +48,23 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   char* const states = take(plan.states_bytes);
   char* const adjoints = take(plan.states_bytes);
   if (plan.sums_in_memory) {
-    p.dB_sums = reinterpret_cast<float*>(take(plan.sums_bytes));
-    p.dC_sums = reinterpret_cast<float*>(take(plan.sums_bytes));
+    p.dB_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
+    p.dC_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
   }
   for (float** shares : {&p.dA_shares, &p.ddt_bias_shares, &p.dD_shares})
     *shares = reinterpret_cast<float*>(take(plan.shares_bytes));
 
+  const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
+  // A kernel's blocks take their places while the one ahead of it ends; the first of all has a stranger ahead of it.
+  bool early = false;
+  const auto launch = [&](const char* name, auto kernel, std::int64_t blocks, int threads, int bytes, const auto& params) {
+    cuda::LaunchShape shape{blocks, threads, bytes};
+    shape.early = std::exchange(early, true);
+    cuda::launch(name, kernel, shape, stream, params);
+  };
   for (std::int64_t i = 0; i < plan.parts; ++i) {
     p.part = plan.part(d, i);
+    p.keeps_sums = plan.splits > 1 || !p.part.is_last;
     const std::int64_t slots = plan.slots, items = p.part.total();
     const auto kept = [&](void* data) {  // [slots, rows, items, states], as boxes of rows and states find them
       Tensor t = Tensor::contiguous(data, args.x.dtype, {slots, items, kFusedTile, Policy::kState}, args.x.device);
@@ -64,24 +72,34 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
       return cuda::tma_map(t);
     };
     p.states = kept(states), p.adjoints = kept(adjoints);
-    p.pairs_per_group = static_cast<int>(divide_up(p.part.items, 2));
-    p.walks = static_cast<unsigned>(d.batch * p.pairs_per_group * p.part.groups);
-    cuda::launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
-                 {2 * std::int64_t{p.walks}, Policy::kThreads, sizeof(fused::WalkStorage<Policy>)}, stream, p);
-    cuda::launch(
-        "ssd_scan_fused_gradient_kernel", ssd_scan_fused_gradient_kernel<Policy>,
-        {slots * p.part.groups * plan.splits, 128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<Policy>)}, stream,
-        p);
+    p.items_of_walk = items_of_walk(d, items);
+    p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
+    p.walks = static_cast<unsigned>(d.batch * p.walks_per_group * p.part.groups);
+    p.tasks = static_cast<unsigned>(plan.slots * p.part.groups * plan.splits);
+    launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
+           std::min(2 * std::int64_t{p.walks}, multiprocessors), 128 * fused::kWalkWarpgroups,
+           sizeof(fused::WalkStorage<Policy>), p);
+    launch("ssd_scan_fused_gradient_kernel", ssd_scan_fused_gradient_kernel<Policy>,
+           std::min(std::int64_t{p.tasks}, multiprocessors), 128 * fused::kGradientWarpgroups,
+           sizeof(fused::GradientStorage<Policy>), p);
   }
   if (plan.splits > 1) {
-    launch_split_sum(p.dB_sums, plan.splits, args.dB, d, stream);
-    launch_split_sum(p.dC_sums, plan.splits, args.dC, d, stream);
+    const auto view = [](const Tensor& t) -> GradientView {
+      if (!t) return {};
+      const std::int64_t size = size_of(t.dtype);
+      return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
+    };
+    const FusedSplitSumParams sums{p.dB_sums, p.dC_sums, view(args.dB), view(args.dC), d.seqlen, static_cast<int>(plan.slots),
+                                   p.chunks,  p.ngroups, p.splits,      p.dstate};
+    launch("ssd_scan_fused_split_sum_kernel", fused::ssd_scan_fused_split_sum_kernel<Policy>, 2 * plan.slots * d.ngroups,
+           fused::kWarpgroup, 0, sums);
   }
   Sequences sequences{};
   sequences.count = d.batch, sequences.seqlen = d.seqlen, sequences.segments = 1, sequences.chunk = kFusedTile;
-  launch_chunk_sum(p.dA_shares, sequences, args.dA, 1, stream);
-  launch_chunk_sum(p.ddt_bias_shares, sequences, args.ddt_bias, 1, stream);
-  launch_chunk_sum(p.dD_shares, sequences, args.dD, 1, stream);
+  launch_chunk_sums({sequences,
+                     {chunk_sum(p.dA_shares, args.dA, 1), chunk_sum(p.ddt_bias_shares, args.ddt_bias, 1),
+                      chunk_sum(p.dD_shares, args.dD, 1)}},
+                    stream);
 }
 
 }  // namespace statescan::ssd_scan

@@ -1,12 +1,15 @@
 // A backward call as the fused kernels take it.
 #pragma once
 
+#include <vector_types.h>
+
 #include "fused_bwd_plan.h"
 
 namespace statescan::ssd_scan {
 
 struct FusedBackwardParams {
-  CUtensorMap x, dy, dx, B, C;
+  CUtensorMap x, dy, B, C, dB, dC;
+  CUtensorMap dealt_x, dealt_dx, dealt_B;  // in boxes of eight tokens
   CUtensorMap states, adjoints;  // [slots, items of the part, 64, padded dstate]: of the state that enters, that leaves a chunk
   StepView dt;
   HeadView A, dt_bias, D;
@@ -14,19 +17,32 @@ struct FusedBackwardParams {
   char* ddt;  // null: not wanted
   DType ddt_dtype;
   std::int64_t ddt_batch, ddt_token, ddt_head;  // strides in bytes
-  bool dt_softplus, has_dx;
+  bool dt_softplus, has_dx, has_dB, has_dC;
   float dt_min, dt_max;
   std::int64_t seqlen;
   int batch, nheads, headdim, ngroups, dstate, chunks;
   int slices, heads_per_group;
   FusedPart part;
   int splits;
-  unsigned walks;  // of one direction: pairs of items x sequences
-  int pairs_per_group;
-  OutputView dB, dC;  // [b,l,g,n], contiguous along n
-  std::int64_t dB_batch, dC_batch;
-  float *dB_sums, *dC_sums;                        // [splits,b,l,g,n], null: a block writes dB and dC itself
+  unsigned walks;                                  // of one direction: groups of items x sequences
+  int items_of_walk, walks_per_group;              // items: 1 or 2
+  unsigned tasks;                                  // of the main kernel: chunks of all sequences x groups of the part x splits
+  float4 *dB_sums, *dC_sums;                       // of splits and pieces (kept_sums)
+  bool keeps_sums;                                 // this part leaves them, else it writes dB and dC
   float *dA_shares, *ddt_bias_shares, *dD_shares;  // [slots,h]
+};
+
+// [b,l,g,n] of 16-bit elements, contiguous along n; strides in bytes.
+struct GradientView {
+  char* data;
+  std::int64_t batch, token, group;
+};
+
+struct FusedSplitSumParams {
+  const float4 *dB_sums, *dC_sums;
+  GradientView dB, dC;
+  std::int64_t seqlen;
+  int slots, chunks, ngroups, splits, dstate;
 };
 
 }  // namespace statescan::ssd_scan

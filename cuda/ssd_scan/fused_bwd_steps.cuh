@@ -1,6 +1,7 @@
 // The step sizes of a chunk in the fused backward, by one warp: two tokens a lane.
 #pragma once
 
+#include "../common/early.cuh"
 #include "fused_bwd_params.h"
 #include "fused_kernel.cuh"
 

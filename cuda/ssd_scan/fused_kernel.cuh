@@ -368,7 +368,12 @@ struct Fragment {
         row_unit(unit_offset(16 * warp + lane % 16, lane / 16)),
         column_unit(unit_offset(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2)) {}
 
-  // Stores columns 16 j to 16 j + 15 of a warp's rows, rounded.
+  // Stores columns 16 j to 16 j + 15 of a warp's rows: a thread's words of them, or its values, rounded.
+  __device__ void store(char* tiles, int j, const std::uint32_t* word) const {
+    char* at = tiles + j / 4 * kTileBytes + (row_unit ^ j % 4 * 32);
+    cute::SM90_U32x4_STSM_N::copy(word[0], word[1], word[2], word[3], *reinterpret_cast<cute::uint128_t*>(at));
+  }
+
   template <class Element, class Values>
   __device__ void store(char* tiles, int j, const Values& values) const {
     std::uint32_t word[4];
@@ -377,8 +382,7 @@ struct Fragment {
       const float pair[2] = {values(8 * j + 2 * i), values(8 * j + 2 * i + 1)};
       word[i] = cuda::narrow_word<Element>(pair);
     }
-    char* at = tiles + j / 4 * kTileBytes + (row_unit ^ j % 4 * 32);
-    cute::SM90_U32x4_STSM_N::copy(word[0], word[1], word[2], word[3], *reinterpret_cast<cute::uint128_t*>(at));
+    store(tiles, j, word);
   }
 
   // The words of columns 16 j to 16 j + 15 of a warp's rows, as a thread's values of an accumulator.

@@ -173,6 +173,7 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.reverse) return "does not go in reverse";
   if (args.D && dims.D_per_channel) return "takes D of whole heads";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
+  if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.batch == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
   // What 16-bit states lose is then a share of every sum: ddt of one token is off by twice what rounding it costs.
   if (dims.seqlen < kFusedTile) return "takes sequences of at least " + std::to_string(kFusedTile) + " tokens";
@@ -180,9 +181,8 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
   if (dims.seqlen > kMost - kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
     return "counts tokens, and heads in all chunks, in 32 bits";
-  for (const auto& [name, gradient] : {std::pair{"dB", &args.dB}, {"dC", &args.dC}})
-    if (*gradient && dims.dstate > 1 && gradient->stride[3] != 1) return std::string("needs ") + name + " contiguous along dstate";
-  return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}});
+  return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}, {"dB", &args.dB},
+                      {"dC", &args.dC}});
 }
 
 std::size_t fused_backward_workspace(const BackwardArgs& args, const Dims& dims) {
