@@ -23,7 +23,7 @@ def test_demo_reads_scores_and_continues(capsys):
     assert main(["demo", str(HELD_OUT_FILE), "--bytes", "40"]) == 0
     printed = capsys.readouterr().out
     table = {line.split("  ")[0]: line.split()[-1] for line in printed.splitlines() if line.startswith(("gzip", "xz", "this"))}
-    assert float(table["this model"]) < 0.8 * float(table["xz -9e"])
+    assert float(table["this model"]) < 0.6 * float(table["xz -9e"])
     assert "parallel scan and recurrent steps agree" in printed
     assert "continued, 40 bytes at" in printed
 
@@ -74,6 +74,17 @@ def test_weights_are_small_and_say_where_they_come_from(model):
     assert model.metadata["format"] == "statescan.mamba2_lm.v1"
     assert model.metadata["corpus"]["heldout"]["files"] == len(corpus.HELD_OUT)
     assert {"date", "hardware", "torch", "seconds"} <= set(model.metadata["run"])
+
+
+def test_weights_score_what_they_say(model):
+    """On the GPU that trained them whole held-out files were scored; the shorter ones are read again here."""
+    rows = {row["name"]: row for row in model.metadata["heldout_bits_per_byte"]}
+    assert rows["total"]["model_int8"] < 0.5 * rows["total"]["xz"]
+    for name in ("bisect.py", "colorsys.py", "sched.py", "getopt.py"):
+        content = (corpus.default_root() / name).read_bytes()
+        total, _, _ = cli.read(model, content)
+        same_file = len(content) == rows[name]["size"]  # other versions of Python have others
+        assert total / len(content) == pytest.approx(rows[name]["model_int8"], rel=0.01 if same_file else 0.15)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ AGREEMENT = 1e-3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="text to read (default: a held-out Python module)")
     parser.add_argument("--bytes", type=_count, default=400, metavar="N", help="how many bytes to write (default: 400)")
-    parser.add_argument("--temperature", type=_temperature, default=0.5, metavar="T", help="0 takes the likeliest (default: 0.5)")
+    parser.add_argument("--temperature", type=_temperature, default=0.7, metavar="T", help="0 takes the likeliest (default: 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="of the continuation (default: 0)")
 
 

@@ -3,9 +3,10 @@
     python -m statescan.demo.train --minutes 5 --output model.safetensors
     python -m statescan.demo.train --evaluate model.safetensors
 
-The model reads bytes and predicts the next one. Its training set is the Python standard library (`corpus.py`); its
-score is bits per byte on whole held-out modules, each read as one sequence from an empty state. The model is
-statescan.nn.CausalLM, so that its layers run on statescan.torch, on the CPU or on CUDA.
+The model reads bytes and predicts the next one. Its training set is the Python standard library and, with --further,
+other folders of Python sources (`corpus.py`); its score is bits per byte on whole held-out modules of the library, each
+read as one sequence from an empty state. The model is statescan.nn.CausalLM, so that its layers run on statescan.torch,
+on the CPU or on CUDA. The header of a weight file holds the settings, the names of the folders and what it scored.
 
 Architecture and state-space duality: T. Dao and A. Gu, "Transformers are SSMs", 2024 (arXiv:2405.21060).
 """
