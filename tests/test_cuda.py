@@ -344,7 +344,8 @@ def test_rows_of_selective_scan_give_the_same_bits(rng, dtype):
         inputs = as_layout(made, layout)
         y = torch.empty_like(inputs["x"])
         assert statescan.plan("selective_scan", **inputs).kernel == kernel
-        results.append((statescan.selective_scan(**inputs, dt_softplus=True, out=y, return_final_state=True)))
+        options = dict(dt_softplus=True, batch_invariant=True)  # of 16-bit tensors not every row cuts into segments
+        results.append((statescan.selective_scan(**inputs, **options, out=y, return_final_state=True)))
     for other in results[1:]:
         for one, another in zip(results[0], other):
             assert torch.equal(one, another)

@@ -69,6 +69,7 @@ struct BackwardStorage {
   static constexpr int kStarts = (kTile / kCheckpoint + kCheckpoint / kSub - 1) * LaneStates<Policy>::kWords * kWarp;
   static constexpr int kOwn = 2 * Storage<Policy>::kProjection + Storage<Policy>::kRaw + 2 * Storage<Policy>::kFixed;
   static constexpr int kBytes = 16 * (kShared + kWarps * (kSums + kPairs + kStarts + kOwn));
+  static constexpr int kBytesOfEnds = 16 * (kShared + kWarps * kOwn);
   static_assert(kBytes <= 99 * 1024);
 };
 
@@ -167,7 +168,8 @@ __device__ void finish_gradients(const BackwardParams& p, const Place& place, co
 
 // kEndsOnly: the adjoint at the start of each segment but the first, as its own tokens give it.
 template <class Policy, bool kEndsOnly>
-__global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
+    selective_scan_backward_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kStates = Policy::kStates, kValues = Policy::kValues, kParts = Policy::kParts;
   using Memory = BackwardStorage<Policy>;
   constexpr int kSub = Memory::kSub, kSubTiles = kTile / kSub, kSummed = Memory::kSummed, kReduced = 2 * kValues;
@@ -210,10 +212,13 @@ __global__ void __launch_bounds__(kRuns, 2) selective_scan_backward_kernel(const
   char** const cursors = reinterpret_cast<char**>(take(Memory::kCursors)) + thread;
   const Cursor at_dt{cursors}, at_x{cursors + kRuns}, at_z{cursors + 2 * kRuns}, at_dy{cursors + 3 * kRuns};
   const Cursor at_dx{cursors + 4 * kRuns}, at_ddt{cursors + 5 * kRuns}, at_dz{cursors + 6 * kRuns};
-  float* const sums = reinterpret_cast<float*>(take(Memory::kWarps * Memory::kSums));      // of y, [warp][token][channel]
-  float4* const pairs = reinterpret_cast<float4*>(take(Memory::kWarps * Memory::kPairs));  // of du and A.q, [warp] as steps
+  float* const sums =
+      reinterpret_cast<float*>(take(kEndsOnly ? 0 : Memory::kWarps * Memory::kSums));  // of y, [warp][token][channel]
+  float4* const pairs =
+      reinterpret_cast<float4*>(take(kEndsOnly ? 0 : Memory::kWarps * Memory::kPairs));  // of du and A.q, [warp] as steps
   const int scanner = min(warp, Memory::kWarps - 1);
-  float4* const starts = reinterpret_cast<float4*>(take(Memory::kWarps * Memory::kStarts)) + scanner * Memory::kStarts + lane;
+  float4* const starts =
+      reinterpret_cast<float4*>(take(kEndsOnly ? 0 : Memory::kWarps * Memory::kStarts)) + scanner * Memory::kStarts + lane;
   uint4* const own = take(Memory::kWarps * Memory::kOwn) + scanner * Memory::kOwn;
   float* const tile_B = reinterpret_cast<float*>(own);
   float* const tile_C = reinterpret_cast<float*>(own + Storage<Policy>::kProjection);

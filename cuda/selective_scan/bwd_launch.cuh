@@ -3,6 +3,7 @@
 #include "bwd_kernel.cuh"
 #include "bwd_sums.cuh"
 #include "fwd_launch.cuh"
+#include "lanes_launch.cuh"
 
 namespace statescan::selective_scan {
 
@@ -15,6 +16,23 @@ void launch_row_sum(const float* rows, std::int64_t count, std::int64_t channels
                  RowSumParams{rows, count, channels, states, to});
 }
 
+// The states before every kCheckpoint-th token.
+template <class Policy>
+void launch_checkpoints(const BackwardArgs& args, const Dims& dims, const BackwardParams& params, Stream stream) {
+  if constexpr (Policy::kKnown) {
+    if (suits_lanes(args, dims)) {
+      const LanesPlan plan = lanes_plan(args, dims);
+      const BackwardScratch scratch(args, dims);
+      float* const memory = static_cast<float*>(args.workspace.data);
+      Params lanes = params;
+      set_lanes(lanes, dims, plan, memory + scratch.lanes_carried, memory + scratch.lanes_turns);
+      return launch_lanes_pass<Policy, Pass::checkpoints>(lanes, plan, stream);
+    }
+  }
+  launch_pass<Policy, Pass::ends>(params, 0, params.sequences, params.segments - 1, stream);
+  launch_pass<Policy, Pass::checkpoints>(params, 1, params.sequences, params.segments, stream);
+}
+
 template <class Policy>
 void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.ngroups == 0) return;
@@ -22,14 +40,13 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
   const std::int64_t end_blocks = params.sequences * (params.segments - 1) * params.blocks,
                      rows = params.sequences * params.segments;
-  constexpr int kBytes = BackwardStorage<Policy>::kBytes;
+  constexpr int kBytes = BackwardStorage<Policy>::kBytes, kBytesOfEnds = BackwardStorage<Policy>::kBytesOfEnds;
   if (params.links > 1) cuda::clear(params.turns, kBackwardPasses * turns_of(args, dims) * sizeof(*params.turns), stream);
-  launch_pass<Policy, Pass::ends>(params, 0, params.sequences, params.segments - 1, stream);
-  launch_pass<Policy, Pass::checkpoints>(params, 1, params.sequences, params.segments, stream);
+  launch_checkpoints<Policy>(args, dims, params, stream);
   params.turns += 2 * turns_of(args, dims);
   if (end_blocks > 0)
-    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>, {end_blocks, kRuns, kBytes},
-                 stream, params);
+    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>,
+                 {end_blocks, kRuns, kBytesOfEnds}, stream, params);
   if (blocks > 0)
     cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>,
                  {blocks * params.links, kRuns, kBytes}, stream, params);

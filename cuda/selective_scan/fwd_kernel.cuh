@@ -6,9 +6,9 @@
 //          silu: 0.45 ms of the special-function units of an H100; 5.6 instructions a state and 55 an element: 0.42 ms of issue
 // Launch   one axis of links x sequences x segments x blocks; a block: 64 channels, one warp for 4 states of them (8 of long
 //          rows)
-// Numerics float32. A warp adds up its states of a channel in order, then the warps in order. Where a sequence is cut into
-//          segments, a first launch leaves the end of each, started from zero, with the sum of its dt; a segment starts from
-//          those before it. The backward takes its checkpoints from this kernel
+// Numerics float32. A warp adds up its states of a channel by output_of, pairs of warps go on to y in order. Where a sequence
+//          is cut into segments, a first launch leaves the end of each, started from zero, with the sum of its dt; a segment
+//          starts from those before it. The backward takes its checkpoints from this kernel, or from lanes_kernel.cuh
 #pragma once
 
 #include <statescan/math.h>
@@ -131,8 +131,8 @@ __device__ void scan(const TileInputs& in, int first, int last, const float (&ra
 #pragma unroll
       for (int v = 0; v < Policy::kValues; v += kParts) {
         advance<Policy::kArithmetic>(&h[c][v], step_of<Policy::kArithmetic>(now.dt[c], &rate[c][v]), now.u[c], now.B_of(c) + v);
-        if constexpr (kOutput) y[c] = read_out<kParts>(now.C_of(c) + v, &h[c][v], y[c]);
       }
+      if constexpr (kOutput) y[c] = output_of<kParts, Policy::kStates>(now.C_of(c), h[c]);
     }
     if constexpr (kOutput) *reinterpret_cast<float2*>(sums + t * kChannels) = make_float2(kParts * y[0], kParts * y[1]);
   }
@@ -278,10 +278,15 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
       if constexpr (kOutput) {
         if (!moves) continue;
         float y[kRun] = {};
-#pragma unroll(Policy::kKnown ? Policy::kMostThreads / kWarp : 1)
-        for (int w = 0; w < Policy::kMostThreads / kWarp && w < scanners; ++w) {
-          if (place.along_tokens) add_sums<true>(sums + w * 4 * Memory::kSums, place, y);
-          else add_sums<false>(sums + w * 4 * Memory::kSums, place, y);
+#pragma unroll 1
+        for (int w = 0; w < scanners; w += 2) {
+          float pair[kRun] = {};
+          for (int k = w; k < w + 2 && k < scanners; ++k) {
+            if (place.along_tokens) add_sums<true>(sums + k * 4 * Memory::kSums, place, pair);
+            else add_sums<false>(sums + k * 4 * Memory::kSums, place, pair);
+          }
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) y[i] += pair[i];
         }
         if (!first_piece || !last_piece) {
           pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);

@@ -47,7 +47,7 @@ struct Ends {
 
 struct Params {
   std::int64_t sequences, segments, seqlen;
-  std::uint32_t blocks_of_group, blocks, group_channels;
+  std::uint32_t groups, blocks_of_group, blocks, group_channels;
   std::int64_t dim, dstate, piece;  // states of a piece
   const void* cu_seqlens;           // null: sequence i is row i of the batch, whole
   bool cu_is_int64;
@@ -128,6 +128,7 @@ void set_inputs(Params& p, const A& args, const Dims& d, int states) {
   p.segments = segments(d, args.batch_invariant);
   p.links = static_cast<std::uint32_t>(links(args, d));
   p.seqlen = d.seqlen;
+  p.groups = static_cast<std::uint32_t>(d.ngroups);
   p.group_channels = static_cast<std::uint32_t>(d.dim / d.ngroups);
   p.blocks_of_group = static_cast<std::uint32_t>(blocks_per_group(d));
   p.blocks = static_cast<std::uint32_t>(p.blocks_of_group * d.ngroups);
@@ -148,6 +149,26 @@ void set_inputs(Params& p, const A& args, const Dims& d, int states) {
   p.initial_state = states_view(args.initial_state);
 }
 
+// Whether the kernel of lanes takes a call: 16 states of what is known, in blocks enough for the chip without segments.
+template <class A>
+bool suits_lanes(const A& args, const Dims& d) {
+  constexpr std::int64_t kFewTokens = 4096, kFewBlocks = 128;
+  if (d.dim == 0 || d.complex_A || d.dstate != kLaneStates || !d.varying_B || !d.varying_C) return false;
+  if (known_of(args, d) == Known::nothing || !has_vectors(args.B, 8) || !has_vectors(args.C, 8)) return false;
+  return args.batch_invariant || d.seqlen <= kFewTokens || lanes_plan(args, d).tasks >= kFewBlocks;
+}
+
+// A call for the kernel of lanes, whose tensors `p` knows already.
+inline void set_lanes(Params& p, const Dims& d, const LanesPlan& plan, float* carried, float* turns) {
+  p.segments = 1;
+  p.links = static_cast<std::uint32_t>(plan.links);
+  p.blocks_of_group = static_cast<std::uint32_t>(plan.blocks_of_group);
+  p.blocks = static_cast<std::uint32_t>(plan.blocks_of_group * d.ngroups);
+  p.carried = carried, p.turns = reinterpret_cast<std::uint32_t*>(turns);
+}
+
+inline bool takes_lanes(const Args& args, const Dims& d) { return !args.state_positions && suits_lanes(args, d); }
+
 inline Params params_of(const Args& args, const Dims& d) {
   Params p{};
   set_inputs(p, args, d, states_per_thread(d));
@@ -158,8 +179,14 @@ inline Params params_of(const Args& args, const Dims& d) {
     p.npositions = d.npositions, p.positions_row = at.stride[0], p.positions_step = at.stride[1];
     p.position_states = position_states_view(args.position_states);
   }
-  const ForwardScratch scratch(args, d);
   float* const memory = static_cast<float*>(args.workspace.data);
+  if (takes_lanes(args, d)) {
+    const LanesPlan plan = lanes_plan(args, d);
+    const LanesScratch scratch(d, plan);
+    set_lanes(p, d, plan, memory + scratch.carried, memory + scratch.turns);
+    return p;
+  }
+  const ForwardScratch scratch(args, d);
   p.partial = memory + scratch.partial;
   p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
   p.carried = memory + scratch.carried, p.turns = reinterpret_cast<std::uint32_t*>(memory + scratch.turns);

@@ -124,6 +124,39 @@ struct ForwardScratch : Scratch {
   }
 };
 
+// ---- forward of the usual call: lanes ---------------------------------------------------------------------------------------
+inline constexpr int kLaneStates = 16;  // of a channel, whose lanes share them
+
+inline constexpr int kLaneThreads = 128;                                                 // of a block
+constexpr int lanes_width(int states) { return kLaneThreads / (kLaneStates / states); }  // channels of a block
+
+// How a call is dealt out: the states that a lane holds, and links as above. It changes no bits.
+struct LanesPlan {
+  int states;
+  std::int64_t blocks_of_group, tasks, links;
+};
+
+// H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000.
+inline LanesPlan lanes_plan(const Inputs& args, const Dims& d) {
+  constexpr std::int64_t kEnoughBlocks = 264;
+  const auto blocks_of = [&](int states) { return d.ngroups > 0 ? divide_up(d.dim / d.ngroups, lanes_width(states)) : 0; };
+  LanesPlan plan{d.num_sequences * d.ngroups * blocks_of(8) >= kEnoughBlocks ? 8 : 2, 0, 0, 1};
+  plan.blocks_of_group = blocks_of(plan.states);
+  plan.tasks = d.num_sequences * d.ngroups * plan.blocks_of_group;
+  const std::int64_t tokens_of_link = plan.states == 8 ? 256 : 1024;
+  if (!args.cu_seqlens && plan.tasks >= kEnoughBlocks)
+    plan.links = std::max<std::int64_t>(divide_up(d.seqlen, tokens_of_link), 1);
+  return plan;
+}
+
+struct LanesScratch : Scratch {
+  std::int64_t carried, turns;
+  LanesScratch(const Dims& d, const LanesPlan& plan) {
+    carried = take(plan.links > 1 ? d.num_sequences * floats_of_states(d) : 0);
+    turns = take(plan.links > 1 ? plan.tasks : 0);
+  }
+};
+
 // ---- backward --------------------------------------------------------------------------------------------------------------
 inline constexpr int kBackwardStates = 4;  // of a thread
 inline constexpr int kCheckpoint = 8;      // tokens from one stored state to the next
@@ -144,7 +177,7 @@ inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
 
 struct BackwardScratch : Scratch {
   std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB,
-      dC, dD, ddt_bias, carried, turns;
+      dC, dD, ddt_bias, carried, turns, lanes_carried, lanes_turns;
   BackwardScratch(const BackwardArgs& args, const Dims& d) {
     const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1),
                        rows = d.num_sequences * cut;
@@ -162,11 +195,17 @@ struct BackwardScratch : Scratch {
     const bool is_linked = links(args, d) > 1;
     carried = take(is_linked ? rows * floats_of_states(d) : 0);
     turns = take(is_linked ? kBackwardPasses * turns_of(args, d) : 0);
+    const LanesPlan plan = lanes_plan(args, d);
+    lanes_carried = take(plan.links > 1 ? d.num_sequences * floats_of_states(d) : 0);
+    lanes_turns = take(plan.links > 1 ? plan.tasks : 0);
   }
 };
 
 template <class Policy>
 void launch_forward(const Args& args, const Dims& dims, Stream stream);
+
+template <class Policy>
+void launch_lanes(const Args& args, const Dims& dims, Stream stream);
 
 template <class Policy>
 void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream);

@@ -20,7 +20,16 @@ std::string why_not_tokens(const A& args, const Dims& dims) {
   return why_not_vectors(args, dims, 1);
 }
 
-std::size_t scratch_bytes(const Args& args, const Dims& dims) { return sizeof(float) * ForwardScratch(args, dims).total(); }
+// States at positions come from another kernel than lanes: without segments there too, so that y keeps its bits.
+Args as_lanes(Args args, const Dims& dims) {
+  if (args.state_positions && suits_lanes(args, dims)) args.batch_invariant = true;
+  return args;
+}
+
+std::size_t scratch_bytes(const Args& args, const Dims& dims) {
+  if (takes_lanes(args, dims)) return sizeof(float) * LanesScratch(dims, lanes_plan(args, dims)).total();
+  return sizeof(float) * ForwardScratch(as_lanes(args, dims), dims).total();
+}
 std::size_t scratch_bytes(const BackwardArgs& args, const Dims& dims) {
   return sizeof(float) * BackwardScratch(args, dims).total();
 }
@@ -60,8 +69,11 @@ void forward(const Args& args, const Dims& dims, Stream stream) {
   else if (is_precise(args, dims) && long_rows) forward_with<Arithmetic::precise, 8>(args, dims, stream);
   else if (is_precise(args, dims)) forward_with<Arithmetic::precise, 4>(args, dims, stream);
   else if (long_rows) launch_forward<Policy<Arithmetic::fast, 8, false>>(args, dims, stream);
+  else if (!takes_lanes(args, dims)) launch_forward<Policy<Arithmetic::fast, 4, false>>(as_lanes(args, dims), dims, stream);
   else
-    with_known(args, dims, [&]<Known known> { launch_forward<Policy<Arithmetic::fast, 4, false, known>>(args, dims, stream); });
+    with_known(args, dims, [&]<Known known> {
+      if constexpr (known != Known::nothing) launch_lanes<Policy<Arithmetic::fast, 4, false, known>>(args, dims, stream);
+    });
 }
 
 template <Arithmetic arithmetic>
@@ -79,7 +91,8 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
     });
 }
 
-// The rows share their kernels and give the same bits; they differ in how x, dt, z and y are reached.
+// The rows differ in how x, dt, z and y are reached. With batch_invariant they give the same bits; without, a small call may be
+// cut into segments where it does not suit the kernel of lanes.
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
     {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, forward},
     {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, forward},

@@ -1,0 +1,367 @@
+// selective_scan forward for the usual call: 16-bit x, a real A, 16 states, B and C in vectors that change with the token
+// Math     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t];  y[t] = C[t] . h[t] + D x[t], times silu(z[t])
+// Shapes   x, dt, z, y [b,l,d]; A, h [d,16]; B, C [b,l,g,16]
+// Traffic  x, dt, z, y once: 4*b*l*d elements; B, C once a block, from L2. For the backward instead of z, y and C a state every
+//          8 tokens: b*l*d*16/8 floats
+// Launch   one axis of links x sequences x blocks of 128 threads. A lane has kStates states of one channel, 16 / kStates lanes
+//          share a channel, a block has 8 kStates of them: 8 states a lane need the least instructions, with 2 a batch of one
+//          fills the chip without segments. A tile is 128 / kStates tokens, 8 elements of x, dt, z and y for each thread; it is
+//          fetched while the one before is made ready and the one before that scanned, with one barrier for the three
+// Numerics float32. y is summed over a lane's states by output_of, over lanes as a tree: the same bits for every kStates, and
+//          those of fwd_kernel.cuh
+#pragma once
+
+#include "fwd_kernel.cuh"
+
+namespace statescan::selective_scan {
+
+template <class Policy, int states>
+struct Lanes {
+  static constexpr int kThreads = kLaneThreads;
+  static constexpr int kStates = states, kLanes = kLaneStates / states;  // of a channel
+  static constexpr int kWidth = lanes_width(states);                     // channels of a block
+  static constexpr int kTokens = kThreads * kRun / kWidth;               // of a tile
+  static constexpr int kOfWarp = kWarp / kLanes;                         // channels of a warp
+  // Shared memory in floats. Steps lie as [pair of tokens][channel] of {dt, u, dt, u}, y as [token][channel], with rows that
+  // begin on another bank each.
+  static constexpr int kStepRow = 4 * kWidth + 4, kSumRow = kWidth + kWarp / kLanes;
+  static constexpr int kSteps = kTokens / 2 * kStepRow, kSums = kTokens * kSumRow;
+  // B and C: [token][state], or [pair of tokens][pair of states] of four.
+  static constexpr bool kPaired = states == 2;
+  static constexpr int kProjectionRow = kPaired ? 36 : 16;
+  static constexpr int kProjection = kPaired ? kTokens / 2 * kProjectionRow + 4 : kTokens * kProjectionRow;  // of B or C
+  static constexpr int kValues = kTokens * 2 * kLaneStates / kThreads;  // of B or C that a thread moves
+  static constexpr int kRawWords = (kValues + 7) / 8;                   // of 16 bytes
+  static constexpr int kSlot = kThreads * 4;                            // one word of each thread
+  static constexpr int kSlots = 3 + 1 + 1 + kRawWords;                  // x of three tiles, dt, z, B and C
+  static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums + 2 * kProjection) + 2 * kWidth;
+  static constexpr int kBytes = 4 * kFloats;
+};
+
+// The elements of a tile that a thread moves.
+template <class Policy, class Shape>
+__device__ Place lanes_place(bool reverse, int thread) {
+  if constexpr (Policy::kReach == Reach::channels) {
+    return {thread / (Shape::kWidth / kRun), thread % (Shape::kWidth / kRun) * kRun, false, true, 1};
+  } else {
+    constexpr int kRunsOfChannel = Shape::kTokens / kRun;
+    return {thread % kRunsOfChannel * kRun + (reverse ? kRun - 1 : 0), thread / kRunsOfChannel, true, true, reverse ? -1 : 1};
+  }
+}
+
+// The checkpoint before the first token of a span for some states of a channel: where the backward's lanes look for it.
+inline __device__ float* lanes_checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t channel,
+                                             int state) {
+  const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
+  const std::int64_t number = first * (kTile / kCheckpoint) + s.begin / kCheckpoint,
+                     within = channel - task.group * p.group_channels;
+  const std::int64_t blocks = (p.group_channels + kChannels - 1) / kChannels;  // of the backward, in a group
+  const std::int64_t block = number * blocks * p.groups + task.group * blocks + within / kChannels;
+  const std::int64_t four = block * (kLaneStates / 4) + state / 4;
+  const int place = within % 2 * kWarp + within % kChannels / 2;  // as LaneStates
+  return p.checkpoints + (four * 2 * kWarp + place) * 4 + state % 4;
+}
+template <int states>
+__device__ void store_lane_states(float* to, const float (&h)[states]) {
+  if constexpr (states == 2) {
+    *reinterpret_cast<float2*>(to) = make_float2(h[0], h[1]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < states; k += 4)
+      *reinterpret_cast<float4*>(to + k / 4 * 2 * kWarp * 4) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
+  }
+}
+
+inline __device__ int lanes_slot(int channel) { return channel ^ (channel >> 3 & 7); }
+
+template <class Policy, int states, Pass kPass>
+__global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
+    selective_scan_lanes_kernel(const __grid_constant__ Params p) {
+  using Shape = Lanes<Policy, states>;
+  constexpr int kThreads = Shape::kThreads, kLanes = Shape::kLanes, kWidth = Shape::kWidth, kTokens = Shape::kTokens;
+  constexpr bool kAlongTokens = Policy::kReach == Reach::tokens, kOutput = kPass == Pass::output;
+  extern __shared__ uint4 memory[];
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const std::uint32_t tasks = gridDim.x / p.links, link = blockIdx.x / tasks, index = blockIdx.x % tasks;
+  Task task;
+  task.block = index % p.blocks;
+  task.group = task.block / p.blocks_of_group;
+  const std::uint32_t within = task.block % p.blocks_of_group * kWidth;
+  task.channels = min(static_cast<int>(p.group_channels - within), kWidth);
+  task.channel = task.group * p.group_channels + within;
+  task.sequence = index / p.blocks, task.segment = 0;
+  Span span = span_of(p, task.sequence, 0);
+  if (p.cu_seqlens && task.sequence == p.sequences) {
+    if (kOutput) clear_rows(p.y, span, task);
+    return;
+  }
+  if (p.links > 1) {
+    span = link_of(span, link, p.links);
+    if (link > 0) wait_for_turn(p.turns + index, link);
+  }
+
+  uint4* const slot_x = memory + thread;  // of three tiles by turns
+  const Slot<kRun> slot_dt{slot_x + 3 * kThreads, kThreads}, slot_z{slot_x + 4 * kThreads, kThreads};
+  uint4* const raw = slot_x + 5 * kThreads;
+  float* floats = reinterpret_cast<float*>(memory + Shape::kSlots * kThreads);
+  const auto take = [&](int count) {
+    float* const at = floats;
+    floats += count;
+    return at;
+  };
+  float *const steps = take(2 * Shape::kSteps), *const sums = take(2 * Shape::kSums);
+  float *const tile_B = take(2 * Shape::kProjection), *const tile_C = take(2 * Shape::kProjection);
+  float *const bias = take(kWidth), *const skip = take(kWidth);
+  for (int c = thread; c < kWidth; c += kThreads) {
+    const auto value = [&](const View& t) {
+      return t.data && c < task.channels ? *reinterpret_cast<const float*>(t.data + (task.channel + c) * t.channel) : 0.0f;
+    };
+    bias[c] = value(p.dt_bias), skip[c] = value(p.D);
+  }
+
+  // The lane's channel and states.
+  const int part = states >= 4 ? lane / Shape::kOfWarp : lane % kLanes;
+  const int own = warp * Shape::kOfWarp + (states >= 4 ? lane % Shape::kOfWarp : lane / kLanes);
+  const bool is_owner = own < task.channels;
+  const std::int64_t channel = task.channel + own;
+  const auto visit = [&](const View& t, std::int64_t row, auto visitor) {
+    if (!t.data || !is_owner) return;
+    char* const at = t.data + row * t.row + channel * t.channel + part * states * t.state;
+#pragma unroll
+    for (int k = 0; k < states; ++k) visitor(k, at + k * t.state);
+  };
+  const auto load = [&](const View& t, std::int64_t row, float (&values)[states]) {
+    visit(t, row, [&](int k, const char* at) { values[k] = cuda::load_element(at, t.dtype); });
+  };
+  const auto store = [&](const View& t, std::int64_t row, const float (&values)[states]) {
+    visit(t, row, [&](int k, char* at) { cuda::store_element(at, t.dtype, values[k]); });
+  };
+  float rate[states] = {}, h[states] = {};
+  load(p.A, 0, rate);
+#pragma unroll
+  for (int k = 0; k < states; ++k) rate[k] *= kRateScale;
+  const View carried = view_of<Policy>(p, p.carried);
+  if (link > 0) load(carried, task.sequence, h);
+  else load(p.initial_state, task.sequence, h);
+
+  const Place place = lanes_place<Policy, Shape>(p.reverse, thread);
+  const char* at_x = place_at(p, p.x, span, place, span.begin, task.channel);
+  const char* at_dt = place_at(p, p.dt, span, place, span.begin, task.channel);
+  const char* at_z = place_at(p, p.z, span, place, span.begin, task.channel);
+  char* at_y = place_at(p, p.y, span, place, span.begin, task.channel);
+  // B and C: each thread has the same number of values, of one token (of two, where they lie in pairs).
+  constexpr int kValues = Shape::kPaired ? Shape::kValues / 2 : Shape::kValues, kOfToken = 2 * kLaneStates / kValues;
+  const int raw_token = thread / kOfToken * (Shape::kPaired ? 2 : 1), raw_value = thread % kOfToken * kValues;
+  const View& raw_view = raw_value < kLaneStates ? p.B : p.C;
+  const char* at_raw = row_at(p, raw_view, span, span.begin) + raw_token * token_step(p, raw_view) +
+                       task.group * raw_view.channel + raw_value % kLaneStates * raw_view.state;
+  const auto tokens_from = [&](std::int64_t token) {
+    return static_cast<int>(max(std::int64_t{0}, min(span.end - token, std::int64_t{kTokens})));
+  };
+  const auto fetch_inputs = [&](int turn, int tokens) {
+    if (tokens > 0) {
+      fetch<Policy>(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
+      fetch<Policy>(Slot<kRun>{slot_x + turn * kThreads, kThreads}, at_x, p, p.x, place, tokens, task.channels);
+      if constexpr (Shape::kPaired) {
+#pragma unroll
+        for (int w = 0; w < kValues / 8; ++w) {
+          copy_async<16>(raw + 2 * w * kThreads, at_raw + 16 * w, raw_token < tokens);
+          copy_async<16>(raw + (2 * w + 1) * kThreads, at_raw + token_step(p, raw_view) + 16 * w, raw_token + 1 < tokens);
+        }
+      } else {
+        copy_async<2 * kValues>(raw, at_raw, raw_token < tokens);
+      }
+      at_dt += kTokens * token_step(p, p.dt), at_x += kTokens * token_step(p, p.x);
+      at_raw += kTokens * token_step(p, raw_view);
+    }
+  };
+  const auto fetch_gate = [&](int tokens) {
+    if (kOutput && p.z.data && tokens > 0) fetch<Policy>(slot_z, at_z, p, p.z, place, tokens, task.channels);
+    at_z += kTokens * token_step(p, p.z);
+  };
+
+  // dt, u, B and C of a tile, as the lanes read them.
+  const auto convert = [&](int turn, int half, int tokens) {
+    float dt[kRun], u[kRun];
+    slot_dt.widen(Policy::kElement, dt);
+    Slot<kRun>{slot_x + turn * kThreads, kThreads}.widen(Policy::kElement, u);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) dt[i] += of_channel<kAlongTokens>(bias, place, i);
+    if (p.dt_softplus) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) dt[i] = softplus<Arithmetic::fast>(dt[i]);
+    }
+    if (p.dt_limited) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) dt[i] = clamp(dt[i], p.dt_min, p.dt_max);
+    }
+    if (tokens < kTokens || task.channels < kWidth) {  // outside, a step of zero leaves the states alone
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        if (!place.holds(i, tokens, task.channels)) dt[i] = 0.0f, u[i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) u[i] *= dt[i];
+    float* const to = steps + half * Shape::kSteps;
+    if constexpr (kAlongTokens) {
+      float* const at = to + 4 * lanes_slot(place.channel);
+#pragma unroll
+      for (int i = 0; i < kRun; i += 2) {
+        *reinterpret_cast<float4*>(at + place.token_of(i) / 2 * Shape::kStepRow) =
+            p.reverse ? make_float4(dt[i + 1], u[i + 1], dt[i], u[i]) : make_float4(dt[i], u[i], dt[i + 1], u[i + 1]);
+      }
+    } else {
+      float* const at = to + place.token / 2 * Shape::kStepRow + place.token % 2 * 2;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i)
+        *reinterpret_cast<float2*>(at + 4 * lanes_slot(place.channel + i)) = make_float2(dt[i], u[i]);
+    }
+    float* const tile = (raw_value < kLaneStates ? tile_B : tile_C) + half * Shape::kProjection;
+    if constexpr (Shape::kPaired) {
+#pragma unroll
+      for (int w = 0; w < kValues / 8; ++w) {
+        float first[8], second[8];
+        Slot<8>{raw + 2 * w * kThreads, kThreads}.widen(Policy::kElement, first);
+        Slot<8>{raw + (2 * w + 1) * kThreads, kThreads}.widen(Policy::kElement, second);
+        float* const at = tile + raw_token / 2 * Shape::kProjectionRow + (raw_value % kLaneStates + 8 * w) * 2;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2)
+          *reinterpret_cast<float4*>(at + 2 * i) = make_float4(first[i], first[i + 1], second[i], second[i + 1]);
+      }
+    } else {
+      float values[kValues];
+      Slot<kValues>{raw, kThreads}.widen(Policy::kElement, values);
+      float* const at = tile + raw_token * Shape::kProjectionRow + raw_value % kLaneStates;
+#pragma unroll
+      for (int i = 0; i < kValues; i += 4)
+        *reinterpret_cast<float4*>(at + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
+    }
+  };
+
+  // Where the lane's states before the first token go, and on from one checkpoint to the next.
+  const std::int64_t checkpoint_step =
+      std::int64_t{p.groups} * ((p.group_channels + kChannels - 1) / kChannels) * kChannels * kLaneStates;
+  float* checkpoint = kOutput || !is_owner ? nullptr : lanes_checkpoint_at(p, span, task, channel, part * states);
+  const int sum_token = part;  // of each kLanes tokens, the one whose y the lane ends with
+  const auto scan_tile = [&](int half, int tokens) {
+    const float* const from = steps + half * Shape::kSteps + 4 * lanes_slot(own);
+    const float* const B = tile_B + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
+    const float* const C = tile_C + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
+    float* const to = sums + half * Shape::kSums + own;
+    constexpr int kAtOnce = states == 8 ? 8 : 16;
+#pragma unroll(states == 2 ? 2 : 1)
+    for (int first = 0; first < kTokens; first += kAtOnce) {
+      if (!kOutput && first >= tokens) break;
+      float y[kAtOnce];
+#pragma unroll
+      for (int pair = 0; pair < kAtOnce; pair += 2) {
+        const int t = first + pair;
+        if (!kOutput && pair % kCheckpoint == 0) {
+          if (checkpoint) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
+        }
+        const float4 step = *reinterpret_cast<const float4*>(from + t / 2 * Shape::kStepRow);
+        float own_B[2][states], own_C[2][states];
+        const auto read = [&](const float* tile, float (&values)[2][states]) {
+          if constexpr (Shape::kPaired) {
+            const float4 v = *reinterpret_cast<const float4*>(tile + t / 2 * Shape::kProjectionRow);
+            values[0][0] = v.x, values[0][1] = v.y, values[1][0] = v.z, values[1][1] = v.w;
+          } else {
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+#pragma unroll
+              for (int k = 0; k < states; k += 4) {
+                const float4 v = *reinterpret_cast<const float4*>(tile + (t + j) * Shape::kProjectionRow + k);
+                values[j][k] = v.x, values[j][k + 1] = v.y, values[j][k + 2] = v.z, values[j][k + 3] = v.w;
+              }
+          }
+        };
+        read(B, own_B);
+        if constexpr (kOutput) read(C, own_C);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float dt = j == 0 ? step.x : step.z, u = j == 0 ? step.y : step.w;
+#pragma unroll
+          for (int k = 0; k < states; ++k)
+            advance<Arithmetic::fast>(&h[k], step_of<Arithmetic::fast>(dt, &rate[k]), u, &own_B[j][k]);
+          if constexpr (kOutput) y[pair + j] = output_of<1, states>(own_C[j], h);
+        }
+      }
+      if constexpr (!kOutput) continue;
+      constexpr int kFirstDistance = states >= 4 ? Shape::kOfWarp : 1;
+#pragma unroll
+      for (int group = 0; group < kAtOnce; group += kLanes) {
+        float* const left = y + group;
+#pragma unroll
+        for (int width = 1; width < kLanes; width *= 2) {
+          const bool odd = part & width;
+#pragma unroll
+          for (int k = 0; k < kLanes / 2 / width; ++k) {
+            const float kept = odd ? left[2 * k + 1] : left[2 * k], given = odd ? left[2 * k] : left[2 * k + 1];
+            left[k] = kept + __shfl_xor_sync(0xffffffffu, given, width * kFirstDistance);
+          }
+        }
+        to[(first + group + sum_token) * Shape::kSumRow] = left[0];
+      }
+    }
+  };
+
+  const auto finish_tile = [&](int turn, int half, int tokens) {
+    float y[kRun], values[kRun];
+    const float* const from = sums + half * Shape::kSums;
+    if constexpr (kAlongTokens) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) y[i] = from[place.token_of(i) * Shape::kSumRow + place.channel];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) {
+        const float4 v = *reinterpret_cast<const float4*>(from + place.token * Shape::kSumRow + place.channel + i);
+        y[i] = v.x, y[i + 1] = v.y, y[i + 2] = v.z, y[i + 3] = v.w;
+      }
+    }
+    if (p.D.data) {
+      Slot<kRun>{slot_x + turn * kThreads, kThreads}.widen(Policy::kElement, values);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) y[i] = fmaf(of_channel<kAlongTokens>(skip, place, i), values[i], y[i]);
+    }
+    if (p.z.data) {
+      slot_z.widen(Policy::kElement, values);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) y[i] *= cuda::fast_silu(values[i]);
+    }
+    if (place.holds(0, tokens, task.channels)) store_vector(at_y, Policy::kElement, y);
+    at_y += kTokens * token_step(p, p.y);
+  };
+
+  // A tile is fetched while the one before it is made ready and the one before that is scanned; one barrier a tile.
+  fetch_inputs(0, tokens_from(span.begin));
+  commit_copies();
+  wait_for_copies();
+  __syncthreads();  // bias
+  convert(0, 0, tokens_from(span.begin));
+  fetch_inputs(1, tokens_from(span.begin + kTokens));
+  commit_copies();
+  int turn = 0, half = 0;
+#pragma unroll 1
+  for (std::int64_t token = span.begin; token < span.end + kTokens; token += kTokens) {
+    wait_for_copies();
+    __syncthreads();
+    const int before = turn == 0 ? 2 : turn - 1, after = turn == 2 ? 0 : turn + 1;
+    if (kOutput && token > span.begin) finish_tile(before, half ^ 1, tokens_from(token - kTokens));
+    if (token >= span.end) break;
+    if (token + kTokens < span.end) convert(after, half ^ 1, tokens_from(token + kTokens));
+    fetch_inputs(before, tokens_from(token + 2 * kTokens));
+    fetch_gate(tokens_from(token));
+    commit_copies();
+    scan_tile(half, tokens_from(token));
+    turn = after, half ^= 1;
+  }
+
+  if (link + 1 < p.links) {
+    store(carried, task.sequence, h);
+    end_turn(p.turns + index, link + 1);
+  } else if (kOutput) {
+    store(p.final_state, task.sequence, h);
+  }
+}
+
+}  // namespace statescan::selective_scan
