@@ -49,7 +49,7 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   constexpr bool kTime = Policy::kWay == Way::time;
   const BackwardParams params = backward_params(
       args, dims, kTime ? backward_time_tokens(dims, Policy::kStep) : backward_walk_tokens(dims, Policy::kChannels));
-  const cuda::LaunchShape shape{.blocks = blocks_of<Policy>(dims, params.shape), .threads = kThreads, .early = true};
+  const cuda::LaunchShape shape = shape_of_launch<Policy>(dims, params.shape, kThreads);
   if (shape.blocks > 0) {
     if constexpr (kTime)
       cuda::launch("causal_conv1d_backward_time_kernel", causal_conv1d_backward_time_kernel<Policy>, shape, stream, params);

@@ -14,7 +14,8 @@
 namespace statescan::causal_conv1d {
 
 template <class Policy>
-__global__ void __launch_bounds__(kThreads) causal_conv1d_backward_time_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
+    causal_conv1d_backward_time_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kTaps = Policy::kTaps, kRun = Policy::kRun, kStep = Policy::kStep;
   using Lanes = Track<Policy>;
   const Lanes track(p.shape, p.sequences.mirrored);

@@ -7,12 +7,13 @@
 
 namespace statescan::causal_conv1d {
 
-// Blocks for every segment of every channel: a warp for each, or a thread for kChannels of them.
+// For every segment of every channel: a warp for each, or a thread for kChannels of them.
 template <class Policy>
-std::int64_t blocks_of(const Dims& dims, const Shape& shape) {
+cuda::LaunchShape shape_of_launch(const Dims& dims, const Shape& shape, int threads) {
   const std::int64_t rows = dims.batch * shape.segments;
-  if (Policy::kWay == Way::time) return divide_up(rows * dims.dim, kThreads / kWarp);
-  return divide_up(rows * divide_up(dims.dim, Policy::kChannels), kThreads);
+  const std::int64_t blocks = Policy::kWay == Way::time ? divide_up(rows * dims.dim, threads / kWarp)
+                                                        : divide_up(rows * divide_up(dims.dim, Policy::kChannels), threads);
+  return {.blocks = blocks, .threads = threads, .early = true};
 }
 
 inline ForwardParams forward_params(const Args& args, const Dims& dims, std::int64_t tokens) {
@@ -42,7 +43,7 @@ void launch_forward(const Args& args, const Dims& dims, Stream stream) {
   constexpr bool kTime = Policy::kWay == Way::time;
   const ForwardParams params = forward_params(
       args, dims, kTime ? forward_time_tokens(dims, Policy::kStep) : forward_walk_tokens(dims, Policy::kChannels));
-  const cuda::LaunchShape shape{.blocks = blocks_of<Policy>(dims, params.shape), .threads = kThreads, .early = true};
+  const cuda::LaunchShape shape = shape_of_launch<Policy>(dims, params.shape, kTime ? kThreads : kForwardWalkThreads);
   if (shape.blocks > 0) {
     if constexpr (kTime)
       cuda::launch("causal_conv1d_forward_time_kernel", causal_conv1d_forward_time_kernel<Policy>, shape, stream, params);

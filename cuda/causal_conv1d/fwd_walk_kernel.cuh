@@ -3,8 +3,8 @@
 // Shapes   x, y [b,l,d]; weight [d,w]; states [b or s,d,w-1]
 // Traffic  read x, write y: 2*b*l*d*sizeof(Element); floor: that over 3.0 TB/s. The w-1 tokens before a segment are read once
 //          more, from the L2 cache
-// Launch   one axis of blocks of 128 threads over channels (fastest), segments of tokens and rows; a thread takes 4
-//          channels through a segment of 16 to 128 tokens
+// Launch   one axis of blocks of 64 threads over channels (fastest), segments of tokens and rows; a thread takes 4
+//          channels through a segment of 16 to 128 tokens, of four taps up to 24
 // Numerics float32, taps in order: the bits depend on the window alone
 #pragma once
 
@@ -13,7 +13,8 @@
 namespace statescan::causal_conv1d {
 
 template <class Policy>
-__global__ void __launch_bounds__(kThreads) causal_conv1d_forward_walk_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(kForwardWalkThreads)
+    causal_conv1d_forward_walk_kernel(const __grid_constant__ ForwardParams p) {
   constexpr int kChannels = Policy::kChannels, kTaps = Policy::kTaps, kAhead = Policy::kForwardAhead;
   using Walk = Walker<Policy>;
   const Walk walk(p.shape);

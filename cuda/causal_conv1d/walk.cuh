@@ -19,7 +19,7 @@ class Walker {
 
   __device__ explicit Walker(const Shape& shape) : unused(kTaps - shape.width) {
     const std::int64_t groups = (shape.dim + kChannels - 1) / kChannels;
-    const std::int64_t unit = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    const std::int64_t unit = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     channel = unit % groups * kChannels;
     segment = unit / groups;
     row = segment / shape.segments;
