@@ -10,6 +10,8 @@
 // alone
 #pragma once
 
+#include <type_traits>
+
 #include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "policy.h"
@@ -94,7 +96,9 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
   const int threads = kTeamIsBlock ? blockDim.x : kWarp, thread = threadIdx.x % threads;
   const std::int64_t team = kTeamIsBlock ? blockIdx.x : std::int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (team >= p.teams) return;  // a whole warp
-  const std::int64_t row = team / p.rows.groups, first = team % p.rows.groups * p.rows.group_size;
+  // A division of 64 bits takes as long as a load: rows of one group do without.
+  const std::int64_t row = p.rows.groups == 1 ? team : team / p.rows.groups;
+  const std::int64_t first = (team - row * p.rows.groups) * p.rows.group_size;
   const char* const x = row_of(p.x, p.rows, row) + first * p.x.column;
   const char* const z = p.z.data ? row_of(p.z, p.rows, row) + first * p.z.column : nullptr;
   char* const y = row_of(p.y, p.rows, row) + first * p.y.column;
@@ -112,30 +116,6 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
     const std::int64_t left = p.rows.group_size - column;
     return left < 0 ? 0 : (left < kRun ? static_cast<int>(left) : kRun);
   };
-
-  // What is normed: x, or x gated. The gate of norm_before_gate waits as it came from memory.
-  float held[kRuns][kRun];
-  Run packed_z[kRuns];
-  const auto load_chunk = [&](std::int64_t chunk) {
-    Run packed_x[kRuns];
-#pragma unroll
-    for (int v = 0; v < kRuns; ++v) {
-      const std::int64_t column = column_of(chunk, v);
-      const int count = count_of(column);
-      packed_x[v].load(x + column * x_step, kDType, x_step, count);
-      if (z) packed_z[v].load(z + column * z_step, kGate, z_step, count);
-    }
-#pragma unroll
-    for (int v = 0; v < kRuns; ++v) {
-      packed_x[v].widen(kDType, held[v]);
-      if (!z || p.rows.norm_before_gate) continue;
-      float gate[kRun];
-      packed_z[v].widen(kGate, gate);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) held[v][i] *= cuda::fast_silu(gate[i]);
-    }
-  };
-
   if (is_padding(p.padding, row) || row >= rows_before(p.end, p.rows.count)) {
     const float zeros[kRun] = {};
     for (std::int64_t column = column_of(0, 0); column < p.rows.group_size; column += threads * kRun)
@@ -143,43 +123,72 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
     return;
   }
 
-  float sum = 0.0f;
+  // is_full: every thread has all of its elements. Asked at each access, that costs 6% of a large call.
+  const auto norm = [&](auto is_full) {
+    const auto held_of = [&](std::int64_t column) { return decltype(is_full)::value ? kRun : count_of(column); };
+    // What is normed: x, or x gated. The gate of norm_before_gate waits as it came from memory.
+    float held[kRuns][kRun];
+    Run packed_z[kRuns];
+    const auto load_chunk = [&](std::int64_t chunk) {
+      Run packed_x[kRuns];
+#pragma unroll
+      for (int v = 0; v < kRuns; ++v) {
+        const std::int64_t column = column_of(chunk, v);
+        const int count = held_of(column);
+        packed_x[v].load(x + column * x_step, kDType, x_step, count);
+        if (z) packed_z[v].load(z + column * z_step, kGate, z_step, count);
+      }
+#pragma unroll
+      for (int v = 0; v < kRuns; ++v) {
+        packed_x[v].widen(kDType, held[v]);
+        if (!z || p.rows.norm_before_gate) continue;
+        float gate[kRun];
+        packed_z[v].widen(kGate, gate);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) held[v][i] *= cuda::fast_silu(gate[i]);
+      }
+    };
+
+    float sum = 0.0f;
 #pragma unroll 1
-  for (std::int64_t chunk = 0; chunk < p.rows.chunks; ++chunk) {
-    load_chunk(chunk);
+    for (std::int64_t chunk = 0; chunk < p.rows.chunks; ++chunk) {
+      load_chunk(chunk);
 #pragma unroll
-    for (int v = 0; v < kRuns; ++v)
+      for (int v = 0; v < kRuns; ++v)
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) sum = fmaf(held[v][i], held[v][i], sum);
-  }
-  sum = sum_over_team(sum, kTeamIsBlock);
-  const float scale = 1.0f / sqrtf(fmaf(sum, p.rows.mean_scale, p.rows.eps));
+        for (int i = 0; i < kRun; ++i) sum = fmaf(held[v][i], held[v][i], sum);
+    }
+    sum = sum_over_team(sum, kTeamIsBlock);
+    const float scale = 1.0f / sqrtf(fmaf(sum, p.rows.mean_scale, p.rows.eps));
 
 #pragma unroll 1
-  for (std::int64_t chunk = p.rows.chunks - 1; chunk >= 0; --chunk) {  // the last is still held
-    if (chunk + 1 < p.rows.chunks) load_chunk(chunk);
+    for (std::int64_t chunk = p.rows.chunks - 1; chunk >= 0; --chunk) {  // the last is still held
+      if (chunk + 1 < p.rows.chunks) load_chunk(chunk);
 #pragma unroll
-    for (int v = 0; v < kRuns; ++v) {
-      const std::int64_t column = column_of(chunk, v);
-      const int count = count_of(column);
-      float factor[kRun], values[kRun];
+      for (int v = 0; v < kRuns; ++v) {
+        const std::int64_t column = column_of(chunk, v);
+        const int count = held_of(column);
+        float factor[kRun], values[kRun];
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = held[v][i] * scale;
-      if (weight) {
-        Run packed;
-        packed.load(weight + column * weight_step, p.weight.dtype, weight_step, count);
-        packed.widen(p.weight.dtype, factor);
+        for (int i = 0; i < kRun; ++i) values[i] = held[v][i] * scale;
+        if (weight) {
+          Run packed;
+          packed.load(weight + column * weight_step, p.weight.dtype, weight_step, count);
+          packed.widen(p.weight.dtype, factor);
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) values[i] *= factor[i];
+          for (int i = 0; i < kRun; ++i) values[i] *= factor[i];
+        }
+        if (z && p.rows.norm_before_gate) {
+          packed_z[v].widen(kGate, factor);
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) values[i] *= cuda::fast_silu(factor[i]);
+        }
+        Run::store(y + column * y_step, kGate, y_step, count, values);
       }
-      if (z && p.rows.norm_before_gate) {
-        packed_z[v].widen(kGate, factor);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) values[i] *= cuda::fast_silu(factor[i]);
-      }
-      Run::store(y + column * y_step, kGate, y_step, count, values);
     }
-  }
+  };
+  if (kVector && p.rows.group_size == p.rows.chunks * threads * Policy::kHeld) norm(std::true_type{});
+  else norm(std::false_type{});
 }
 
 }  // namespace statescan::gated_rms_norm
