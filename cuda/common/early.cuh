@@ -19,4 +19,19 @@ inline __device__ void let_next_kernel_in() {
 #endif
 }
 
+// Has addresses worked out here: before a wait, where that costs nothing. The compiler likes to put it off until after it.
+template <class T>
+__device__ void work_out(T*& address) {
+  asm volatile("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));  // which the compiler knew before
+}
+template <class... T>
+__device__ void work_out(T*&... addresses) {
+  (work_out(addresses), ...);
+}
+
+// Asks for the 128 bytes around an address to be brought to L2. Allowed before a wait: what an earlier kernel still writes
+// there, it writes to L2 as well.
+inline __device__ void prefetch(const char* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 }  // namespace statescan::cuda

@@ -129,11 +129,23 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
   const bool has_row = row < unit.rows, stores_row = has_row && unit.lane < kRows;
   const bool has_step =
       kMamba1 ? has_row : unit.rows > 0;  // the rows of a head share dt: every lane works out the head's decay
+  // Ahead of the wait: addresses, and states on their way to L2. A batch of one lasts no longer than this would take after it.
+  const char *first_x = at(p.x, unit, row), *first_dt = at(p.dt, unit, row), *first_z = at(p.z, unit, row);
+  const char *first_B = at_projection(p.B, unit), *first_C = at_projection(p.C, unit);
+  const char *bias_at = at(p.dt_bias, unit, row), *D_at = at(p.D, unit, row), *rate_at = at(p.A, unit);
+  char *first_y = at(p.y, unit, row), *slots_at = at_slot(p.state, unit, 0);
+  cuda::work_out(first_x, first_dt, first_z, first_B, first_C, bias_at, D_at, rate_at, first_y, slots_at);
+  if constexpr (kVector) {
+    constexpr std::uint32_t kBlocksAhead = 2048, kLine = 128;  // later blocks start after the wait
+    const char* line = slots_at + unit.batch * p.state.batch + unit.lane * 16;
+    for (int r = 0; r < unit.rows && !p.from.data && blockIdx.x < kBlocksAhead; ++r, line += p.state.row)
+      if (reinterpret_cast<std::uintptr_t>(line) % kLine == 0 && unit.lane * kRun < p.dstate) cuda::prefetch(line);
+  }
   cuda::wait_for_earlier_kernels();
   cuda::let_next_kernel_in();
   const std::int64_t from = p.from.data ? slot_at(p.from, unit.batch, p.slots) : unit.batch;
   if (from < 0) {
-    char* y = at(p.y, unit, row);
+    char* y = first_y;
     for (std::int64_t t = 0; t < ntokens; ++t, y += p.y.token)
       if (stores_row) cuda::store_element(y, p.y.dtype, 0.0f);
     return;
@@ -159,7 +171,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
     // Everything that the first token needs is on its way before the first use of any of it.
     Run packed_state[kRows][kRunsOfRow], packed_rate[kMamba1 ? kRows : 1][kRunsOfRow], packed_B[kRunsOfRow],
         packed_C[kRunsOfRow];
-    const char* const state_at = at_slot(p.state, unit, from);
+    const char* const state_at = slots_at + from * p.state.batch;
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
@@ -167,15 +179,14 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
         packed_state[r][v].load(state_at + r * p.state.row + column[v] * state_step, Policy::kState, state_step,
                                 count_of(r, v));
     asm volatile("" ::: "memory");  // the states come from farthest away: no other load goes before them
-    const auto load_projection = [&](const View& view, const char* first, int r, Run (&packed)[kRunsOfRow]) {
+    const auto load_projection = [&](const View& view, const char* first, int r, Run(&packed)[kRunsOfRow]) {
       const std::int64_t step = step_of(view);
 #pragma unroll
       for (int v = 0; v < kRunsOfRow; ++v)
         packed[v].load(first + r * view.row + column[v] * step, view.dtype, step, count_of(r, v));
     };
-    const char *x_at = at(p.x, unit, row), *dt_at = at(p.dt, unit, row), *z_at = at(p.z, unit, row);
-    const char *B_at = at_projection(p.B, unit), *C_at = at_projection(p.C, unit);
-    char* y_at = at(p.y, unit, row);
+    const char *x_at = first_x, *dt_at = first_dt, *z_at = first_z, *B_at = first_B, *C_at = first_C;
+    char* y_at = first_y;
     std::uint32_t dt_bits, x_bits, z_bits;
     const auto load_token = [&] {
       dt_bits = load_if(has_step, p.dt, dt_at);
@@ -185,17 +196,17 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
       z_bits = load_if(has_row, p.z, z_at);
     };
     if (ntokens > 0) load_token();
-    const float bias = __uint_as_float(load_if(has_step, p.dt_bias, at(p.dt_bias, unit, row)));  // float32, as A and D
-    const float D = __uint_as_float(load_if(has_row, p.D, at(p.D, unit, row)));
+    const float bias = __uint_as_float(load_if(has_step, p.dt_bias, bias_at));  // float32, as A and D
+    const float D = __uint_as_float(load_if(has_row, p.D, D_at));
     float head_rate = 0.0f;
     if constexpr (kMamba1) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
         for (int v = 0; v < kRunsOfRow; ++v)
-          packed_rate[r][v].load(at(p.A, unit, r) + column[v] * rate_step, kRate, rate_step, count_of(r, v));
+          packed_rate[r][v].load(rate_at + r * p.A.row + column[v] * rate_step, kRate, rate_step, count_of(r, v));
     } else {
-      head_rate = __uint_as_float(load_if(unit.rows > 0, p.A, at(p.A, unit)));
+      head_rate = __uint_as_float(load_if(unit.rows > 0, p.A, rate_at));
     }
 
     float state[kRows][kRunsOfRow][kValues];
@@ -205,7 +216,7 @@ __global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
       for (int v = 0; v < kRunsOfRow; ++v) packed_state[r][v].widen(Policy::kState, state[r][v]);
 
     const std::int64_t to = p.to.data ? slot_at(p.to, unit.batch, p.slots) : from;
-    char* const to_at = at_slot(p.state, unit, to);
+    char* const to_at = slots_at + to * p.state.batch;
     const auto store_states = [&] {
       if (to < 0) return;
 #pragma unroll
