@@ -308,6 +308,24 @@ def test_states_handed_from_block_to_block(rng, row, dtype, headdim, reverse):
 
 
 @needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("lengths", ([130] * 300, [0, 1, 64, 65, 0, 0, 130, 7, 200] * 40), ids=("rows", "packed"))
+def test_blocks_that_take_many_tasks(rng, lengths, reverse):
+    """The fused row's blocks enter a sequence while the last outputs of the one before are on their way. With three heads, every
+    other task has work for one half of a block."""
+    packed = len(set(lengths)) > 1
+    shape = dict(batch=1, seqlen=sum(lengths) + 3) if packed else dict(batch=len(lengths), seqlen=lengths[0])
+    inputs = cases.ssd_scan(rng, "bfloat16", **shape, nheads=3, ngroups=1, headdim=8, dstate=16, sequences=len(lengths))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if packed:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    gpu = DEVICES[1]
+    plan = statescan.plan("ssd_scan", **{name: gpu.put(value) for name, value in (inputs | options).items()})
+    assert plan.kernel == "fused_bfloat16" and plan.segment_tokens == 0
+    cases.SSD_SCAN.check(gpu, inputs, **options)
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_a_bad_token_stays_behind_in_segments(rng, dtype):
     inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=2000, nheads=2, ngroups=1, headdim=20, dstate=32)

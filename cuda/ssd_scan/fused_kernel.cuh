@@ -443,6 +443,27 @@ struct WeightedColumns {
   }
 };
 
+// The matrix operand of a state after the first tokens of a chunk, up to token `last`. Later ones weigh nothing.
+template <class Element, class Words>
+__device__ void weigh_first(Words& words, const char* tile, const Steps& steps, const Fragment& at, bool reverse, int last) {
+  const float log_last = steps.log_decay(last);
+#pragma unroll
+  for (int j = 0; j < kTile / 16; ++j) {
+    std::uint32_t word[4];
+    at.load_transposed(tile, j, word);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int token = 16 * j + w / 2 * 8 + at.column;
+      const float4 step = steps.pair[token / 2];
+      float pair[2];
+      cuda::widen_word<Element>(word[w], pair);
+      pair[0] = (reverse ? token >= last : token <= last) ? pair[0] * (step.z * fast_exp2(log_last - step.x)) : 0.0f;
+      pair[1] = (reverse ? token + 1 >= last : token + 1 <= last) ? pair[1] * (step.w * fast_exp2(log_last - step.y)) : 0.0f;
+      words(4 * j + w) = cuda::narrow_word<Element>(pair);
+    }
+  }
+}
+
 // Which of a word's two columns the scan reaches from its row, in the 16 x 16 block on the diagonal.
 inline __device__ std::uint32_t diagonal_mask(const Fragment& at, bool reverse, int word) {
   const int row = at.lane / 4 + word % 2 * 8, column = at.column + word / 2 * 8;
@@ -485,8 +506,8 @@ struct SliceOfState {
   int rows, columns;  // that exist from the thread's first row and column on
 
   template <class Params>
-  __device__ SliceOfState(const Params& p, const StateView& t, std::int64_t sequence, int head, int channel,
-                          const Fragment& at, std::int64_t offset = 0)
+  __device__ SliceOfState(const Params& p, const StateView& t, std::int64_t sequence, int head, int channel, const Fragment& at,
+                          std::int64_t offset = 0)
       : view(t),
         first(t.data + offset + sequence * t.sequence + head * t.head + (channel + at.row) * t.row + at.column * t.column),
         rows(p.headdim - channel - at.row),
@@ -511,6 +532,15 @@ struct SliceOfState {
 #pragma unroll
     for (int k = 0; k < kState / 4; ++k)
       store_pair<kPairs>(pair(k), view, left(k), make_float2(state(2 * k), state(2 * k + 1)));
+  }
+
+  // Columns from kTile `tile` on, as values of their own.
+  template <class Columns>
+  __device__ void store_tile(const Columns& columns, int tile) const {
+#pragma unroll
+    for (int k = 0; k < kTile / 4; ++k)
+      store_pair<true>(pair(tile * kTile / 4 + k), view, left(tile * kTile / 4 + k),
+                       make_float2(columns(2 * k), columns(2 * k + 1)));
   }
 };
 
@@ -594,8 +624,8 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
       const int valid = static_cast<int>(min(task.length - task.template start_of<true>(p, i), std::int64_t{kTile}));
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
-      // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand to
-      // what comes after its matmul, waited for or not.
+      // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand
+      // to what comes after its matmul, waited for or not.
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(state);
       if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
@@ -618,8 +648,8 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
   }
 }
 
-// The output of a slice, chunk by chunk.
-template <class Policy>
+// The output of a slice, chunk by chunk; kPositions: and its states at positions.
+template <class Policy, bool kPositions>
 __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false>& shared, int which) {
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
@@ -648,6 +678,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
   const auto B_columns = update_of.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
   const auto x_columns =
       output_of.partition_fragment_B(M::tensor(shared.x, typename M::template Columns<kTile, 2 * kStages>{}));
+  const auto B_tiles =
+      output_of.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kTile, kState / kTile * kStages>{}));
   constexpr auto _ = cute::_;
 
   std::uint32_t diagonal[4];
@@ -725,20 +757,50 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       decays.load(steps, at);
     };
 
-    // States for the positions among tokens [begin, end).
-    const auto leave_state = [&](std::int64_t begin, std::int64_t end) {
-      PositionsOfSequence(p.positions, task.sequence).take(begin, end, [&](std::int64_t entry) {
-        int row = channel;
-        asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
-        SliceOfState<kState>(p, p.positions.entries, task.sequence, head, row, at, entry).template store<true>(state);
-      });
+    const auto entry_at = [&](std::int64_t entry) {
+      int row = channel;
+      asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
+      return SliceOfState<kState>(p, p.positions.entries, task.sequence, head, row, at, entry);
     };
-    const auto leave_entry = [&](int i) {
-      if (p.positions.data) leave_state(task.tokens_before(p, i), task.tokens_before(p, i + 1));
+    [[maybe_unused]] int next_position = 0;  // of those inside of the task's chunks: whether to look is asked for every chunk
+    if constexpr (kPositions) next_position = PositionsOfSequence(p.positions, task.sequence).next(task.tokens_before(p, 0));
+    // States at the positions inside of the i-th chunk, which has come and which the state enters. A half of their columns at a
+    // time takes the place of scores.
+    [[maybe_unused]] const auto leave_states = [&](int i) {
+      const Steps& steps = shared.steps[ring.stage][which];
+      const std::int64_t begin = task.tokens_before(p, i), end = task.tokens_before(p, i + 1);
+      if (next_position >= end) return;
+      const auto inside = [&](std::int64_t position) { return position >= begin && position < end; };
+      PositionsOfSequence(p.positions, task.sequence).take_if(inside, [&](std::int64_t position, std::int64_t entry) {
+        const auto slice = entry_at(entry);
+        if (position == begin) {
+          slice.template store<true>(state);
+          return;
+        }
+        const int count = static_cast<int>(position - begin), last = p.reverse ? valid_tokens(i) - count : count - 1;
+        const float decay = steps.enter[last];
+        auto operand = cute::make_tensor<typename M::Element>(cute::partition_shape_A(output_mma, cute::Shape<_64, _64>{}));
+        auto words = cute::recast<std::uint32_t>(operand);
+        weigh_first<NativeElement>(words, shared.x[ring.stage][which], steps, at, p.reverse, last);
+#pragma unroll
+        for (int tile = 0; tile < kState / kTile; ++tile) {
+#pragma unroll
+          for (int v = 0; v < kTile / 2; ++v) scores(v) = decay * state(tile * kTile / 2 + v);
+          cute::warpgroup_fence_operand(operand);
+          cute::warpgroup_fence_operand(scores);
+          cute::warpgroup_arrive();
+          issue<false>(output_mma, operand, B_tiles(_, _, _, kState / kTile * ring.stage + tile), scores);
+          cute::warpgroup_wait<0>();
+          cute::warpgroup_fence_operand(scores);
+          slice.store_tile(scores, tile);
+        }
+      });
+      next_position = PositionsOfSequence(p.positions, task.sequence).next(end);
     };
 
-    if (task.chunk_count > 0) leave_entry(0);
-    enter_chunk(0, await_chunk(0));
+    const float first_total = await_chunk(0);
+    if (kPositions && task.chunk_count > 0) leave_states(0);
+    enter_chunk(0, first_total);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     for (int i = 0; i < task.chunk_count; ++i) {
@@ -804,7 +866,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       // The next chunk's scores run beside the end of this one.
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(y);
-      if (i + 1 < task.chunk_count) leave_entry(i + 1);
+      if (kPositions && i + 1 < task.chunk_count) leave_states(i + 1);
       enter_chunk(i + 1, total);
       if (p.D.data) {
 #pragma unroll
@@ -872,16 +934,29 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       continue;
     }
     if (task.segment != p.segments - 1) continue;
-    if (p.positions.data) leave_state(task.length, task.length + 1);
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
+    if constexpr (kPositions) {
+#pragma unroll 1
+      for (bool outside : {false, true}) {  // the state at the end; zeros for positions outside of the sequence
+        const auto wanted = [&](std::int64_t position) {
+          return outside ? position < 0 || position > task.length : position == task.length;
+        };
+        PositionsOfSequence(p.positions, task.sequence).take_if(wanted, [&](std::int64_t, std::int64_t entry) {
+          entry_at(entry).template store<true>(state);
+        });
+#pragma unroll
+        for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
+      }
+    }
   }
   if (thread == 0) cute::tma_store_wait<0>();
 }
 
 }  // namespace fused
 
-// kStateOnly: what each segment adds to the state, and its decay; no C, no y.
-template <class Policy, bool kStateOnly>
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y. kPositions: of y and states at positions, whose
+// registers the loop would lack otherwise.
+template <class Policy, bool kStateOnly, bool kPositions = false>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ FusedParams p) {
   using namespace fused;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -915,7 +990,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   } else {
     cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters>();
     if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
-    else compute_output<Policy>(p, shared, warpgroup);
+    else compute_output<Policy, kPositions>(p, shared, warpgroup);
   }
 }
 

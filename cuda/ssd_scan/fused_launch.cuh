@@ -102,8 +102,11 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
 
   const cuda::LaunchShape shape{blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)};
   const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
-  launch("ssd_scan_fused_kernel", ssd_scan_fused_kernel<Policy, false>, shape, stream, p);
-  if (args.state_positions) launch_position_states(args, d, entries, {kFusedTile, args.reverse}, stream);
+  auto kernel = ssd_scan_fused_kernel<Policy, false>;
+  if constexpr (Policy::kTakesPositions)
+    if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, true>;
+  launch("ssd_scan_fused_kernel", kernel, shape, stream, p);
+  if (args.state_positions && !entries_in_place(args)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},
                  stream, p, d.num_sequences);

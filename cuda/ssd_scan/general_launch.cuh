@@ -27,7 +27,7 @@ void launch_general(const Args& args, const Dims& dims, Stream stream) {
                {sequences * segments.count * params.tasks.tiles, Policy::kThreads, Layout::bytes(stages, params.tasks.heads)},
                stream, params, stages);
   if (args.state_positions)
-    launch_position_states(args, dims, entries_of(args, dims, segments), {Policy::kChunk, false}, stream);
+    launch_position_states(args, dims, entries_of(args, dims, segments), Policy::kChunk, stream);
 }
 
 }  // namespace statescan::ssd_scan

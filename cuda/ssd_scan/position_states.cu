@@ -1,9 +1,9 @@
 // ssd_scan, states at chosen tokens: from the state that enters a token's chunk
-// Math     h = exp(s[m-1]) entry + sum_{j<m} B[j] exp(s[m-1] - s[j]) dt[j] x[j], m tokens of the chunk, s its prefix sums of dt
-// A Shapes   entry, h [num_sequences, npositions, h, p, n]; x [b,l,h,p], B [b,l,g,n] Traffic  read the entries, write h, and at
-// most 64 tokens of x and B for each Launch   a block for each 64 rows and 64 columns of (sequence, position, head): 256
-// threads of 4 x 4 elements Numerics float32 sums in the order of the scan: a state does not depend on which others are asked
-// for
+// Math     h = exp(s[m-1]) entry + sum_{j<m} B[j] exp(s[m-1] - s[j]) dt[j] x[j], m tokens of the chunk, s its sums of dt A
+// Shapes   entry, h [num_sequences, npositions, h, p, n]; x [b,l,h,p], B [b,l,g,n]
+// Traffic  read the entries, write h, and at most 64 tokens of x and B for each
+// Launch   a block for each 64 rows and 64 columns of (sequence, position, head): 256 threads of 4 x 4 elements
+// Numerics float32 sums in the order of the scan: a state does not depend on which others are asked for
 #include "position_states.h"
 
 #include "../common/launch.h"
@@ -22,7 +22,7 @@ struct PositionParams {
   StateView states;    // the caller's
   std::int64_t state;  // bytes from one position to the next
   bool in_place;       // the entries lie there
-  ChunkGrid grid;
+  std::int64_t chunk;
   std::int64_t row_tiles, column_tiles;
 };
 
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
       index_at(positions.data, positions.is_int64, sequence * positions.sequence + position * positions.position);
   const Walk walk = walk_of(scan.sequences, sequence, 0);
   const bool inside = at >= 0 && at <= walk.length;
-  const std::int64_t begin = inside ? p.grid.chunk_of(at, walk.length) : at;
+  const std::int64_t begin = inside && at < walk.length ? at / p.chunk * p.chunk : at;  // at the end it is left itself
   const int tokens = static_cast<int>(at - begin);
   if (inside && tokens == 0 && p.in_place) return;
 
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_position_states(const Args& args, const Dims& dims, void* entries, const ChunkGrid& grid, Stream stream) {
+void launch_position_states(const Args& args, const Dims& dims, void* entries, std::int64_t chunk, Stream stream) {
   PositionParams p{};
-  p.scan = params_of(args, dims, {.count = 1, .chunks_per_segment = 0, .chunk = grid.chunk});
+  p.scan = params_of(args, dims, {.count = 1, .chunks_per_segment = 0, .chunk = chunk});
   p.scan.positions = positions_of(args, dims, entries);
   p.scan.tasks.heads_of_group = static_cast<std::uint32_t>(dims.nheads / dims.ngroups);
   p.states = first_position(args.position_states);
   p.state = args.position_states.stride[1] * size_of(args.position_states.dtype);
-  p.grid = grid;
+  p.chunk = chunk;
   p.in_place = entries_in_place(args);
   p.row_tiles = divide_up(dims.headdim, kTile), p.column_tiles = divide_up(dims.dstate, kTile);
   const std::int64_t blocks = dims.num_sequences * dims.npositions * dims.nheads * p.row_tiles * p.column_tiles;

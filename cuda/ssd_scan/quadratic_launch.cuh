@@ -21,7 +21,7 @@ void launch_quadratic(const Args& args, const Dims& dims, Stream stream) {
                  {blocks, Policy::kThreads, Layout::bytes(1, params.tasks.heads)}, stream, params);
   // After y: final_state may lie where initial_state does.
   if (args.final_state || args.state_positions) launch_states<Policy>({args, whole}, dims, stream);
-  if (args.state_positions) launch_position_states(args, dims, entries_of(args, dims, whole), {Policy::kChunk, false}, stream);
+  if (args.state_positions) launch_position_states(args, dims, entries_of(args, dims, whole), Policy::kChunk, stream);
 }
 
 }  // namespace statescan::ssd_scan

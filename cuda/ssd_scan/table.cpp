@@ -28,7 +28,7 @@ FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
 }
 
-int padded_dstate(const Dims& dims) { return dims.dstate <= 64 ? 64 : 128; }
+int padded_dstate(const Args& args, const Dims& dims) { return dims.dstate <= 64 && !args.state_positions ? 64 : 128; }
 
 // Why the bulk copy engine cannot move a tensor of the call, or "".
 std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
@@ -55,7 +55,7 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
 std::size_t fused_workspace(const Args& args, const Dims& dims) {
   const FusedPlan plan = fused_plan_of(args, dims);
   const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), cuda::multiprocessors(args.x.device.index));
-  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(dims)).sum();
+  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(args, dims)).sum();
 }
 
 std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
@@ -66,7 +66,7 @@ std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
   const FusedPlan plan = fused_plan_of(args, dims);
-  if (padded_dstate(dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  if (padded_dstate(args, dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
   else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
 }
 
