@@ -6,7 +6,7 @@
 
 namespace statescan::ssd_scan {
 
-inline constexpr int kSumThreads = 256, kChunkSumThreads = 512;
+inline constexpr int kSumThreads = 256, kChunkSumThreads = 1024;
 
 struct SplitSumParams {
   const float* sums;                                    // [splits, b, l, g, n]
@@ -51,7 +51,7 @@ struct ChunkSumParams {
 // Math     to[column] = sum over sequences, their chunks and `inner`
 // Shapes   shares [slots,columns,inner], columns: heads, or heads x channels
 // Traffic  read the shares once
-// Launch   a block of 16 warps for 32 columns of a gradient; each warp takes every 16th share, several on their way together
+// Launch   a block of 32 warps for 32 columns of a gradient; each warp takes every 32nd share, several on their way together
 // Numerics float; the order depends on sequences and chunks alone, so a batch and its packing give the same bits
 inline __global__ void __launch_bounds__(kChunkSumThreads)
     ssd_scan_backward_chunk_sums_kernel(const __grid_constant__ ChunkSumParams p) {

@@ -62,7 +62,7 @@ struct GradientStorage {
 
 // A chunk, a group, and some of its items of the part.
 struct GradientTask {
-  int batch, chunk, slot, group, group_of_part, split, begin, end;
+  int batch, chunk, slot, group, group_of_part, split, begin, end;  // slot: chunk of the part
 
   __device__ GradientTask(const FusedBackwardParams& p, unsigned index) {
     split = static_cast<int>(index % static_cast<unsigned>(p.splits));
@@ -70,7 +70,7 @@ struct GradientTask {
     group_of_part = static_cast<int>(index % static_cast<unsigned>(p.part.groups));
     slot = static_cast<int>(index / static_cast<unsigned>(p.part.groups));
     group = p.part.first_group + group_of_part;
-    batch = slot / p.chunks, chunk = slot % p.chunks;
+    batch = p.part.first_batch + slot / p.chunks, chunk = slot % p.chunks;
     const int heads = p.part.items / p.slices, each = (heads + p.splits - 1) / p.splits;
     begin = min(split * each, heads) * p.slices;
     end = min((split + 1) * each, heads) * p.slices;
@@ -269,7 +269,7 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
     }
     dA = sum_of_warp(dA), ddt_bias = sum_of_warp(ddt_bias), diagonal = sum_of_warp(diagonal);
     if (lane == 0) {
-      const std::int64_t share = std::int64_t{task.slot} * p.nheads + head;
+      const std::int64_t share = (std::int64_t{task.batch} * p.chunks + task.chunk) * p.nheads + head;
       p.dA_shares[share] = dA, p.ddt_bias_shares[share] = ddt_bias, p.dD_shares[share] = diagonal;
     }
     direct[0] = direct[1] = earlier[0] = earlier[1] = later[0] = later[1] = diagonal = whole = 0;
@@ -352,7 +352,7 @@ __device__ float multiply_states(const void* states, const void* adjoints, int h
 // as can be.
 template <int kState>
 __device__ std::int64_t kept_sums(const FusedBackwardParams& p, int split, int slot, int group) {
-  const std::int64_t block = (std::int64_t{split} * p.batch * p.chunks + slot) * p.ngroups + group;
+  const std::int64_t block = (std::int64_t{split} * p.part.batches * p.chunks + slot) * p.ngroups + group;
   return block * (kState / 8 * kWarpgroup);
 }
 
@@ -381,21 +381,8 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   Ring<kStages> ring;
   Ring<2> slots;
   for_each_task(p, [&](const GradientTask& task, int parity) {
-    // What the pieces before this one have come to.
-    const bool is_wanted = is_C ? p.has_dC : p.has_dB;
-    float4* const kept =
-        (is_C ? p.dC_sums : p.dB_sums) + kept_sums<Policy::kState>(p, task.split, task.slot, task.group) + thread;
-    const auto load_sums = [&](auto& sum, int tile) {
-      const bool is_first = p.part.is_first || !is_wanted;
 #pragma unroll
-      for (int k = 0; k < kTile / 8; ++k) {
-        const float4 v = is_first ? float4{} : kept[(tile * (kTile / 8) + k) * kWarpgroup];
-        sum(4 * k) = v.x, sum(4 * k + 1) = v.y, sum(4 * k + 2) = v.z, sum(4 * k + 3) = v.w;
-      }
-    };
-    load_sums(sum0, 0);
-    if constexpr (kTiles == 2) load_sums(sum1, 1);
-
+    for (int v = 0; v < kTile / 2; ++v) sum0(v) = sum1(v) = 0.0f;
     shared.projections_full.wait(parity);
     for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
       const int stage = ring.stage;
@@ -443,6 +430,22 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       shared.sums_full[slots.stage].arrive();
     }
 
+    // What the pieces before this one have come to.
+    const bool is_wanted = is_C ? p.has_dC : p.has_dB;
+    float4* const kept =
+        (is_C ? p.dC_sums : p.dB_sums) + kept_sums<Policy::kState>(p, task.split, task.slot, task.group) + thread;
+    const auto add_kept = [&](auto& sum, int tile) {
+      float4 before[kTile / 8];
+#pragma unroll
+      for (int k = 0; k < kTile / 8; ++k) before[k] = kept[(tile * (kTile / 8) + k) * kWarpgroup];
+#pragma unroll
+      for (int k = 0; k < kTile / 8; ++k)
+        sum(4 * k) += before[k].x, sum(4 * k + 1) += before[k].y, sum(4 * k + 2) += before[k].z, sum(4 * k + 3) += before[k].w;
+    };
+    if (is_wanted && !p.part.is_first) {
+      add_kept(sum0, 0);
+      if constexpr (kTiles == 2) add_kept(sum1, 1);
+    }
     // What the heads have in common is multiplied once.
     shared.weights_full.wait(parity);
     const auto add_common = [&](auto& sum, int tile) {
@@ -668,16 +671,17 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
   if (at.lane == 0) cute::tma_store_wait<0>();
 }
 
-// dB and dC of a chunk from those of the splits: a block for each chunk, group and gradient.
+// dB and dC of a chunk from those of the splits: four blocks for each chunk, group and gradient.
 template <class Policy>
 __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(const __grid_constant__ FusedSplitSumParams p) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   cuda::let_next_kernel_in();
   cuda::wait_for_earlier_kernels();
-  const bool is_C = blockIdx.x % 2;
+  const int quarter = blockIdx.x % 4;
+  const bool is_C = blockIdx.x / 4 % 2;
   const GradientView& gradient = is_C ? p.dC : p.dB;
   if (!gradient.data) return;
-  const int group = static_cast<int>(blockIdx.x / 2 % p.ngroups), slot = static_cast<int>(blockIdx.x / 2 / p.ngroups);
+  const int group = static_cast<int>(blockIdx.x / 8 % p.ngroups), slot = static_cast<int>(blockIdx.x / 8 / p.ngroups);
   const Fragment at(threadIdx.x);
   constexpr int kCount = Policy::kState / 8;
   const std::int64_t step = std::int64_t{p.slots} * p.ngroups * kCount * kWarpgroup;  // from split to split
@@ -685,9 +689,10 @@ __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(co
       (is_C ? p.dC_sums : p.dB_sums) + (std::int64_t{slot} * p.ngroups + group) * kCount * kWarpgroup + threadIdx.x;
   const Tokens tokens(at, !is_C);
   const std::int64_t first = std::int64_t{slot} % p.chunks * kTile;
-  char* const to = gradient.data + slot / p.chunks * gradient.batch + group * gradient.group;
-#pragma unroll 4
-  for (int k = 0; k < kCount; ++k) {
+  char* const to = gradient.data + (p.first_batch + slot / p.chunks) * gradient.batch + group * gradient.group;
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    const int k = quarter * (kCount / 4) + i;
     float4 sum = sums[k * kWarpgroup];
     for (int split = 1; split < p.splits; ++split) {
       const float4 v = sums[split * step + k * kWarpgroup];

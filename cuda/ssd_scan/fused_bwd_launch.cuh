@@ -62,36 +62,36 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     shape.early = std::exchange(early, true);
     cuda::launch(name, kernel, shape, stream, params);
   };
+  const auto gradient = [](const Tensor& t) -> GradientView {
+    if (!t) return {};
+    const std::int64_t size = size_of(t.dtype);
+    return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
+  };
   for (std::int64_t i = 0; i < plan.parts; ++i) {
     p.part = plan.part(d, i);
     p.keeps_sums = plan.splits > 1 || !p.part.is_last;
-    const std::int64_t slots = plan.slots, items = p.part.total();
+    const std::int64_t slots = p.part.batches * plan.chunks, items = p.part.total();
     const auto kept = [&](void* data) {  // [slots, rows, items, states], as boxes of rows and states find them
       Tensor t = Tensor::contiguous(data, args.x.dtype, {slots, items, kFusedTile, Policy::kState}, args.x.device);
       std::swap(t.shape[1], t.shape[2]), std::swap(t.stride[1], t.stride[2]);
       return cuda::tma_map(t);
     };
     p.states = kept(states), p.adjoints = kept(adjoints);
-    p.items_of_walk = items_of_walk(d, items);
+    p.items_of_walk = items_of_walk(p.part.batches * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
-    p.walks = static_cast<unsigned>(d.batch * p.walks_per_group * p.part.groups);
-    p.tasks = static_cast<unsigned>(plan.slots * p.part.groups * plan.splits);
+    p.walks = static_cast<unsigned>(p.part.batches * p.walks_per_group * p.part.groups);
     launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
            std::min(2 * std::int64_t{p.walks}, multiprocessors), 128 * fused::kWalkWarpgroups,
            sizeof(fused::WalkStorage<Policy>), p);
+    p.tasks = static_cast<unsigned>(slots * p.part.groups * plan.splits);
     launch("ssd_scan_fused_gradient_kernel", ssd_scan_fused_gradient_kernel<Policy>,
            std::min(std::int64_t{p.tasks}, multiprocessors), 128 * fused::kGradientWarpgroups,
            sizeof(fused::GradientStorage<Policy>), p);
-  }
-  if (plan.splits > 1) {
-    const auto view = [](const Tensor& t) -> GradientView {
-      if (!t) return {};
-      const std::int64_t size = size_of(t.dtype);
-      return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
-    };
-    const FusedSplitSumParams sums{p.dB_sums, p.dC_sums, view(args.dB), view(args.dC), d.seqlen, static_cast<int>(plan.slots),
-                                   p.chunks,  p.ngroups, p.splits,      p.dstate};
-    launch("ssd_scan_fused_split_sum_kernel", fused::ssd_scan_fused_split_sum_kernel<Policy>, 2 * plan.slots * d.ngroups,
+    if (plan.splits == 1 || !p.part.ends_batches) continue;
+    const FusedSplitSumParams sums{
+        p.dB_sums, p.dC_sums, gradient(args.dB), gradient(args.dC), d.seqlen, p.part.first_batch, static_cast<int>(slots),
+        p.chunks,  p.ngroups, p.splits,          p.dstate};
+    launch("ssd_scan_fused_split_sum_kernel", fused::ssd_scan_fused_split_sum_kernel<Policy>, 8 * slots * d.ngroups,
            fused::kWarpgroup, 0, sums);
   }
   Sequences sequences{};

@@ -10,7 +10,7 @@ namespace statescan::ssd_scan {
 struct FusedBackwardParams {
   CUtensorMap x, dy, B, C, dB, dC;
   CUtensorMap dealt_x, dealt_dx, dealt_B;  // in boxes of eight tokens
-  CUtensorMap states, adjoints;  // [slots, items of the part, 64, padded dstate]: of the state that enters, that leaves a chunk
+  CUtensorMap states, adjoints;  // [slots, items, 64, padded dstate] of the part: of the state that enters, that leaves a chunk
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, dfinal_state, dinitial_state;
@@ -42,7 +42,7 @@ struct FusedSplitSumParams {
   const float4 *dB_sums, *dC_sums;
   GradientView dB, dC;
   std::int64_t seqlen;
-  int slots, chunks, ngroups, splits, dstate;
+  int first_batch, slots, chunks, ngroups, splits, dstate;  // slots: of the part
 };
 
 }  // namespace statescan::ssd_scan

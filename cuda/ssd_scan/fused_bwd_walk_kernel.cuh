@@ -6,10 +6,9 @@
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every chunk
 //          Floor of B8 L2048 H80 P64 N128 bf16: 1.01 GB, 0.34 ms
 // Launch   a block per multiprocessor, which takes directions and pairs of slices of sequences in turns, or single slices where
-//          these leave multiprocessors without work. Two warpgroups have
-// the state of a slice each, one weights x
-//          or dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to decay the
-//          state and add a product to it
+//          these leave multiprocessors without work. Two warpgroups have the state of a slice each, or half a state; one
+//          weights x or dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to
+//          decay the state and add a product to it
 // Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -28,25 +27,27 @@ struct alignas(16) WalkSteps {
 
 template <class Policy>
 struct WalkStorage {
-  static constexpr int kStages = 4, kTiles = Policy::kState / kTile;
+  static constexpr int kStages = 4, kTiles = Policy::kState / kTile, kAhead = 4;
   using Tile = char[kTileBytes];
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
-  alignas(1024) Tile kept[2][2][kTiles];           // of each slice two, by turns
+  alignas(1024) Tile kept[2][2][kTiles];           // of each warpgroup two, by turns
   WalkSteps steps[kStages][2];
+  uint2 raw[2][kAhead][32];  // what each warp that prepares has loaded ahead
   alignas(8) Barrier full[kStages], weighted[kStages], empty[kStages];
 };
 
 struct WalkTask {
   bool backward;
   int batch, group, first_item;  // item: within the part's items of the group
-  int group_of_part;
+  int batch_of_part, group_of_part;
 
   __device__ WalkTask(const FusedBackwardParams& p, unsigned index) {
     backward = index >= p.walks;
     const unsigned walk = backward ? index - p.walks : index;
     const int of_batch = static_cast<int>(walk % static_cast<unsigned>(p.walks_per_group * p.part.groups));
-    batch = static_cast<int>(walk / static_cast<unsigned>(p.walks_per_group * p.part.groups));
+    batch_of_part = static_cast<int>(walk / static_cast<unsigned>(p.walks_per_group * p.part.groups));
+    batch = p.part.first_batch + batch_of_part;
     group_of_part = of_batch / p.walks_per_group;
     group = p.part.first_group + group_of_part;
     first_item = of_batch % p.walks_per_group * p.items_of_walk;
@@ -91,23 +92,34 @@ __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, Wa
   }
 }
 
-// One warp per slice.
+// Two warps: one per slice, or each with every other chunk of a single slice.
 template <class Policy>
 __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
-                             Ring<WalkStorage<Policy>::kStages>& ring, int which) {
-  const int lane = threadIdx.x % 32;
+                             Ring<WalkStorage<Policy>::kStages>& ring, int warp) {
+  static_assert(WalkStorage<Policy>::kStages % 2 == 0, "or chunks would change hands");
+  const int lane = threadIdx.x % 32, which = p.items_of_walk == 1 ? 0 : warp;
   const StepReader reader(p, task.batch, task.head_of(p, task.has_item(p, which) ? which : 0));
-  // Raw steps of the chunks to come: a load from memory takes longer than a chunk.
-  constexpr int kAhead = 4;
+  // Raw steps of the chunks to come, four of them at a time: a load from memory takes longer than a chunk, and registers that
+  // move up wait for every load that is on its way.
+  constexpr int kAhead = WalkStorage<Policy>::kAhead;
+  uint2* const raw = shared.raw[warp][0] + lane;
   std::uint32_t next[kAhead][2] = {};
+  const auto fetch = [&](int first) {
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k)
-    if (k < p.chunks) reader.fetch(p, task.chunk_of(p, k), next[k]);
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k < p.chunks) reader.fetch(p, task.chunk_of(p, first + k), next[k]);
+  };
+  fetch(0);
   for (int i = 0; i < p.chunks; ++i, ring.advance()) {
-    const LaneSteps s = scan_steps(p, task.chunk_of(p, i), reader.A, reader.bias, next[0]);
+    if (i % kAhead == 0) {
 #pragma unroll
-    for (int k = 0; k < kAhead - 1; ++k) next[k][0] = next[k + 1][0], next[k][1] = next[k + 1][1];
-    if (i + kAhead < p.chunks) reader.fetch(p, task.chunk_of(p, i + kAhead), next[kAhead - 1]);
+      for (int k = 0; k < kAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
+      fetch(i + kAhead);
+    }
+    if (p.items_of_walk == 1 && ring.stage % 2 != warp) continue;
+    const uint2 own = raw[i % kAhead * 32];
+    const std::uint32_t bits[2] = {own.x, own.y};
+    const LaneSteps s = scan_steps(p, task.chunk_of(p, i), reader.A, reader.bias, bits);
     shared.empty[ring.stage].wait(ring.parity ^ 1);
     WalkSteps& steps = shared.steps[ring.stage][which];
     float weight[2];
@@ -153,24 +165,27 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
   }
 }
 
-// Keeps the state of a slice before each chunk, or its adjoint after.
-template <class Policy>
-__device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int which) {
+// Keeps the state of a slice before each chunk, or its adjoint after: kColumns of its states. Each of the two warpgroups has a
+// slice, or one of two halves of the same.
+template <class Policy, int kColumns>
+__device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int warpgroup) {
   using M = Matmuls<Policy>;
   using Element = typename M::Element;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kState = Policy::kState, kStages = WalkStorage<Policy>::kStages, kStateValues = kState / 2;
-  const int thread = threadIdx.x % kWarpgroup;
+  constexpr int kStages = WalkStorage<Policy>::kStages, kHalves = Policy::kState / kColumns, kStateValues = kColumns / 2;
+  const int thread = threadIdx.x % kWarpgroup, which = kHalves == 1 ? warpgroup : 0, half = kHalves == 1 ? 0 : warpgroup;
   const Fragment at(thread);
-  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which); };
+  Fragment at_half = at;
+  at_half.column += half * kColumns;
+  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + warpgroup); };
   // Columns of both operands.
   decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, cute::Int<kState>, _64>, M::kMN, M::kMN>())) mma;
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, cute::Int<kColumns>, _64>, M::kMN, M::kMN>())) mma;
   const auto mine = mma.get_thread_slice(thread);
-  auto state = cute::partition_fragment_C(mma, cute::Shape<_64, cute::Int<kState>>{});
+  auto state = cute::partition_fragment_C(mma, cute::Shape<_64, cute::Int<kColumns>>{});
   const auto rows = mine.partition_fragment_A(M::tensor(shared.rows, typename M::template Columns<kTile, 2 * kStages>{}));
   const auto projection =
-      mine.partition_fragment_B(M::tensor(shared.projection, typename M::template Columns<kState, kStages>{}));
+      mine.partition_fragment_B(M::tensor(shared.projection, typename M::template Columns<kColumns, kStages * kHalves>{}));
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
@@ -184,7 +199,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       return;
     }
     const int head = task.head_of(p, which), channel = task.channel_of(p, which);
-    const auto slice_of = [&](const StateView& t) { return SliceOfState<kState>(p, t, task.batch, head, channel, at); };
+    const auto slice_of = [&](const StateView& t) { return SliceOfState<kColumns>(p, t, task.batch, head, channel, at_half); };
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     const StateView& from = task.backward ? p.dfinal_state : p.initial_state;
@@ -207,21 +222,21 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       shared.weighted[stage].wait(ring.parity);
       cute::warpgroup_fence_operand(state);
       cute::warpgroup_arrive();
-      issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, stage), state);
+      issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, kHalves * stage + half), state);
 
       // While this runs, the state as it was leaves.
-      char* const tiles = shared.kept[which][slots.stage][0];
+      char* const tiles = shared.kept[warpgroup][slots.stage][0];
       if (thread == 0) cute::tma_store_wait<1>();  // the one before the last has left its tiles
       sync();
 #pragma unroll
-      for (int j = 0; j < kState / 16; ++j) at.store(tiles, j, words + 4 * j);
+      for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
       cutlass::arch::fence_view_async_shared();
       sync();
       if (thread == 0) {
-        const int place = task.batch * p.chunks + task.chunk_of(p, i);
+        const int place = task.batch_of_part * p.chunks + task.chunk_of(p, i);
 #pragma unroll
-        for (int k = 0; k < kState / kTile; ++k)
-          cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, k * kTile, item, 0, place);
+        for (int k = 0; k < kColumns / kTile; ++k)
+          cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, half * kColumns + k * kTile, item, 0, place);
         cute::tma_store_arrive();
       }
       cute::warpgroup_wait<0>();
@@ -246,7 +261,7 @@ __global__ void __launch_bounds__(128 * fused::kWalkWarpgroups, 1)
   auto& shared = *reinterpret_cast<Storage*>(shared_bytes);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Storage::kStages; ++stage) {
-      shared.full[stage].init(1 + 2 * 32);  // the tiles, and the steps of each slice
+      shared.full[stage].init(1 + p.items_of_walk * 32);  // the tiles, and the steps of each slice
       shared.weighted[stage].init(kWarpgroup);
       shared.empty[stage].init(2 * kWarpgroup);
     }
@@ -257,7 +272,8 @@ __global__ void __launch_bounds__(128 * fused::kWalkWarpgroups, 1)
   cuda::wait_for_earlier_kernels();
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup < 2) {
-    walk<Policy>(p, shared, warpgroup);
+    if (Policy::kState == 2 * kTile && p.items_of_walk == 1) walk<Policy, kTile>(p, shared, warpgroup);
+    else walk<Policy, Policy::kState>(p, shared, warpgroup);
     return;
   }
   Ring<Storage::kStages> ring;
