@@ -29,17 +29,12 @@ __device__ void load_columns(Columns<Policy>& x, const TileOfRows<Policy>& sX, i
     for (int i = 0; i < Policy::kTermsOfInput; ++i) load_transposed(sX.at(i, 16 * k, warp * kRowsOfWarp), sX.kStride, x[k][i]);
 }
 
-// Of weighted x. Rounded in bfloat16: what a state adds to y has no other rounding besides that of y, and so stays below the
-// gate.
-template <class Policy>
-inline constexpr int kTermsOfWeighted = Policy::kDType == DType::bfloat16 ? 1 : Policy::kTerms;
-
 // state = decay state + sum_j to_end[j] x[j] B[j] over a chunk. The products of a chunk are summed apart: the tensor core's
 // sums truncate, which would add up in a state of many chunks.
 template <class Policy>
 __device__ void update_state(State<Policy>& state, const Columns<Policy>& x, const TileOfGroup<Policy>& sB,
                              const Steps<Policy::kChunk>& steps) {
-  constexpr int kTerms = kTermsOfWeighted<Policy>, kBlocks = Policy::kChunk / 16;
+  constexpr int kTerms = Policy::kTerms, kBlocks = Policy::kChunk / 16;
   const int t = lane_id() % 4;
   Bits weighted[kBlocks][kTerms][4];
 #pragma unroll
