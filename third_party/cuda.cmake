@@ -48,8 +48,8 @@ for base in spec.submodule_search_locations if spec else ():
   set(${result} "${root}" PARENT_SCOPE)
 endfunction()
 
-# Sets `result` to the architectures of this machine's GPUs that the compiler knows. Without one, to those that two cores build
-# in minutes: machine code for compute capability 8.x and 9.0, and PTX for what is newer.
+# Sets `result` to the architectures of this machine's GPUs that the compiler knows. Without one, to what two cores build in
+# minutes: machine code for compute capability 9.0, and PTX, which the driver compiles at first use, for the others from 8.0 on.
 function(statescan_local_architectures result)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE found ERROR_QUIET RESULT_VARIABLE status)
@@ -68,7 +68,7 @@ function(statescan_local_architectures result)
     endif()
   endforeach()
   if(NOT architectures)
-    set(architectures 80 90)
+    set(architectures 80-virtual 90)
   endif()
   list(TRANSFORM architectures REPLACE "^90$" "90a")  # kernels of Hopper's own instructions run on no other
   set(${result} "${architectures}" PARENT_SCOPE)
