@@ -204,7 +204,8 @@ def test_signatures(name):
 
 def test_backwards_take_the_options_of_their_forward():
     outputs = {"out", "final_state_out", "final_conv_state_out", "return_final_state", "return_final_states"}
-    outputs |= {"state_positions", "position_states_out", "ssd_mode"}  # say how the forward works, not what it computes
+    # These say how the forward works, not what it computes.
+    outputs |= {"state_positions", "position_states_out", "ssd_mode", "save_states", "chunk_states_out"}
     for name in BACKWARDS:
         forward, backward = (inspect.signature(getattr(statescan, n)).parameters for n in (name.removesuffix("_backward"), name))
         missing = forward.keys() - backward.keys() - outputs

@@ -7,7 +7,7 @@ import statescan
 from gradient_contract import GradientContract
 from positions_contract import PositionsContract
 from scan_contract import ScanContract, cumulative
-from support import NARROW, Cpu, assert_accurate, assert_same_bits, exact, laid_out, poison
+from support import DTYPES, NARROW, Cpu, assert_accurate, assert_same_bits, exact, laid_out, poison
 
 OP = cases.SSD_SCAN
 
@@ -612,3 +612,148 @@ def test_backward_takes_no_more_than_its_states(device, rng):
     plan = statescan.plan("ssd_scan_backward", **inputs)
     states = 4096 // 64 * inputs["initial_state"].nbytes
     assert plan.workspace_bytes < states + inputs["x"].nbytes + 2**20 * statescan.num_threads()
+
+
+# ---- kept states -------------------------------------------------------------------------------------------------------
+STRETCH = 256
+STRETCHES = {
+    "one": dict(seqlen=STRETCH),
+    "two": dict(seqlen=STRETCH + 1),
+    "long": dict(seqlen=3 * STRETCH - 9, batch=1),
+    "tiles": dict(seqlen=2 * STRETCH + 70, headdim=64, dstate=128, batch=1),
+    "blocks": dict(seqlen=2 * STRETCH + 70, headdim=72, nheads=10, ngroups=1, batch=1),
+    "packed": dict(lengths=[0, 300, 512, 0, 513, 7]),
+    "one after another": dict(lengths=[STRETCH] * 3, unused=40),
+    "empty": dict(seqlen=0),
+}
+every_stretch = pytest.mark.parametrize("sizes", STRETCHES.values(), ids=STRETCHES)
+
+
+def stretched(rng, dtype, sizes, make=BACKWARD.inputs, **others):
+    """Inputs, and the options that go with them. States are large enough for their rounding errors to average out in sums."""
+    sizes = {"nheads": 8, "ngroups": 2, "headdim": 16, "dstate": 24, **sizes, **others}
+    lengths, unused = sizes.pop("lengths", None), sizes.pop("unused", 0)
+    if lengths is None:
+        return make(rng, dtype, **sizes), {}
+    inputs = make(rng, dtype, batch=1, seqlen=sum(lengths) + unused, sequences=len(lengths), **sizes)
+    return inputs, {"cu_seqlens": cumulative(lengths)}
+
+
+def positions_of_stretches(inputs, cu_seqlens=None):
+    """For each sequence the positions where its stretches begin, -1 behind them, and the rows in chunk_states of those."""
+    seqlen = inputs["x"].shape[1]
+    cu = [0, seqlen] if cu_seqlens is None else [int(end) for end in cu_seqlens]
+    spans = list(zip(cu[:-1], cu[1:])) * (len(inputs["x"]) if cu_seqlens is None else 1)
+    count = -(-seqlen // STRETCH)
+    positions = np.array([[k * STRETCH if k * STRETCH < last - first else -1 for k in range(count)] for first, last in spans])
+    rows = [
+        (0, first // STRETCH + s + k) if cu_seqlens is not None else (s, k)
+        for s, (first, _) in enumerate(spans)
+        for k in range(count)
+        if positions[s, k] >= 0
+    ]
+    return positions.reshape(len(spans), count), rows
+
+
+def kept_states(device, inputs, **options):
+    """chunk_states, and y beside them."""
+    inputs = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+    given = {name: device.put(value) for name, value in (inputs | options).items()}
+    y, states = device.call(statescan.ssd_scan, **given, dt_softplus=True, save_states=True)
+    return device.get(states), device.get(y)
+
+
+@every_stretch
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("mode", (None, "recurrent", "quadratic"))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_kept_states(device, rng, sizes, reverse, mode, dtype):
+    inputs, options = stretched(rng, dtype, sizes, OP.inputs)
+    options |= {"reverse": reverse, "ssd_mode": mode}
+    positions, rows = positions_of_stretches(inputs, options.get("cu_seqlens"))
+    states, y = kept_states(device, inputs, **options)
+    batch, seqlen, *heads = inputs["x"].shape
+    count = seqlen // STRETCH + len(positions) if "cu_seqlens" in options else positions.shape[1]
+    assert states.shape == (batch, count, *heads, inputs["B"].shape[3])
+    assert dtype == states.dtype.name
+    expected = PositionsContract()
+    expected.op = OP
+    expected = expected.expected(inputs, positions, options.get("cu_seqlens"), reverse)[positions >= 0]
+    got = np.array([states[row] for row in rows], states.dtype).reshape(expected.shape)
+    assert_accurate(got, expected, "states", "bfloat16" if device.name == "cuda" else None)
+    assert_same_bits(y, OP.run(device, inputs, dt_softplus=True, **options)["y"], "y beside the states")
+
+
+@every_stretch
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype", ("float32", *NARROW))
+def test_backward_from_kept_states(device, rng, sizes, reverse, dtype):
+    inputs, options = stretched(rng, dtype, sizes)
+    options |= {"reverse": reverse}
+    states, _ = kept_states(device, inputs, **options)
+    BACKWARD.check(device, inputs, dt_softplus=True, chunk_states=states, **options)
+
+
+@pytest.mark.parametrize("chunk_size", (1, 64, 96, 128, 200, 256, 1024))
+def test_backward_from_kept_states_in_chunks_of_any_size(device, rng, chunk_size):
+    inputs, _ = stretched(rng, "float32", STRETCHES["long"])
+    states, _ = kept_states(device, inputs, chunk_size=chunk_size)
+    BACKWARD.check(device, inputs, dt_softplus=True, chunk_states=states, chunk_size=chunk_size)
+
+
+def test_backward_takes_kept_states_as_they_are(device, rng):
+    """It makes no others: where they hold something else, so do the gradients of what reads them, and only these."""
+    inputs, _ = stretched(rng, "float32", STRETCHES["two"])
+    states, _ = kept_states(device, inputs)
+    right = BACKWARD.run(device, inputs, dt_softplus=True, chunk_states=states)
+    states[:, 1] = 0
+    wrong = BACKWARD.run(device, inputs, dt_softplus=True, chunk_states=states)
+    assert np.any(wrong["dC"][:, STRETCH:] != right["dC"][:, STRETCH:])
+    for name in ("dC", "dz"):
+        assert_same_bits(wrong[name][:, :STRETCH], right[name][:, :STRETCH], f"{name} of the first stretch")
+    for name in ("dx", "dB", "dinitial_state"):
+        assert_same_bits(wrong[name], right[name], name)
+
+
+def test_kept_states_come_last_and_where_they_are_wanted(device, rng):
+    inputs = {n: device.put(v) for n, v in stretched(rng, "bfloat16", STRETCHES["packed"], OP.inputs)[0].items()}
+    cu_seqlens = device.put(cumulative(STRETCHES["packed"]["lengths"]))
+    positions = device.put(np.zeros((6, 1), np.int32))
+    options = dict(cu_seqlens=cu_seqlens, return_final_state=True, state_positions=positions)
+    *others, plain = device.call(statescan.ssd_scan, **inputs, **options, save_states=True)
+    assert len(others) == 3
+    plain = device.get(plain)
+    out = device.put(laid_out(poison(plain.shape, np.float32), "gapped"))
+    *_, given = device.call(statescan.ssd_scan, **inputs, **options, chunk_states_out=out)
+    assert given is out
+    given = device.get(given)
+    _, rows = positions_of_stretches({"x": np.zeros((1, 1332))}, cumulative(STRETCHES["packed"]["lengths"]))
+    for row in np.ndindex(plain.shape[:2]):
+        if row in rows:
+            assert_same_bits(given[row].astype(plain.dtype), plain[row], f"states of row {row}")
+        else:
+            assert np.all(np.isnan(given[row])), f"row {row}, on which no stretch falls, was written"
+
+
+def test_kept_states_keep_the_backward_small(rng):
+    inputs = BACKWARD.inputs(rng, batch=1, seqlen=4096, nheads=8, ngroups=1, headdim=64, dstate=64)
+    states, _ = kept_states(Cpu(), inputs)
+    without, given = (statescan.plan("ssd_scan_backward", **inputs, chunk_states=kept) for kept in (None, states))
+    of_a_stretch, of_all = (count * inputs["initial_state"][0, 0].nbytes for count in (STRETCH // 64, 4096 // 64))
+    assert given.workspace_bytes <= without.workspace_bytes - (of_all - of_a_stretch)
+
+
+def test_errors_of_kept_states(device, rng):
+    inputs, _ = stretched(rng, "float16", STRETCHES["two"])
+    states, _ = kept_states(device, inputs)
+    for wrong, error, text in (
+        (states[:, :1], ValueError, "chunk_states has shape (2, 1, 8, 16, 24); expected (batch=2, nstretches=2, "),
+        (states.astype(DTYPES["bfloat16"]), TypeError, "chunk_states is bfloat16; expected float32 or float16"),
+    ):
+        with pytest.raises(error) as raised:
+            BACKWARD.run(device, inputs, chunk_states=wrong)
+        assert f"ssd_scan_backward: {text}" in str(raised.value)
+        forward = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+        with pytest.raises(error) as raised:
+            OP.run(device, forward | {"chunk_states_out": wrong})
+        assert f"ssd_scan: {text}" in str(raised.value)

@@ -113,6 +113,13 @@ inline Walk walk_of(const ssd_scan::Inputs& in, const ssd_scan::Dims& d, std::in
   return {0, index_at(in.cu_seqlens, s), index_at(in.cu_seqlens, s + 1), in.reverse};
 }
 
+using ssd_scan::kStretch;
+
+// The row of chunk_states that has the state of a stretch.
+inline std::int64_t stretch_row(const ssd_scan::Inputs& in, const Walk& walk, std::int64_t sequence, std::int64_t stretch) {
+  return in.cu_seqlens ? walk.first / kStretch + sequence + stretch : stretch;
+}
+
 inline TileView transposed(const TileView& t) { return {t.data, t.dtype, t.first, t.column_stride, t.row_stride}; }
 
 // The tokens of every batch row that belong to a sequence; what lies past them is zero in outputs.

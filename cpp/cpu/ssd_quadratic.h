@@ -72,6 +72,7 @@ struct Quadratic {
     for (std::int64_t k = 0; k < view.unit.heads; ++k) {
       for (Positions next = positions; next.next() <= length; next.pop())
         view.store_position_state(next.index(), k, state_after(next.next(), k));
+      for (std::int64_t i = view.next_stretch(0); i < length; i += kStretch) view.store_stretch_state(i, k, state_after(i, k));
       if (view.args.final_state) view.store_final_state(k, state_after(length, k));
     }
   }

@@ -43,7 +43,11 @@ struct Recurrent {
         for (std::int64_t k = 0; k < view.unit.heads; ++k)
           view.store_position_state(positions.index(), k, scratch.state + k * size);
       if (start == length) break;
+      const std::int64_t stretch = view.next_stretch(start);
+      if (stretch == start)
+        for (std::int64_t k = 0; k < view.unit.heads; ++k) view.store_stretch_state(start, k, scratch.state + k * size);
       q = least(least(kTokens, length - start), positions.next() - start);
+      if (stretch > start) q = least(q, stretch - start);
       view.load_projection(scratch.B, view.args.B, start, q);
       view.load_projection(scratch.C, view.args.C, start, q);
       for (std::int64_t k = 0; k < view.unit.heads; ++k) {

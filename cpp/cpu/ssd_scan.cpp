@@ -39,7 +39,7 @@ struct Tiles {
     x_weighted = arena.take<T>(q_stride * p_stride);
     y = arena.take<T>(q_stride * p_stride);
     gate = Gate<T>(arena, args, q_stride * p_stride, p_stride);
-    wanted = arena.take<T>(args.state_positions ? d.dstate * p_stride : 0);
+    wanted = arena.take<T>(args.state_positions || args.chunk_states ? d.dstate * p_stride : 0);
   }
 
   std::int64_t q_stride, p_stride;
@@ -118,9 +118,9 @@ struct Block {
     return {view.walk.rows(tensor, next, view.unit.group, 0), q, view.d.dstate, count_blocks<T>(q, tiles.p_stride)};
   }
 
-  // The state after `count` tokens of the chunk, of which the caller asked for one: as at a chunk's end, but beside it. Takes
+  // The state after `count` tokens of the chunk, when the caller asked for it: as at a chunk's end, but beside it. Takes
   // tiles.y, which is in memory by now, for the weighted x.
-  void store_state_within(std::int64_t place, std::int64_t k, std::int64_t count, bool from_state) const {
+  const T* state_within(std::int64_t k, std::int64_t count, bool from_state) const {
     const Steps<T>& steps = tiles.steps;
     const std::int64_t p_stride = tiles.p_stride;
     T decay = T(0);
@@ -133,10 +133,10 @@ struct Block {
         for (std::int64_t c = 0; c < p_stride; c += kLanes<T>)
           store<T>(tiles.y + j * p_stride + c, weights[j] * load<T>(tiles.x + j * p_stride + c));
     }
-    if (count == 0 && from_state) return view.store_position_state(place, k, state(k));
+    if (count == 0 && from_state) return state(k);
     auto next = from_state ? carry<true, T> : carry<false, T>;
     next(tiles.wanted, state(k), decay, tiles.B, view.d.dstate, tiles.y, p_stride, view.d.dstate, count, {}, {});
-    view.store_position_state(place, k, tiles.wanted);
+    return tiles.wanted;
   }
 
   void run(std::int64_t chunk) const {
@@ -165,7 +165,9 @@ struct Block {
                  ends ? next_projection(view.args.C, start + q, chunk) : Ahead());
         view.finish_y(tiles.y, tiles.x, tiles.gate, start, q, h);
         for (Positions next = positions; next.next() < start + q; next.pop())
-          store_state_within(next.index(), k, next.next() - start, from_state);
+          view.store_position_state(next.index(), k, state_within(k, next.next() - start, from_state));
+        for (std::int64_t i = view.next_stretch(start); i < start + q; i += kStretch)
+          view.store_stretch_state(i, k, state_within(k, i - start, from_state));
         if (!to_state) continue;
         auto update = from_state ? carry<true, T> : carry<false, T>;
         update(state(k), state(k), tiles.steps.from_start[q - 1], tiles.B, dstate, tiles.x_weighted, tiles.p_stride, dstate, q,

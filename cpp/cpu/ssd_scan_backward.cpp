@@ -11,7 +11,8 @@
 //          G      = exp(s[end]) G + sum_i exp(s[i]) g[i] C[i]^T, for the chunk before
 // Shapes   x, z, dy [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; states and adjoints are held as [p,n]
 // Traffic  x twice, dt twice, dy, z and the gradients once; B and C twice for each unit; the states that enter the chunks of a
-//          unit, [heads,chunks,p,n], written and read once
+//          unit, [heads,chunks,p,n], written and read once: of the whole sequence, or of one stretch where the forward kept
+//          the states before the stretches
 // Tasks    the units of the forward (ssd_chunk.h). The first of a group makes C B^T of each chunk for all; they add their parts
 //          of dB, dC and of the weights (g[i].x[j]) L[i][j] dt[j] one after the other, chunk by chunk, each a chunk behind the
 //          one before, and the last multiplies the weights with B and C. dx, dB and dC may lie where x, B and C lie: a unit
@@ -37,7 +38,10 @@ using ssd_scan::Dims;
 constexpr std::int64_t kChunk = 64;
 
 Tiling tiling_of(const BackwardArgs& args, const Dims& d) {
-  return cut_units(d, least(most(args.chunk_size, kChunk), kMaxChunk));
+  std::int64_t chunk = least(most(args.chunk_size, kChunk), kMaxChunk);
+  static_assert(kStretch % kChunk == 0);
+  while (args.chunk_states && kStretch % chunk != 0) --chunk;  // a stretch is whole chunks
+  return cut_units(d, chunk);
 }
 
 std::int64_t longest_sequence(const BackwardArgs& args, const Dims& d) {
@@ -83,7 +87,7 @@ struct Tiles {
         p_stride(whole_vectors<T>(t.columns)),
         n_stride(whole_vectors<T>(d.dstate)),
         state_size(t.columns * n_stride),
-        chunks(ceil_div(longest, t.chunk)),
+        chunks(args.chunk_states ? kStretch / t.chunk : most(ceil_div(longest, t.chunk), 1)),
         steps(arena, q_stride) {
     const std::int64_t tokens_p = q_stride * p_stride, tokens_n = q_stride * n_stride, pairs = q_stride * q_stride;
     states = arena.take<T>(t.heads * chunks * state_size);
@@ -106,7 +110,8 @@ struct Tiles {
     dD = arena.take<double>(t.heads * p_stride);
   }
 
-  std::int64_t q_stride, p_stride, n_stride, state_size, chunks;
+  std::int64_t q_stride, p_stride, n_stride, state_size;
+  std::int64_t chunks;  // whose states are there at the same time
   Steps<T> steps;
   T* states;              // [heads,chunks,p,n*] that enter each chunk
   T* adjoints;            // [heads,p,n*] of the states that leave the chunk
@@ -195,7 +200,9 @@ struct Block {
   Walk walk;
 
   std::int64_t chunks() const { return ceil_div(walk.length(), t.chunk); }
-  T* state(std::int64_t k, std::int64_t chunk) const { return tiles.states + (k * tiles.chunks + chunk) * tiles.state_size; }
+  T* state(std::int64_t k, std::int64_t chunk) const {
+    return tiles.states + (k * tiles.chunks + chunk % tiles.chunks) * tiles.state_size;
+  }
   T* adjoint(std::int64_t k) const { return tiles.adjoints + k * tiles.state_size; }
 
   TileView rows(const Tensor& tensor, std::int64_t i, std::int64_t h) const { return walk.rows(tensor, i, h, unit.p0); }
@@ -266,9 +273,20 @@ struct Block {
                                    d.D_per_channel ? offset_of(args.D, h, unit.p0 + c) : offset_of(args.D, h));
   }
 
-  // The states that enter the chunks.
-  void sweep_states() const {
-    for (std::int64_t c = 0; c + 1 < chunks(); ++c) {
+  // The state that enters the stretch of chunk c, as the forward kept it.
+  void load_kept_states(std::int64_t c) const {
+    const Tensor& kept = args.chunk_states;
+    const std::int64_t row = stretch_row(args, walk, unit.sequence, c / tiles.chunks);
+    for (std::int64_t k = 0; k < unit.heads; ++k)
+      load_tile<T>(
+          state(k, c), tiles.n_stride,
+          {kept.data, kept.dtype, offset_of(kept, walk.batch, row, unit.h0 + k, unit.p0), kept.stride[3], kept.stride[4]},
+          unit.columns, d.dstate);
+  }
+
+  // The states that enter the chunks behind `first`, up to `last`.
+  void sweep_states(std::int64_t first, std::int64_t last) const {
+    for (std::int64_t c = first; c < last; ++c) {
       const std::int64_t start = c * t.chunk;
       load_tile<T>(tiles.B, tiles.n_stride, walk.rows(args.B, start, unit.group, 0), t.chunk, d.dstate);
       for (std::int64_t k = 0; k < unit.heads; ++k) {
@@ -279,7 +297,7 @@ struct Block {
         auto next = c > 0 || args.initial_state ? carry<true, T> : carry<false, T>;
         next(state(k, c + 1), state(k, c), tiles.steps.from_start[t.chunk - 1], tiles.x_weighted, tiles.p_stride, tiles.B,
              tiles.n_stride, unit.columns, t.chunk, ahead(args.x, next_c * t.chunk, next_k, steps),
-             next_c + 1 < chunks() ? ahead(state(next_k, next_c + 1), steps) : Ahead());
+             next_c < last ? ahead(state(next_k, next_c + 1), steps) : Ahead());
       }
     }
   }
@@ -582,14 +600,19 @@ struct Block {
     for (double* sums : {tiles.dA, tiles.ddt_bias}) clear(sums, unit.heads);
     clear(tiles.dD, unit.heads * tiles.p_stride);
     for (std::int64_t k = 0; k < unit.heads; ++k) {
-      if (args.initial_state && chunks() > 0)
+      if (args.initial_state && !args.chunk_states && chunks() > 0)
         load_tile<T>(state(k, 0), tiles.n_stride, state_view(args.initial_state, k), unit.columns, d.dstate);
       if (args.dfinal_state) load_tile<T>(adjoint(k), tiles.n_stride, state_view(args.dfinal_state, k), unit.columns, d.dstate);
       else if (chunks() == 0) clear(adjoint(k), tiles.state_size);
     }
-    sweep_states();
+    if (!args.chunk_states) sweep_states(0, chunks() - 1);
     int done = 0;
     for (std::int64_t c = chunks(); c-- > 0;) {
+      if (args.chunk_states && (c + 1 == chunks() || (c + 1) % tiles.chunks == 0)) {
+        const std::int64_t first = c - c % tiles.chunks;
+        load_kept_states(first);
+        sweep_states(first, c);
+      }
       differentiate_chunk(c);
       const std::int64_t start = c * t.chunk, q = tokens(start);
       if (waits) wait_for(shared.chunks_done[index - 1], done + 1);

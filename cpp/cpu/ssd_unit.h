@@ -98,6 +98,19 @@ struct UnitView {
     return all;
   }
 
+  // Where the next stretch begins whose state is kept, at token i or behind it; past the sequence where none is.
+  std::int64_t next_stretch(std::int64_t i) const {
+    return args.chunk_states ? ceil_div(i, kStretch) * kStretch : walk.length();
+  }
+
+  // The state before token i, where a stretch begins.
+  void store_stretch_state(std::int64_t i, std::int64_t k, const T* from) const {
+    const Tensor& t = args.chunk_states;
+    const std::int64_t row = stretch_row(args, walk, unit.sequence, i / kStretch);
+    store_tile<T>({t.data, t.dtype, offset_of(t, walk.batch, row, unit.h0 + k, unit.p0), t.stride[4], t.stride[3]}, d.dstate,
+                  unit.columns, from, p_stride);
+  }
+
   void clear_state(T* state) const {
     for (std::int64_t i = 0; i < state_size(); ++i) state[i] = T(0);
   }

@@ -14,6 +14,14 @@ static void validate_D(const Contract& check, const char* name, const Tensor& D,
   written ? check.output(name, D, axes, check.parameter()) : check.input(name, D, axes, check.parameter());
 }
 
+static void validate_chunk_states(const Contract& check, const Tensor& states, const Dims& d, bool written) {
+  if (!states) return;
+  const std::initializer_list<Axis> axes = {
+      {"batch", d.batch}, {"nstretches", d.nstretches}, {"nheads", d.nheads}, {"headdim", d.headdim}, {"dstate", d.dstate}};
+  written ? check.output("chunk_states", states, axes, check.main_or_parameter())
+          : check.input("chunk_states", states, axes, check.main_or_parameter());
+}
+
 static Dims validate_inputs(const Contract& check, const Inputs& in) {
   check.input("x", in.x, {{"batch", kAny}, {"seqlen", kAny}, {"nheads", kAny}, {"headdim", kAny}}, just(check.main_dtype()));
   Dims d{};
@@ -33,6 +41,7 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
   check.optional("dt_bias", in.dt_bias, {{"nheads", d.nheads}}, check.parameter());
   check.limits(in.dt_min, in.dt_max);
   d.num_sequences = check.sequences(in.cu_seqlens, d.batch, d.seqlen);
+  d.nstretches = in.cu_seqlens ? d.seqlen / kStretch + d.num_sequences : (d.seqlen + kStretch - 1) / kStretch;
   check.optional("initial_state", in.initial_state,
                  {{in.cu_seqlens ? "num_sequences" : "batch", d.num_sequences}, {"nheads", d.nheads},
                   {"headdim", d.headdim}, {"dstate", d.dstate}},
@@ -55,6 +64,7 @@ Dims validate(const Args& args) {
                {{"num_sequences", d.num_sequences}, {"npositions", d.npositions}, {"nheads", d.nheads},
                 {"headdim", d.headdim}, {"dstate", d.dstate}},
                check.state());
+  validate_chunk_states(check, args.chunk_states, d, true);
   return d;
 }
 
@@ -71,6 +81,7 @@ Dims validate(const BackwardArgs& args) {
   if (args.dz && !args.z) fail<ValueError>(check.op(), ": dz needs z, which is absent");
   check.input("dy", args.dy, like_x, main);
   check.optional("dfinal_state", args.dfinal_state, like_state, check.state());
+  validate_chunk_states(check, args.chunk_states, d, false);
   check.output("dx", args.dx, like_x, main);
   check.output("ddt", args.ddt, {{"batch", d.batch}, {"seqlen", d.seqlen}, {"nheads", d.nheads}}, check.step());
   check.output("dA", args.dA, {{"nheads", d.nheads}}, check.parameter());

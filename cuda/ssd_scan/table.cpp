@@ -38,6 +38,7 @@ std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tenso
 }
 
 std::string why_not_fused(const Args& args, const Dims& dims) {
+  if (args.chunk_states) return "keeps no chunk_states";
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
@@ -86,6 +87,7 @@ auto with_policy(const Args& args, const Dims& dims, Visit visit) {
 }
 
 std::string why_not_general(const Args& args, const Dims& dims) {
+  if (args.chunk_states) return "keeps no chunk_states";
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   return why_not_dstate(dims, kMaxDstate);
 }
@@ -107,6 +109,7 @@ void general(const Args& args, const Dims& dims, Stream stream) {
 
 std::string why_not_quadratic(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::quadratic) return "computes a sequence as one chunk";
+  if (args.chunk_states) return "keeps no chunk_states";
   return why_not_dstate(dims, kMaxDstate);
 }
 
@@ -116,6 +119,7 @@ void quadratic(const Args& args, const Dims& dims, Stream stream) {
 
 std::string why_not_recurrent(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::recurrent) return "computes token by token";
+  if (args.chunk_states) return "keeps no chunk_states";
   return why_not_dstate(dims, kRecurrentDstate);
 }
 
@@ -139,9 +143,13 @@ auto with_backward_policy(const BackwardArgs& args, const Dims& dims, Visit visi
   }
 }
 
-std::string why_not_backward(const BackwardArgs&, const Dims& dims) { return why_not_dstate(dims, kMaxDstate); }
+std::string why_not_backward(const BackwardArgs& args, const Dims& dims) {
+  if (args.chunk_states) return "takes no chunk_states";
+  return why_not_dstate(dims, kMaxDstate);
+}
 
 std::string why_not_ahead(const BackwardArgs& args, const Dims& dims) {
+  if (args.chunk_states) return "takes no chunk_states";
   if (std::string reason = why_not_dstate(dims, kMaxDstate); !reason.empty()) return reason;
   for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"dy", &args.dy}})
     if (std::string reason = cuda::why_not_runs(name, *tensor, 3, 8); !reason.empty()) return reason;
@@ -169,6 +177,7 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
+  if (args.chunk_states) return "takes no chunk_states";
   if (args.cu_seqlens) return "takes no cu_seqlens";
   if (args.reverse) return "does not go in reverse";
   if (args.D && dims.D_per_channel) return "takes D of whole heads";

@@ -40,10 +40,11 @@ void read_inputs(Call& call, ssd_scan::Inputs& args, nb::handle dt, nb::handle A
 }
 
 nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle D, nb::handle z,
-                   nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit, nb::handle initial_state,
-                   bool return_final_state, nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size,
-                   bool batch_invariant, nb::handle state_positions, nb::handle ssd_mode, nb::handle out,
-                   nb::handle final_state_out, nb::handle position_states_out, nb::handle stream, bool plan_only) {
+                   nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit, nb::handle initial_state, bool return_final_state,
+                   nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size, bool batch_invariant,
+                   nb::handle state_positions, nb::handle ssd_mode, bool save_states, nb::handle out,
+                   nb::handle final_state_out, nb::handle position_states_out, nb::handle chunk_states_out, nb::handle stream,
+                   bool plan_only) {
   Call call("ssd_scan", "x", x, stream);
   ssd_scan::Args args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
@@ -55,7 +56,13 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
   args.state_positions = call.in("state_positions", state_positions);
   args.mode = read_mode(ssd_mode);
   const auto d = validate(args);
-  if (plan_only) return Call::describe(args, d);
+  save_states = save_states || !chunk_states_out.is_none();
+  if (plan_only) {
+    if (save_states)  // that it is wanted counts, its memory does not
+      args.chunk_states =
+          Tensor::contiguous(nullptr, args.x.dtype, {d.batch, d.nstretches, d.nheads, d.headdim, d.dstate}, args.x.device);
+    return Call::describe(args, d);
+  }
   args.y = call.out_like("out", out, args.x, args.x.dtype);
   if (return_final_state || !final_state_out.is_none())
     args.final_state = call.out("final_state_out", final_state_out, {d.num_sequences, d.nheads, d.headdim, d.dstate},
@@ -64,19 +71,23 @@ nb::object forward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::
     args.position_states =
         call.out("position_states_out", position_states_out,
                  {d.num_sequences, d.npositions, d.nheads, d.headdim, d.dstate}, parameter_dtype(args.x));
+  if (save_states)
+    args.chunk_states =
+        call.out("chunk_states_out", chunk_states_out, {d.batch, d.nstretches, d.nheads, d.headdim, d.dstate}, args.x.dtype);
   return call.run(args, d);
 }
 
-nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle dy,
-                    nb::handle D, nb::handle z, nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit,
-                    nb::handle initial_state, nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size,
-                    bool batch_invariant, nb::handle dfinal_state, nb::handle stream, bool plan_only, std::uint32_t wanted) {
+nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb::handle C, nb::handle dy, nb::handle D,
+                    nb::handle z, nb::handle dt_bias, bool dt_softplus, nb::handle dt_limit, nb::handle initial_state,
+                    nb::handle cu_seqlens, bool reverse, std::int64_t chunk_size, bool batch_invariant, nb::handle dfinal_state,
+                    nb::handle chunk_states, nb::handle stream, bool plan_only, std::uint32_t wanted) {
   Call call("ssd_scan_backward", "x", x, stream);
   call.want(wanted);
   ssd_scan::BackwardArgs args;
   read_inputs(call, args, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens);
   args.dy = call.in("dy", dy);
   args.dfinal_state = call.in("dfinal_state", dfinal_state);
+  args.chunk_states = call.in("chunk_states", chunk_states);
   args.dt_softplus = dt_softplus;
   read_limit("ssd_scan_backward", dt_limit, args.dt_min, args.dt_max);
   args.reverse = reverse;
@@ -104,14 +115,15 @@ void bind_ssd_scan(nb::module_& m) {
         nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(),
         nb::arg("return_final_state") = false, nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
         nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("state_positions") = nb::none(),
-        nb::arg("ssd_mode") = nb::none(), nb::arg("out") = nb::none(), nb::arg("final_state_out") = nb::none(),
-        nb::arg("position_states_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
-  m.def("ssd_scan_backward", &backward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(),
-        nb::arg("B").none(), nb::arg("C").none(), nb::arg("dy").none(), nb::arg("D") = nb::none(),
-        nb::arg("z") = nb::none(), nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false,
-        nb::arg("dt_limit") = nb::none(), nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(),
-        nb::arg("reverse") = false, nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false,
-        nb::arg("dfinal_state") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false,
+        nb::arg("ssd_mode") = nb::none(), nb::arg("save_states") = false, nb::arg("out") = nb::none(),
+        nb::arg("final_state_out") = nb::none(), nb::arg("position_states_out") = nb::none(),
+        nb::arg("chunk_states_out") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false);
+  m.def("ssd_scan_backward", &backward, nb::arg("x").none(), nb::arg("dt").none(), nb::arg("A").none(), nb::arg("B").none(),
+        nb::arg("C").none(), nb::arg("dy").none(), nb::arg("D") = nb::none(), nb::arg("z") = nb::none(),
+        nb::arg("dt_bias") = nb::none(), nb::arg("dt_softplus") = false, nb::arg("dt_limit") = nb::none(),
+        nb::arg("initial_state") = nb::none(), nb::arg("cu_seqlens") = nb::none(), nb::arg("reverse") = false,
+        nb::arg("chunk_size") = 0, nb::arg("batch_invariant") = false, nb::arg("dfinal_state") = nb::none(),
+        nb::arg("chunk_states") = nb::none(), nb::arg("stream") = nb::none(), nb::arg("plan_only") = false,
         nb::arg("wanted") = ~0u);
 }
 

@@ -28,9 +28,11 @@ def ssd_scan(
     batch_invariant: bool | None = None,
     state_positions: Any = None,
     ssd_mode: str | None = None,
+    save_states: bool = False,
     out: Any = None,
     final_state_out: Any = None,
     position_states_out: Any = None,
+    chunk_states_out: Any = None,
     stream: Any = None,
 ) -> Any:
     """Mamba-2 scan: ``h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]``, ``y[t] = C[t]·h[t] + D x[t]``, then the gate.
@@ -60,13 +62,18 @@ def ssd_scan(
             -1 pads rows of unequal length.
         ssd_mode: "chunked" (matrix products inside chunks, a state between them), "recurrent" (token by token), "quadratic"
             (one chunk, the masked attention form, whose work grows with the square of seqlen), or None: what is fastest.
-        out, final_state_out, position_states_out: arrays to write the results to; states may have a narrower dtype.
+        save_states: also return the state that enters each stretch of 256 tokens, for ssd_scan_backward, which then does not
+            look for them again: dstate/256 of the memory of x.
+        out, final_state_out, position_states_out, chunk_states_out: arrays to write the results to; states may have a narrower
+            dtype, those of chunk_states_out that of x or float32.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
 
     Returns:
         y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state). With state_positions
-        the states at them, [num_sequences, npositions, nheads, headdim, dstate], come last: (y, states) or
-        (y, final_state, states). The other results do not depend on them.
+        the states at them, [num_sequences, npositions, nheads, headdim, dstate], come next: (y, states) or
+        (y, final_state, states). With save_states (or chunk_states_out) chunk_states comes last, in the dtype of x:
+        [batch, ceil(seqlen/256), nheads, headdim, dstate]; with cu_seqlens [1, seqlen//256 + num_sequences, ...], where sequence i
+        has its stretch k in row cu_seqlens[i]//256 + i + k, and other rows hold nothing. The other results depend on neither.
 
     Raises:
         ValueError: a shape, stride, size, index or device does not fit; the message names the argument.
@@ -79,8 +86,8 @@ def ssd_scan(
     """
     return _C.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
-        chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode, out, final_state_out,
-        position_states_out, stream,
+        chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode, save_states, out, final_state_out,
+        position_states_out, chunk_states_out, stream,
     )  # fmt: skip
 
 
@@ -103,6 +110,7 @@ def ssd_scan_backward(
     chunk_size: int | None = None,
     batch_invariant: bool | None = None,
     dfinal_state: Any = None,
+    chunk_states: Any = None,
     stream: Any = None,
 ) -> tuple[Any, ...]:
     """Gradients of :func:`ssd_scan`, given dy (shaped as y) and, if the final state was used, dfinal_state.
@@ -112,6 +120,7 @@ def ssd_scan_backward(
         batch_invariant, stream: as in the forward.
         dy: gradient of y, shaped and typed as x.
         dfinal_state: gradient of final_state, or None for zero.
+        chunk_states: what the forward, called with the same arguments and save_states, returned last; None: they are made again.
 
     Returns:
         (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state), each shaped and typed as what it differentiates, None for
@@ -127,5 +136,5 @@ def ssd_scan_backward(
     """
     return _C.ssd_scan_backward(
         x, dt, A, B, C, dy, D, z, dt_bias, dt_softplus, dt_limit, initial_state, cu_seqlens, reverse,
-        chunk_size or 0, _batch_invariant(batch_invariant), dfinal_state, stream,
+        chunk_size or 0, _batch_invariant(batch_invariant), dfinal_state, chunk_states, stream,
     )  # fmt: skip

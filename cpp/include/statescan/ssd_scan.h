@@ -13,6 +13,9 @@
 
 namespace statescan::ssd_scan {
 
+// The states that a training step keeps are those that enter each stretch of so many tokens of a sequence.
+inline constexpr std::int64_t kStretch = 256;
+
 struct Inputs {
   Tensor x;              // [b,l,h,p] float32, float16, bfloat16 (float64 on the CPU)
   Tensor dt;             // [b,l,h]   any of these dtypes
@@ -47,6 +50,10 @@ struct Args : Inputs {
                            // meets them, the state is wanted. Ascending; 0 asks for the initial state, what lies outside of
                            // 0..its length (-1, say) for zeros, and may stand anywhere.
   Tensor position_states;  // [b,k,h,p,n] or [s,k,h,p,n] float32 or narrower, given with state_positions
+  Tensor chunk_states;     // dtype of x, or float32 (float64 where x is), optional: the state that enters each stretch, in the
+                           // order in which the scan meets them, the first of them the initial state.
+                           // [b,ceil(l/kStretch),h,p,n]; with cu_seqlens [1,l/kStretch+s,h,p,n], where sequence i has its stretch
+                           // k in row cu[i]/kStretch + i + k, and rows on which none falls are left alone.
   SsdMode mode = SsdMode::automatic;
   Workspace workspace;
 };
@@ -54,6 +61,7 @@ struct Args : Inputs {
 struct BackwardArgs : Inputs {
   Tensor dy;            // [b,l,h,p] dtype of x
   Tensor dfinal_state;  // as final_state, optional
+  Tensor chunk_states;  // what the forward of the same call kept, optional: it is not made again then
   Tensor dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state;  // shape of what each differentiates; any may be absent
   Workspace workspace;
 };
@@ -63,6 +71,7 @@ struct Dims {
   std::int64_t num_sequences;  // s with cu_seqlens, else batch
   bool D_per_channel;          // D is [h,p]
   std::int64_t npositions = 0;  // k of state_positions
+  std::int64_t nstretches = 0;  // the second axis of chunk_states
 };
 
 STATESCAN_API Dims validate(const Args& args);

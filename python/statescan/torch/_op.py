@@ -42,6 +42,11 @@ def state_dtype(main: Tensor) -> torch.dtype:
     return torch.float64 if main.dtype == torch.float64 else torch.float32
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd watches a call with these arguments."""
+    return _is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """operator.itemgetter, which gives a tuple of one as well."""
     if len(positions) > 1:
@@ -86,6 +91,7 @@ class _Operator:
         self.names = list(self.types)
         self._results = results
         self._asked = [(result, option and self.names.index(option)) for result, option in asked.items()]
+        self._shown = len(asked)  # results that callers see
         self._narrow, self._wide, self._constant = (
             [self.names.index(n) for n in group.split()] for group in (narrow, wide, constant)
         )
@@ -130,7 +136,7 @@ class _Operator:
         results = self.overload(*args)
         if len(self._asked) == 1:
             return results
-        asked = tuple(result for result, wanted in zip(results, self._results_asked(args)) if wanted)
+        asked = tuple(result for result, wanted in zip(results[: self._shown], self._results_asked(args)) if wanted)
         return asked[0] if len(asked) == 1 else asked
 
     def _results_asked(self, args: Sequence[Any]) -> list[bool]:
@@ -197,8 +203,9 @@ class Op(_Operator):
         arguments: types and names for torch's schema, in the order in which ``_C.<name>`` takes them.
         results: given the arguments, shape and dtype of each result.
         asked: the results by name, and the argument that asks for each; None for one that is always made.
-        backward: the arguments of ``_C.<name>_backward`` in its order: arguments of the op, ``d<result>``, the first result. A
-            result whose ``d<result>`` is missing has no gradient, and is refused where one is wanted.
+        backward: the arguments of ``_C.<name>_backward`` in its order: arguments of the op, ``d<result>``, and a result. A result
+            whose ``d<result>`` is missing has no gradient, and is refused where one is wanted; if it is an argument itself, the
+            last of all, it is made for the backward alone, and callers do not see it.
         gradients: the arguments that its results differentiate, in its order.
         like: of a gradient whose argument the backward does not take, an argument of the same shape and dtype that it takes.
         narrow, wide: what autocast turns into its dtype, and what into float32; the first of `narrow` decides the device.
@@ -231,21 +238,25 @@ class Op(_Operator):
     def _plan_backward(self, arguments: list[str], gradients: list[str], like: dict[str, str]) -> None:
         """Decides what is saved, and from where each argument of the backward comes."""
         self._cotangents = [f"d{result}" for result, _ in self._asked]
-        self._without_gradient = [(result, option) for result, option in self._asked if f"d{result}" not in arguments]
-        first_result = self._asked[0][0]
+        names = [result for result, _ in self._asked]
+        self._kept = next((position for position, result in enumerate(names) if result in arguments), None)
+        if self._kept is not None and self._cotangents[self._kept] not in arguments:
+            self._shown = self._kept
+        self._without_gradient = [
+            (result, option) for result, option in self._asked[: self._shown] if f"d{result}" not in arguments
+        ]
         saved = [n for n in arguments if self.types.get(n, "").startswith("Tensor")]
         options = [n for n in arguments if n in self.types and n not in saved]
         self._saved = _picker([self.names.index(n) for n in saved])
         self._options = _picker([self.names.index(n) for n in options])
-        self._saves_result = first_result in arguments
-        sources = [*saved, *([first_result] if self._saves_result else []), *options, *self._cotangents]
+        sources = [*saved, *(names[p] for p in (self._kept,) if p is not None), *options, *self._cotangents]
         self._assembled = _picker([sources.index(n) for n in arguments])
         self._gradients = gradients
         self._differentiated = [self.names.index(n) for n in gradients]
         self._like = [arguments.index(like.get(n, n)) for n in gradients]
         self._main = arguments.index(like.get(gradients[0], gradients[0]))
-        kinds = {**self.types, first_result: "Tensor", **{n: "Tensor?" for n in self._cotangents}}
-        kinds[self._cotangents[0]] = "Tensor"
+        kinds = {**self.types, **{n: "Tensor?" for n in (*names, *self._cotangents)}}
+        kinds[self._cotangents[0]] = kinds[names[0]] = "Tensor"
         self._backward_arguments = ", ".join(f"{kinds[n]} {n}" for n in arguments)
 
     def _define_backward(self) -> None:
@@ -307,13 +318,16 @@ class Op(_Operator):
         if any(ctx.needs_input_grad):  # torch 2.4 calls this always
             self._refuse_without_gradient(inputs)
         results = output if isinstance(output, (tuple, list)) else (output,)
+        asked = self._results_asked(inputs)
         saved = self._saved(inputs)
-        ctx.save_for_backward(*saved, results[0]) if self._saves_result else ctx.save_for_backward(*saved)
+        if self._kept is not None:
+            saved += (results[self._kept] if asked[self._kept] else None,)
+        ctx.save_for_backward(*saved)
         ctx.options = self._options(inputs)
         ctx.result_shape = results[0].shape
         ctx.set_materialize_grads(False)
-        unasked = (result for result, asked in zip(results, self._results_asked(inputs)) if not asked)
-        ctx.mark_non_differentiable(*unasked)
+        without = (r for k, (r, wanted) in enumerate(zip(results, asked)) if not wanted or k >= self._shown)
+        ctx.mark_non_differentiable(*without)
 
     def _backward_dispatched(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         needed = [ctx.needs_input_grad[position] for position in self._differentiated]
@@ -325,7 +339,7 @@ class Op(_Operator):
     def _function(self) -> Callable[..., Any]:
         """`apply` of the autograd.Function that eager calls go through: on the arguments that have a gradient, and all of them."""
 
-        kernel, saved, options, saves_result = self._kernel, self._saved, self._options, self._saves_result
+        kernel, saved, options, kept, shown = self._kernel, self._saved, self._options, self._kept, self._shown
         may_refuse = bool(self._without_gradient)
 
         def forward(ctx: Any, *given: Any) -> Any:  # its own time counts: a training step has hundreds of these calls
@@ -333,13 +347,18 @@ class Op(_Operator):
             if may_refuse:
                 self._refuse_without_gradient(args)
             results = kernel(*args)
-            first = results
+            keeps = None
             if isinstance(results, tuple):
-                first = results[0]
-                ctx.asked = self._results_asked(args)
-                ctx.result_shape = first.shape
-                ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*saved(args), first) if saves_result else ctx.save_for_backward(*saved(args))
+                asked = self._results_asked(args)
+                if kept is not None and asked[kept]:
+                    keeps = results[kept and -1]
+                    if kept == shown:
+                        results = results[:-1] if len(results) > 2 else results[0]
+                if isinstance(results, tuple):
+                    ctx.asked = asked[:shown]
+                    ctx.result_shape = results[0].shape
+                    ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*saved(args)) if kept is None else ctx.save_for_backward(*saved(args), keeps)
             ctx.options = options(args)
             return results
 

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from .._options import batch_invariant as _batch_invariant
-from ._op import Op, Results, state_dtype
+from ._op import Op, Results, state_dtype, wants_gradient
 
 
 def _results(a: SimpleNamespace) -> Results:
     sequences = a.x.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     state = (*a.x.shape[2:], a.B.shape[3])
+    stretches = -(-a.x.shape[1] // 256) if a.cu_seqlens is None else a.x.shape[1] // 256 + sequences
     positions = 0 if a.state_positions is None else a.state_positions.shape[1]
     return {
         "y": (a.x.shape, a.x.dtype),
         "final_state": ((sequences, *state), state_dtype(a.x)),
         "position_states": ((sequences, positions, *state), state_dtype(a.x)),
+        "chunk_states": ((a.x.shape[0], stretches, *state), a.x.dtype),
     }
 
 
@@ -25,11 +27,16 @@ _OP = Op(
     "ssd_scan",
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
     "float[]? dt_limit, Tensor? initial_state, bool return_final_state, Tensor? cu_seqlens, bool reverse, int chunk_size, "
-    "bool batch_invariant, Tensor? state_positions, str? ssd_mode",
+    "bool batch_invariant, Tensor? state_positions, str? ssd_mode, bool save_states",
     results=_results,
-    asked={"y": None, "final_state": "return_final_state", "position_states": "state_positions"},
+    asked={
+        "y": None,
+        "final_state": "return_final_state",
+        "position_states": "state_positions",
+        "chunk_states": "save_states",
+    },
     backward="x dt A B C dy D z dt_bias dt_softplus dt_limit initial_state cu_seqlens reverse chunk_size batch_invariant "
-    "dfinal_state",
+    "dfinal_state chunk_states",
     gradients="x dt A B C D z dt_bias initial_state",
     narrow="x B C z",
     wide="A D dt_bias",
@@ -56,6 +63,7 @@ def ssd_scan(
     batch_invariant: bool | None = None,
     state_positions: Tensor | None = None,
     ssd_mode: str | None = None,
+    save_states: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Mamba-2 scan: ``h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t]``, ``y[t] = C[t]·h[t] + D x[t]``, then the gate.
 
@@ -79,6 +87,8 @@ def ssd_scan(
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
         state_positions: [batch or num_sequences, npositions] int32 or int64: after how many tokens the state is wanted as well.
         ssd_mode: "chunked", "recurrent" or "quadratic", the form of the computation; None lets the library pick.
+        save_states: keep the state that enters each stretch of 256 tokens for the backward, which then does not look for them
+            again: dstate/256 of the memory of x, until the backward. Without a gradient nothing is kept.
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32.
@@ -95,4 +105,5 @@ def ssd_scan(
     return _OP(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
         chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode,
+        save_states and wants_gradient(x, dt, A, B, C, D, z, dt_bias, initial_state),
     )  # fmt: skip
