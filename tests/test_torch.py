@@ -13,6 +13,7 @@ import support
 torch = pytest.importorskip("torch")
 import statescan.torch
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 
 def norm_inputs(rng, dtype="float32", seqlen=67):
@@ -272,6 +273,67 @@ def test_states_at_positions(rng, device, name, dynamo):
         assert_same(call(op, inputs)[-1], expected[-1])
 
 
+KEEPING = {
+    "eager": lambda run: run,
+    "checkpointed": lambda run: lambda *values: checkpoint(run, *values, use_reentrant=False),
+    "reentrant": lambda run: lambda *values: checkpoint(run, *values, use_reentrant=True),
+    "compiled": lambda run: torch.compile(run, backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("way", KEEPING.values(), ids=KEEPING)
+@pytest.mark.parametrize("packed", (False, True), ids=("batch", "packed"))
+def test_kept_states(rng, device, way, packed, dynamo):
+    """They go from the forward to the backward, unseen."""
+    op, options = OPS["ssd_scan"], dict(return_final_state=True, dt_softplus=True)
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 300, 300, 690], device=device.name)
+    arrays = op.inputs(rng, "bfloat16", seqlen=700, **(dict(batch=1, sequences=3) if packed else {}))
+    inputs = tensors(arrays, device, requires_grad=True)
+    run = way(lambda *values: statescan.torch.ssd_scan(**dict(zip(inputs, values)), **options, save_states=True))
+    with implemented():
+        results = run(*inputs.values())
+        scalar(results).backward()
+    *plain, states = statescan.ssd_scan(**tensors(arrays, device), **options, save_states=True)
+    for one, other in zip(results, plain, strict=True):
+        assert_same(one.detach(), other)
+    del options["return_final_state"]
+    cotangents = [result.detach().requires_grad_() for result in results]
+    dy, dfinal_state = torch.autograd.grad(scalar(cotangents), cotangents)
+    expected = statescan.ssd_scan_backward(
+        **tensors(arrays, device), dy=dy, dfinal_state=dfinal_state, **options, chunk_states=states
+    )
+    for (name, given), value in zip(inputs.items(), expected, strict=True):
+        assert_same(given.grad, value, name)
+
+
+def test_states_are_kept_for_a_gradient_alone(rng, device):
+    """Without one, the call makes nothing but its results: the memory of the states would show."""
+    inputs = tensors(OPS["ssd_scan"].inputs(rng), device)
+    y = statescan.torch.ssd_scan(**inputs)
+    assert_same(statescan.torch.ssd_scan(**inputs, save_states=True), y)
+    inputs["A"].requires_grad_()
+    with torch.no_grad():
+        assert_same(statescan.torch.ssd_scan(**inputs, save_states=True), y)
+    saved = []
+    with implemented(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        assert_same(statescan.torch.ssd_scan(**inputs, save_states=True).detach(), y)
+    assert saved[-1] == (2, 1, *inputs["initial_state"].shape[1:])
+
+
+@pytest.mark.parametrize("asked", ((), ("final_state",), ("final_state", "position_states")), ids=lambda a: f"with {len(a)}")
+def test_opcheck_of_kept_states(rng, device, asked):
+    op = OPS["ssd_scan"]
+    inputs = tensors(op.inputs(rng, seqlen=300), device, requires_grad="position_states" not in asked)
+    options = {"dt_softplus": True, "save_states": True, "return_final_state": "final_state" in asked}
+    if "position_states" in asked:
+        options["state_positions"] = torch.tensor([[0, 9], [5, -1]], device=device.name)
+    with implemented():
+        results = torch.ops.statescan.ssd_scan(*positional(op, inputs, options))
+    assert results[-1].shape == (2, 2, *inputs["initial_state"].shape[1:])
+    opcheck(torch.ops.statescan.ssd_scan.default, positional(op, inputs, options))
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------------
 @every_op
 def test_second_derivatives_are_refused(rng, device, op):
@@ -518,8 +580,6 @@ def test_exported(rng, device, op, strict):
 @every_op
 @pytest.mark.parametrize("use_reentrant", (True, False))
 def test_activation_checkpointing(rng, device, op, use_reentrant):
-    from torch.utils.checkpoint import checkpoint
-
     arrays = op.inputs(rng)
     inputs = tensors(arrays, device, requires_grad=True)
     expected = gradients(op, inputs, call(op, inputs))
