@@ -52,6 +52,64 @@ struct Ways {
   nb::handle kernel, watched, positions, dispatched, carefully;
 };
 
+// What an op's autograd.Function holds of the op, as Python has it.
+struct Watching {
+  explicit Watching(const nb::tuple& t)
+      : kernel(t[0]), saved(t[1]), options(t[2]), several(t[3]), keeps(t[4].ptr() == Py_True) {}
+
+  nb::handle kernel;
+  nb::handle saved, options;  // the places of arguments, as tuples
+  nb::handle several;  // called with (ctx, args, results) where there are several results: those to hand on, and one kept
+  bool keeps;          // whether the backward takes such a result
+};
+
+// The arguments at some places, and room for `more`.
+nb::object pick(const nb::tuple& args, nb::handle places, Py_ssize_t more = 0) {
+  const Py_ssize_t count = PyTuple_Size(places.ptr());
+  nb::object picked = checked(PyTuple_New(count + more));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    const Py_ssize_t place = PyLong_AsSsize_t(PyTuple_GetItem(places.ptr(), i));
+    PyTuple_SetItem(picked.ptr(), i, nb::handle(args[place]).inc_ref().ptr());
+  }
+  return picked;
+}
+
+void append(const nb::object& tuple, nb::handle last) {
+  PyTuple_SetItem(tuple.ptr(), PyTuple_Size(tuple.ptr()) - 1, last.inc_ref().ptr());
+}
+
+nb::object forward(const Watching& op, nb::handle ctx, const nb::tuple& args) {
+  const GradientsAskedFor asked;
+  nb::object results = call(op.kernel, args), kept = nb::none();
+  if (PyTuple_Check(results.ptr())) {
+    const nb::tuple both(
+        checked(PyObject_CallFunctionObjArgs(op.several.ptr(), ctx.ptr(), args.ptr(), results.ptr(), nullptr)));
+    results = both[0], kept = both[1];
+  }
+  const nb::object saved = pick(args, op.saved, op.keeps);
+  if (op.keeps) append(saved, kept);
+  call(checked(PyObject_GetAttr(ctx.ptr(), STATESCAN_INTERNED("save_for_backward"))), saved);
+  if (PyObject_SetAttr(ctx.ptr(), STATESCAN_INTERNED("options"), pick(args, op.options).ptr()) != 0) throw nb::python_error();
+  return results;
+}
+
+// The forward of an autograd.Function as torch calls it: ctx, the tensors that have a gradient, and the tuple of all arguments.
+// Its own time counts, since a training step has hundreds of these calls.
+PyObject* forward_of_function(PyObject* watching, PyObject* given) {
+  try {
+    const nb::handle ctx = PyTuple_GetItem(given, 0), args = PyTuple_GetItem(given, PyTuple_Size(given) - 1);
+    return forward(Watching(nb::borrow<nb::tuple>(watching)), ctx, nb::borrow<nb::tuple>(args)).release().ptr();
+  } catch (nb::python_error& error) {
+    error.restore();
+    return nullptr;
+  }
+}
+
+nb::object torch_forward(const nb::tuple& watching) {
+  static PyMethodDef definition{"forward", forward_of_function, METH_VARARGS, nullptr};
+  return checked(PyCFunction_NewEx(&definition, watching.ptr(), nullptr));
+}
+
 // To the dispatcher when an argument is neither an option nor a plain tensor: torch.Tensor or torch.nn.Parameter, no subclass. To
 // autograd when a gradient is wanted: as the tensors that have one and the tuple of all arguments, since each further one costs
 // autograd 0.1 us. Else straight to the library.
@@ -72,13 +130,8 @@ nb::object call_by_arguments(const nb::tuple& ways, const nb::tuple& args) {
     const GradientsAskedFor asked;
     return call(way.kernel, args);
   }
-  const Py_ssize_t count = PyTuple_Size(way.positions.ptr());
-  const nb::object watched_args = checked(PyTuple_New(count + 1));
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    const Py_ssize_t position = PyLong_AsSsize_t(PyTuple_GetItem(way.positions.ptr(), i));
-    PyTuple_SetItem(watched_args.ptr(), i, nb::handle(args[position]).inc_ref().ptr());
-  }
-  PyTuple_SetItem(watched_args.ptr(), count, nb::handle(args).inc_ref().ptr());
+  const nb::object watched_args = pick(args, way.positions, 1);
+  append(watched_args, args);
   return call(way.watched, watched_args);
 }
 
@@ -97,6 +150,7 @@ nb::object torch_call(const nb::tuple& ways, const nb::tuple& args) {
 void bind_torch_call(nb::module_& m) {
   m.def("torch_call", &torch_call, nb::arg("ways"), nb::arg("args"));
   m.def("torch_call_by_arguments", &call_by_arguments, nb::arg("ways"), nb::arg("args"));
+  m.def("torch_forward", &torch_forward, nb::arg("watching"));
 }
 
 }  // namespace statescan::python

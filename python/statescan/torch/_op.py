@@ -109,8 +109,8 @@ class _Operator:
         """`watched` takes calls with a gradient, as the arguments at `positions` and the tuple of all."""
         self._ways = (self._kernel, watched, tuple(positions), self._dispatched, self._carefully)
 
-    def __call__(self, *args: Any) -> Any:
-        """The op on the arguments of the schema, by position: one result alone, several as a tuple."""
+    def call(self, args: tuple[Any, ...]) -> Any:
+        """The op on the arguments of the schema, in its order: one result alone, several as a tuple."""
         if _is_dynamo_compiling():
             return self._dispatched(*args)
         return _torch_call(self._ways, args)
@@ -247,8 +247,8 @@ class Op(_Operator):
         ]
         saved = [n for n in arguments if self.types.get(n, "").startswith("Tensor")]
         options = [n for n in arguments if n in self.types and n not in saved]
-        self._saved = _picker([self.names.index(n) for n in saved])
-        self._options = _picker([self.names.index(n) for n in options])
+        self._saved_at, self._options_at = (tuple(self.names.index(n) for n in some) for some in (saved, options))
+        self._saved, self._options = _picker(self._saved_at), _picker(self._options_at)
         sources = [*saved, *(names[p] for p in (self._kept,) if p is not None), *options, *self._cotangents]
         self._assembled = _picker([sources.index(n) for n in arguments])
         self._gradients = gradients
@@ -339,28 +339,20 @@ class Op(_Operator):
     def _function(self) -> Callable[..., Any]:
         """`apply` of the autograd.Function that eager calls go through: on the arguments that have a gradient, and all of them."""
 
-        kernel, saved, options, kept, shown = self._kernel, self._saved, self._options, self._kept, self._shown
-        may_refuse = bool(self._without_gradient)
-
-        def forward(ctx: Any, *given: Any) -> Any:  # its own time counts: a training step has hundreds of these calls
-            args = given[-1]
-            if may_refuse:
-                self._refuse_without_gradient(args)
-            results = kernel(*args)
-            keeps = None
-            if isinstance(results, tuple):
-                asked = self._results_asked(args)
-                if kept is not None and asked[kept]:
-                    keeps = results[kept and -1]
-                    if kept == shown:
-                        results = results[:-1] if len(results) > 2 else results[0]
-                if isinstance(results, tuple):
-                    ctx.asked = asked[:shown]
-                    ctx.result_shape = results[0].shape
-                    ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*saved(args)) if kept is None else ctx.save_for_backward(*saved(args), keeps)
-            ctx.options = options(args)
-            return results
+        def several(ctx: Any, args: Sequence[Any], results: tuple[Any, ...]) -> tuple[Any, Tensor | None]:
+            """What a call of more than one result tells its backward: the results to hand on, and the one to keep."""
+            self._refuse_without_gradient(args)
+            asked, kept = self._results_asked(args), None
+            if self._kept is not None and asked[self._kept]:
+                kept = results[0 if self._kept == 0 else -1]
+                if self._kept == self._shown:
+                    results = results[:-1]
+            ctx.result_shape = results[0].shape
+            if len(results) == 1:
+                return results[0], kept
+            ctx.asked = asked[: self._shown]
+            ctx.set_materialize_grads(False)
+            return results, kept
 
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
             if len(cotangents) < len(self._cotangents):
@@ -374,6 +366,7 @@ class Op(_Operator):
             return (*self._differentiate(ctx, ctx.needs_input_grad[:-1], cotangents, call), None)
 
         name = "".join(part.capitalize() for part in self.name.split("_"))
+        forward = _C.torch_forward((self._kernel, self._saved_at, self._options_at, several, self._kept is not None))
         function = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
         # Function.apply first looks for functorch transforms, which cannot be active here: 2.5 us.
         return torch._C._FunctionBase.__dict__["apply"].__get__(None, function)

@@ -66,4 +66,4 @@ def causal_conv1d(
 
     Source: Gu & Dao 2023, Mamba (arXiv:2312.00752), section 3.4.
     """
-    return _OP(x, weight, bias, activation, initial_state, return_final_state, cu_seqlens, reverse)
+    return _OP.call((x, weight, bias, activation, initial_state, return_final_state, cu_seqlens, reverse))

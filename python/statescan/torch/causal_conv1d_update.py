@@ -52,4 +52,4 @@ def causal_conv1d_update(
 
     Source: Gu & Dao 2023, Mamba (arXiv:2312.00752), section 3.4.
     """
-    return _OP(x, state, weight, bias, activation, state_indices)
+    return _OP.call((x, state, weight, bias, activation, state_indices))

@@ -57,4 +57,4 @@ def gated_rms_norm(
 
     Source: Zhang & Sennrich 2019 (arXiv:1910.07467); Dao & Gu 2024 (arXiv:2405.21060), section 7, for the gate.
     """
-    return _OP(x, z, weight, group_size or 0, eps, norm_before_gate)
+    return _OP.call((x, z, weight, group_size or 0, eps, norm_before_gate))

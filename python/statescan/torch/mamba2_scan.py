@@ -103,8 +103,8 @@ def mamba2_scan(
 
     Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """
-    return _OP(
+    return _OP.call((
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, norm_group_size or 0, eps, norm_before_gate,
         dt_softplus, dt_limit, initial_conv_state, initial_state, return_final_states, cu_seqlens, reverse, chunk_size or 0,
         _batch_invariant(batch_invariant),
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -66,7 +66,7 @@ def mamba2_update(
 
     Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """
-    return _OP(
+    return _OP.call((
         zxbcdt, conv_state, state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, ngroups, norm_group_size or 0, eps,
         norm_before_gate, dt_softplus, dt_limit, state_indices,
-    )  # fmt: skip
+    ))  # fmt: skip

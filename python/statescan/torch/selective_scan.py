@@ -91,7 +91,7 @@ def selective_scan(
 
     Source: Gu & Dao 2023, Mamba (arXiv:2312.00752), section 3; S4D (arXiv:2206.11893) for complex A.
     """
-    return _OP(
+    return _OP.call((
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
         _batch_invariant(batch_invariant), state_positions,
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -70,4 +70,4 @@ def selective_state_update(
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), section 3; Dao & Gu 2024 (arXiv:2405.21060), equation 16.
     """
-    return _OP(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices, out_state_indices)
+    return _OP.call((state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, state_indices, out_state_indices))

@@ -102,8 +102,8 @@ def ssd_scan(
 
     Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), equation 16 and section 6.
     """
-    return _OP(
+    return _OP.call((
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
         chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode,
         save_states and wants_gradient(x, dt, A, B, C, D, z, dt_bias, initial_state),
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -60,4 +60,4 @@ def state_scan(
 
     Source: Dao & Gu 2024, Transformers are SSMs, section 6 (arXiv:2405.21060).
     """
-    return _OP(log_decay, update, initial_state, cu_seqlens, reverse)
+    return _OP.call((log_decay, update, initial_state, cu_seqlens, reverse))
