@@ -151,6 +151,8 @@ def gate(expected, dtype):
 
 def dithered(expected, dtype, rng):
     """The exact result with another draw of such rounding errors: rounded to a grid that is shifted at random."""
+    if np.iscomplexobj(expected):
+        return dithered(expected.real, dtype, rng) + 1j * dithered(expected.imag, dtype, rng)
     _, exponent = np.frexp(expected)
     spacing = np.ldexp(float(ml_dtypes.finfo(DTYPES[dtype]).eps), exponent - 1)
     return expected + spacing * rng.uniform(-0.5, 0.5, expected.shape)
