@@ -4,13 +4,12 @@
 // Shapes   as the forward; complex gradients are dL/dRe + i dL/dIm, so factors are conjugated
 // Traffic  read x, dt, z, dy, write dx, ddt, dz: 7*b*l*d elements; checkpoints, a state every 8 tokens, written and read:
 //          b*l*d*n bytes; sums of dB and dC over 64 channels, written and read: b*l*d*n/4 bytes
-//          b8 l2048 d5120 n16 bf16: 2.9 GB, 0.95 ms at 3.0 TB/s. 2 exp2 a state beside 12 an element: 1.0 ms of the special-
-//          function units of an H100; about 27 instructions a state, 6 more for the checkpoints: 1.5 ms of issue
+//          b8 l2048 d5120 n16 bf16: 2.9 GB, 0.95 ms at 3.0 TB/s. 2 exp2 a state beside 5 an element: 0.84 ms of the special-
+//          function units of an H100; 24 instructions a state beside those of the checkpoints: 1.1 ms of issue
 // Launch   one axis of links x sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them.
 //          It walks its tiles from the last to the first, from a checkpoint 8 tokens (2 of a complex A) forward into registers
 //          and back
-// Numerics float32, fixed order. dB and dC: over the lanes of a warp (beside bfloat16 x by the tensor cores, rounded to 11
-// bits),
+// Numerics float32, fixed order. dB and dC: over the lanes of a warp (beside bfloat16 x by the tensor cores, cut to 11 bits),
 //          then over the blocks in order, by another launch; dA, dD and ddt_bias: over a segment, then over segments and
 //          sequences in order
 #pragma once
@@ -34,23 +33,30 @@ __device__ void put_gradient(float* gradients, const Place& place, const float (
   }
 }
 
-// Adds pairs of sums that lie as steps do.
+// Pairs of sums that lie as steps do.
 template <bool kAlongTokens>
-__device__ void add_pairs(const float4* pairs, const Place& place, float (&first)[kRun], float (&second)[kRun]) {
+__device__ void get_pairs(const float4* pairs, const Place& place, float (&first)[kRun], float (&second)[kRun]) {
   if constexpr (kAlongTokens) {
     const float* const at = reinterpret_cast<const float*>(pairs + slot_of_pair(place.channel / 2)) + place.channel % 2;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       const float* const from = at + (place.token + i * place.token_step) * (2 * kChannels);
-      first[i] += from[0], second[i] += from[2];
+      first[i] = from[0], second[i] = from[2];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; i += 2) {
       const float4 v = pairs[place.token * (kChannels / 2) + slot_of_pair(place.channel / 2 + i / 2)];
-      first[i] += v.x, first[i + 1] += v.y, second[i] += v.z, second[i + 1] += v.w;
+      first[i] = v.x, first[i + 1] = v.y, second[i] = v.z, second[i + 1] = v.w;
     }
   }
+}
+template <bool kAlongTokens>
+__device__ void add_pairs(const float4* pairs, const Place& place, float (&first)[kRun], float (&second)[kRun]) {
+  float more_first[kRun], more_second[kRun];
+  get_pairs<kAlongTokens>(pairs, place, more_first, more_second);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) first[i] += more_first[i], second[i] += more_second[i];
 }
 
 // Shared memory, in words of 16 bytes.
@@ -73,35 +79,26 @@ struct BackwardStorage {
   static_assert(kBytes <= 99 * 1024);
 };
 
-// What the thread's elements of all tiles add to dD and ddt_bias, in shared memory of its own: registers are dear here.
-struct ChannelTotals {
-  float4* at;  // [dD, then ddt_bias][four elements], kRuns apart
+// A float for each of the thread's elements, in shared memory of its own: registers are dear here.
+struct OwnFloats {
+  float4* at;  // two words, kRuns apart
 
-  __device__ void add(const float (&dD)[kRun], const float (&ddt)[kRun]) const {
+  __device__ void put(const float (&v)[kRun]) const {
+    at[0] = make_float4(v[0], v[1], v[2], v[3]);
+    at[kRuns] = make_float4(v[4], v[5], v[6], v[7]);
+  }
+  __device__ void get(float (&v)[kRun]) const {
+    const float4 first = at[0], second = at[kRuns];
+    v[0] = first.x, v[1] = first.y, v[2] = first.z, v[3] = first.w;
+    v[4] = second.x, v[5] = second.y, v[6] = second.z, v[7] = second.w;
+  }
+  __device__ void add(const float (&v)[kRun]) const {
+    float sum[kRun];
+    get(sum);
 #pragma unroll
-    for (int i = 0; i < kRun; i += 4) {
-      add_four(at + i / 4 * kRuns, dD + i);
-      add_four(at + (kRun + i) / 4 * kRuns, ddt + i);
-    }
+    for (int i = 0; i < kRun; ++i) sum[i] += v[i];
+    put(sum);
   }
-  __device__ void read(float (&dD)[kRun], float (&ddt)[kRun]) const {
-#pragma unroll
-    for (int i = 0; i < kRun; i += 4) {
-      read_four(at[i / 4 * kRuns], dD + i);
-      read_four(at[(kRun + i) / 4 * kRuns], ddt + i);
-    }
-  }
-  __device__ void clear() const {
-#pragma unroll
-    for (int i = 0; i < 2 * kRun / 4; ++i) at[i * kRuns] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  }
-
- private:
-  static __device__ void add_four(float4* to, const float* v) {
-    const float4 sum = *to;
-    *to = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
-  }
-  static __device__ void read_four(const float4& from, float* v) { v[0] = from.x, v[1] = from.y, v[2] = from.z, v[3] = from.w; }
 };
 
 // Where the thread's elements of a tile lie, in shared memory too: cheaper than to work it out for every tile.
@@ -111,60 +108,56 @@ struct Cursor {
   // Of this tile; moves to the one before it.
   __device__ char* step_back(const Params& p, const View& t) const {
     char* const here = *at;
-    *at = here - kTile * token_step(p, t);
+    __builtin_assume(__isGlobal(here));
+    *at = here - kTile * t.step;
     return here;
   }
 };
 
-// The gradients of the thread's elements from the sums of the warps, and what they add to dD.
-template <class Policy, bool kAlongTokens>
-__device__ void finish_gradients(const BackwardParams& p, const Place& place, const float4* steps, const Slot<kRun>& slot_dt,
-                                 const Slot<kRun>& slot_x, const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy,
-                                 const float* bias, const float* skip, int tokens, int channels, const float (&y)[kRun],
-                                 const float (&du)[kRun], const float (&dlog)[kRun], float (&dx)[kRun], float (&ddt)[kRun],
-                                 float (&dz)[kRun], float (&dD)[kRun]) {
-  float x[kRun], z[kRun], gradient[kRun], raw[kRun], dt[kRun] = {}, u[kRun] = {};
-  slot_x.widen(dtype_of<Policy>(p.x), x);
-  slot_dy.widen(dtype_of<Policy>(p.dy), gradient);
-  if (p.z.data) {
-    slot_z.widen(dtype_of<Policy>(p.z), z);
+// What the gradients of a thread's elements take from before the scan.
+template <class Policy, bool kAlongTokens, bool kEndsOnly>
+struct Prepared {
+  float x[kRun], dt[kRun], slope[kRun];       // slope: of dt
+  float gradient[kRun], gate_gradient[kRun];  // dy silu(z), and dy silu'(z)
+
+  // The tile is ready for the scan.
+  static __device__ void put(const BackwardParams& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
+                             const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy, const float* bias, int tokens, int channels,
+                             float4* steps, float* gradients, const OwnFloats& slopes, const OwnFloats& gate_gradients) {
+    float dr[kRun], z[kRun];
+    slot_dy.widen(dtype_of<Policy>(p.dy), dr);
+    if (p.z.data) {
+      slot_z.widen(dtype_of<Policy>(p.z), z);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const float gate = cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * z[i]));
-      const float ungated = fmaf(of_channel<kAlongTokens>(skip, place, i), x[i], y[i]);
-      dz[i] = gradient[i] * ungated * gate * fmaf(z[i], 1.0f - gate, 1.0f);
-      gradient[i] *= z[i] * gate;
+      for (int i = 0; i < kRun; ++i) {
+        const float gate = cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * z[i])), gated = dr[i] * gate;
+        dr[i] = gated * z[i];
+        z[i] = fmaf(dr[i], 1.0f - gate, gated);
+      }
+      if constexpr (!kEndsOnly) gate_gradients.put(z);
     }
-  }
-  add_pairs<kAlongTokens>(steps, place, dt, u);
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    dx[i] = fmaf(of_channel<kAlongTokens>(skip, place, i), gradient[i], dt[i] * du[i]);
-    ddt[i] = fmaf(x[i], du[i], dlog[i]);
-    dD[i] = gradient[i] * x[i];
-  }
-  if (p.dt_softplus || p.dt_limited) {
-    slot_dt.widen(dtype_of<Policy>(p.dt), raw);
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) raw[i] += of_channel<kAlongTokens>(bias, place, i);
-  }
-  if (p.dt_softplus) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) ddt[i] *= cuda::fast_reciprocal(1.0f + cuda::fast_exp2(-1.44269504f * raw[i]));
-  }
-  if (p.dt_limited) {
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const float free = p.dt_softplus ? softplus<Policy::kArithmetic>(raw[i]) : raw[i];
-      if (free < p.dt_min || free > p.dt_max) ddt[i] = 0.0f;
-    }
-  }
-  if (tokens < kTile || channels < kChannels) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i)
-      if (!place.holds(i, tokens, channels)) ddt[i] = 0.0f, dD[i] = 0.0f;
+      if (!holds<Policy>(place, i, tokens, channels)) dr[i] = 0.0f;
+    put_gradient<kAlongTokens>(gradients, place, dr);
+    if constexpr (kEndsOnly) {
+      put_steps_of<Policy, kAlongTokens>(p, place, slot_dt, slot_x, bias, tokens, channels, steps);
+    } else {
+      float slope[kRun];
+      put_steps_of<Policy, kAlongTokens>(p, place, slot_dt, slot_x, bias, tokens, channels, steps, slope);
+      slopes.put(slope);
+    }
   }
-}
+  __device__ void get(const BackwardParams& p, const Place& place, const Slot<kRun>& slot_x, const float4* steps,
+                      const float* gradients, const OwnFloats& slopes, const OwnFloats& gate_gradients) {
+    float u[kRun];
+    slot_x.widen(dtype_of<Policy>(p.x), x);
+    slopes.get(slope);
+    if (p.z.data) gate_gradients.get(gate_gradient);
+    get_pairs<kAlongTokens>(steps, place, dt, u);
+    get_sums<kAlongTokens>(gradients, place, gradient);
+  }
+};
 
 // kEndsOnly: the adjoint at the start of each segment but the first, as its own tokens give it.
 template <class Policy, bool kEndsOnly>
@@ -204,11 +197,13 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   float* const gradients = reinterpret_cast<float*>(take(Memory::kSums));
   float* const bias = reinterpret_cast<float*>(take(2 * kChannels / 4));
   float* const skip = bias + kChannels;
-  const Slot<kRun> slot_dt{take(2 * kRuns) + thread, kRuns};
-  const Slot<kRun> slot_x{take(Policy::kWords * kRuns) + thread, kRuns}, slot_z{take(Policy::kWords * kRuns) + thread, kRuns};
-  const Slot<kRun> slot_dy{take(Policy::kWords * kRuns) + thread, kRuns};
-  const ChannelTotals channel_totals{reinterpret_cast<float4*>(take(Memory::kTotals)) + thread};
-  channel_totals.clear();
+  const Slot<kRun> slot_dt{take(2 * kRuns) + thread, kRuns}, slot_x{take(Policy::kWords * kRuns) + thread, kRuns};
+  const Slot<kRun> slot_z{take(Policy::kWords * kRuns) + thread, kRuns}, slot_dy{take(Policy::kWords * kRuns) + thread, kRuns};
+  const OwnFloats slopes{reinterpret_cast<float4*>(slot_dt.at)}, gate_gradients{reinterpret_cast<float4*>(slot_z.at)};
+  const auto take_floats = [&] { return OwnFloats{reinterpret_cast<float4*>(take(2 * kRuns)) + thread}; };
+  const OwnFloats total_D = take_floats(), total_bias = take_floats();
+  constexpr float kZeros[kRun] = {};
+  total_D.put(kZeros), total_bias.put(kZeros);
   char** const cursors = reinterpret_cast<char**>(take(Memory::kCursors)) + thread;
   const Cursor at_dt{cursors}, at_x{cursors + kRuns}, at_z{cursors + 2 * kRuns}, at_dy{cursors + 3 * kRuns};
   const Cursor at_dx{cursors + 4 * kRuns}, at_ddt{cursors + 5 * kRuns}, at_dz{cursors + 6 * kRuns};
@@ -275,6 +270,8 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
       else return place_at(p, t, span, place, token, task.channel);
     };
     set(at_dt, p.dt), set(at_x, p.x), set(at_z, p.z), set(at_dy, p.dy), set(at_dx, p.dx), set(at_ddt, p.ddt), set(at_dz, p.dz);
+    const std::int64_t fours = (p.dstate + kStates - 1) / kStates, checkpoint_step = std::int64_t{p.blocks} * fours * kStart;
+    const float4* checkpoint = kEndsOnly ? nullptr : checkpoint_at<Policy>(p, span, task, last, state);
     const auto fetch_tile = [&](std::int64_t token) {
       if (token >= span.begin) {
         const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
@@ -286,9 +283,9 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
         projection.fetch(p, tokens, -1);
         if (!kEndsOnly && scans) {
 #pragma unroll
-          for (int first = 0; first < kTile; first += kCheckpoint)
-            LaneStates<Policy>::fetch(starts + first / kCheckpoint * kStart,
-                                      checkpoint_at<Policy>(p, span, task, token + first, state));
+          for (int i = 0; i < kTile / kCheckpoint; ++i)
+            LaneStates<Policy>::fetch(starts + i * kStart, checkpoint + i * checkpoint_step);
+          checkpoint -= kTile / kCheckpoint * checkpoint_step;
         }
       }
       commit_copies();
@@ -297,7 +294,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     // What this lane's sums add to dB or dC, at the first token.
     const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && dtype_of<Policy>(p.x) == DType::bfloat16;
     const int summed_row = is_coarse ? coarse_row_of_lane() : lane;
-    const std::int64_t fours = (p.dstate + kStates - 1) / kStates;
     const std::int64_t projected_step = (p.reverse ? -1 : 1) * std::int64_t{p.blocks} * fours * kReduced;
     const std::int64_t first_token = span.row * p.seqlen + (p.reverse ? span.last - 1 - span.begin : span.first + span.begin);
     float* const projected = p.projections ? p.projections +
@@ -344,23 +340,12 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     for (std::int64_t token = last; token >= span.begin; token -= kTile) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
       wait_for_copies();
-      float dr[kRun], z[kRun];
-      slot_dy.widen(dtype_of<Policy>(p.dy), dr);
-      if (p.z.data) {
-        slot_z.widen(dtype_of<Policy>(p.z), z);
-#pragma unroll
-        for (int i = 0; i < kRun; ++i) dr[i] *= cuda::fast_silu(z[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        if (!place.holds(i, tokens, task.channels)) dr[i] = 0.0f;
-      if (place.along_tokens) {
-        put_steps_of<Policy, true>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
-        put_gradient<true>(gradients, place, dr);
-      } else {
-        put_steps_of<Policy, false>(p, place, slot_dt, slot_x, bias, tokens, task.channels, steps);
-        put_gradient<false>(gradients, place, dr);
-      }
+      const auto prepare = [&]<bool kAlongTokens> {
+        Prepared<Policy, kAlongTokens, kEndsOnly>::put(p, place, slot_dt, slot_x, slot_z, slot_dy, bias, tokens, task.channels,
+                                                       steps, gradients, slopes, gate_gradients);
+      };
+      if (place.along_tokens) prepare.template operator()<true>();
+      else prepare.template operator()<false>();
       projection.put(p, of_C ? tile_C : tile_B);
       __syncthreads();
 
@@ -413,48 +398,53 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
               pairs[warp * Memory::kPairs + (first + k) * (kChannels / 2) + slot_of_pair(lane)] = back[k];
             if (projected) {
               const float sum = is_coarse ? coarse_sum_over_warp(terms) : sum_over_warp(terms);
-              const std::int64_t t = token + first + summed_row / kReduced;
-              if (t < span.end) projected[(t - span.begin) * projected_step] = sum;
+              const int t = first + summed_row / kReduced;
+              if (t < tokens) projected[(token - span.begin + t) * projected_step] = sum;
             }
           }
         }
       }
       __syncthreads();
 
-      if constexpr (!kEndsOnly) {
-        float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {}, dx[kRun], ddt[kRun], dz[kRun], dD[kRun];
+      if constexpr (kEndsOnly) {
+        fetch_tile(token - kTile);
+      } else {
+        const auto finish = [&]<bool kAlongTokens> {
+          Prepared<Policy, kAlongTokens, false> of;
+          of.get(p, place, slot_x, steps, gradients, slopes, gate_gradients);
+          fetch_tile(token - kTile);
+          float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
 #pragma unroll(Policy::kKnown ? Memory::kWarps : 1)
-        for (int w = 0; w < Memory::kWarps && w < scanners; ++w) {
-          if (place.along_tokens) {
-            add_sums<true>(sums + w * 4 * Memory::kSums, place, y);
-            add_pairs<true>(pairs + w * Memory::kPairs, place, du, dlog);
-          } else {
-            add_sums<false>(sums + w * 4 * Memory::kSums, place, y);
-            add_pairs<false>(pairs + w * Memory::kPairs, place, du, dlog);
+          for (int w = 0; w < Memory::kWarps && w < scanners; ++w) {
+            add_sums<kAlongTokens>(sums + w * 4 * Memory::kSums, place, y);
+            add_pairs<kAlongTokens>(pairs + w * Memory::kPairs, place, du, dlog);
           }
-        }
-        if (!first_piece || !last_piece) {
-          const std::int64_t size = p.cu_seqlens ? p.seqlen * p.dim : p.sequences * p.seqlen * p.dim;
-          pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
-          pass_on(p.partial_steps, p, span, token, place, tokens, task, first_piece, last_piece, du);
-          pass_on(p.partial_steps + size, p, span, token, place, tokens, task, first_piece, last_piece, dlog);
-        }
-        if (last_piece) {
-          if (place.along_tokens)
-            finish_gradients<Policy, true>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens, task.channels,
-                                           y, du, dlog, dx, ddt, dz, dD);
-          else
-            finish_gradients<Policy, false>(p, place, steps, slot_dt, slot_x, slot_z, slot_dy, bias, skip, tokens,
-                                            task.channels, y, du, dlog, dx, ddt, dz, dD);
+          if (!first_piece || !last_piece) {
+            const std::int64_t size = p.cu_seqlens ? p.seqlen * p.dim : p.sequences * p.seqlen * p.dim;
+            pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
+            pass_on(p.partial_steps, p, span, token, place, tokens, task, first_piece, last_piece, du);
+            pass_on(p.partial_steps + size, p, span, token, place, tokens, task, first_piece, last_piece, dlog);
+          }
+          if (!last_piece) return;
+          float dx[kRun], ddt[kRun], dz[kRun], dD[kRun];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) {
+            const float D = of_channel<kAlongTokens>(skip, place, i);
+            dx[i] = fmaf(D, of.gradient[i], of.dt[i] * du[i]);
+            ddt[i] = fmaf(of.x[i], du[i], dlog[i]) * of.slope[i];
+            dz[i] = fmaf(D, of.x[i], y[i]) * of.gate_gradient[i];
+            dD[i] = of.gradient[i] * of.x[i];
+          }
           const auto store_to = [&](const Cursor& cursor, const View& t, const float (&values)[kRun]) {
             if (t.data) store<Policy>(place_of_tile(cursor, t, token), p, t, place, tokens, task.channels, values);
           };
           store_to(at_dx, p.dx, dx), store_to(at_ddt, p.ddt, ddt);
           if (p.z.data) store_to(at_dz, p.dz, dz);
-          channel_totals.add(dD, ddt);
-        }
+          total_D.add(dD), total_bias.add(ddt);
+        };
+        if (place.along_tokens) finish.template operator()<true>();
+        else finish.template operator()<false>();
       }
-      fetch_tile(token - kTile);
     }
 
     if (!scans) continue;
@@ -473,17 +463,17 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   }
   if constexpr (!kEndsOnly) {
     float dD[kRun], ddt[kRun];
-    channel_totals.read(dD, ddt);
+    total_D.get(dD), total_bias.get(ddt);
     __syncthreads();  // the last tile's sums are read
     if (place.along_tokens) put_steps<true>(pairs, place, dD, ddt);
     else put_steps<false>(pairs, place, dD, ddt);
     __syncthreads();
     if (thread < task.channels) {
-      float total_D = link > 0 ? p.dD[place_of_channel] : 0.0f, total_bias = link > 0 ? p.ddt_bias[place_of_channel] : 0.0f;
+      float of_D = link > 0 ? p.dD[place_of_channel] : 0.0f, of_bias = link > 0 ? p.ddt_bias[place_of_channel] : 0.0f;
       const float* const at = reinterpret_cast<const float*>(pairs + slot_of_pair(thread / 2)) + thread % 2;
 #pragma unroll
-      for (int t = 0; t < kTile; ++t) total_D += at[t * 2 * kChannels], total_bias += at[t * 2 * kChannels + 2];
-      p.dD[place_of_channel] = total_D, p.ddt_bias[place_of_channel] = total_bias;
+      for (int t = 0; t < kTile; ++t) of_D += at[t * 2 * kChannels], of_bias += at[t * 2 * kChannels + 2];
+      p.dD[place_of_channel] = of_D, p.ddt_bias[place_of_channel] = of_bias;
     }
   }
   if (is_linked && link + 1 < p.links) end_turn(p.turns + index, link + 1);

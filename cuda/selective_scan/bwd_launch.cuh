@@ -16,12 +16,12 @@ void launch_row_sum(const float* rows, std::int64_t count, std::int64_t channels
                  RowSumParams{rows, count, channels, states, to});
 }
 
-// The states before every kCheckpoint-th token.
+// The states before every kCheckpoint-th token, and the adjoints at the ends of segments.
 template <class Policy>
 void launch_checkpoints(const BackwardArgs& args, const Dims& dims, const BackwardParams& params, Stream stream) {
   if constexpr (Policy::kKnown) {
     if (suits_lanes(args, dims)) {
-      const LanesPlan plan = lanes_plan(args, dims);
+      const LanesPlan plan = checkpoints_plan(args, dims);
       const BackwardScratch scratch(args, dims);
       float* const memory = static_cast<float*>(args.workspace.data);
       Params lanes = params;
@@ -31,6 +31,9 @@ void launch_checkpoints(const BackwardArgs& args, const Dims& dims, const Backwa
   }
   launch_pass<Policy, Pass::ends>(params, 0, params.sequences, params.segments - 1, stream);
   launch_pass<Policy, Pass::checkpoints>(params, 1, params.sequences, params.segments, stream);
+  if (const std::int64_t blocks = params.sequences * (params.segments - 1) * params.blocks; blocks > 0)
+    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>,
+                 {blocks, kRuns, BackwardStorage<Policy>::kBytesOfEnds}, stream, params);
 }
 
 template <class Policy>
@@ -38,23 +41,19 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   if (dims.ngroups == 0) return;
   BackwardParams params = params_of(args, dims);
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
-  const std::int64_t end_blocks = params.sequences * (params.segments - 1) * params.blocks,
-                     rows = params.sequences * params.segments;
-  constexpr int kBytes = BackwardStorage<Policy>::kBytes, kBytesOfEnds = BackwardStorage<Policy>::kBytesOfEnds;
+  const std::int64_t rows = params.sequences * params.segments;
   if (params.links > 1) cuda::clear(params.turns, kBackwardPasses * turns_of(args, dims) * sizeof(*params.turns), stream);
   launch_checkpoints<Policy>(args, dims, params, stream);
   params.turns += 2 * turns_of(args, dims);
-  if (end_blocks > 0)
-    cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, true>,
-                 {end_blocks, kRuns, kBytesOfEnds}, stream, params);
   if (blocks > 0)
     cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>,
-                 {blocks * params.links, kRuns, kBytes}, stream, params);
+                 {blocks * params.links, kRuns, BackwardStorage<Policy>::kBytes}, stream, params);
 
   const std::int64_t tokens = dims.batch * dims.seqlen;
   const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
   if (wants_projections(args, dims) && tokens * dims.ngroups * values > 0) {
     const std::int64_t last = params.sequences * params.cu_stride;
+    const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && args.x.dtype == DType::bfloat16;
     const ProjectionSumParams sum{params.projections,
                                   params.cu_seqlens,
                                   params.cu_is_int64,
@@ -65,8 +64,9 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
                                   params.blocks_of_group,
                                   dims.dstate,
                                   values,
-                                  dims.varying_B && args.dB ? projection_view(args.dB) : View{},
-                                  dims.varying_C && args.dC ? projection_view(args.dC) : View{}};
+                                  is_coarse ? kCutOff : 1.0f,
+                                  dims.varying_B && args.dB ? projection_view(args.dB, false) : View{},
+                                  dims.varying_C && args.dC ? projection_view(args.dC, false) : View{}};
     cuda::launch("selective_scan_projection_sum_kernel", selective_scan_projection_sum_kernel<Policy>,
                  {divide_up(tokens * dims.ngroups * values, kRuns), kRuns}, stream, sum);
   }

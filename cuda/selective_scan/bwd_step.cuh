@@ -5,20 +5,11 @@
 
 namespace statescan::selective_scan {
 
-// D += A B of one warp: 16x8 by 8x8, of numbers with 10 bits of mantissa, added up in float32.
+// D += A B of one warp: 16x8 by 8x8, added up in float32. Of the mantissas 10 bits count, the others are cut off.
 inline __device__ void multiply_tf32(float (&D)[4], const std::uint32_t (&A)[4], std::uint32_t B0, std::uint32_t B1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])
       : "r"(A[0]), "r"(A[1]), "r"(A[2]), "r"(A[3]), "r"(B0), "r"(B1));
-}
-inline __device__ std::uint32_t nearest_tf32(float v) {
-  std::uint32_t bits;
-#if __CUDA_ARCH__ >= 900
-  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));  // one instruction, where older devices take three
-#else
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
-#endif
-  return bits;
 }
 
 // Sums of 32 rows over a warp. Lane i ends with the sum of row i.
@@ -35,9 +26,9 @@ inline __device__ float sum_over_warp(float (&left)[kWarp]) {
   return left[0];
 }
 
-// The same in two thirds of the instructions, the first additions by the tensor cores. What is added is rounded to 11 bits: for
-// a sum that ends as bfloat16. Four rows are a matrix of 16 by 8; one of zeros and ones adds up its left and its right half
-// into columns 2m and 2m + 1 of D.
+// The same in a third of the instructions, the first additions by the tensor cores. What is added is cut to 11 bits: for a sum
+// that ends as bfloat16, times kCutOff. Four rows are a matrix of 16 by 8; one of zeros and ones adds up its left and its right
+// half into columns 2m and 2m + 1 of D.
 inline __device__ float coarse_sum_over_warp(const float (&rows)[kWarp]) {
   constexpr std::uint32_t kOne = 0x3f800000;
   const int lane = threadIdx.x % kWarp, quad = lane / 4;
@@ -47,7 +38,8 @@ inline __device__ float coarse_sum_over_warp(const float (&rows)[kWarp]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* const of = rows + half * 16 + 4 * m;
-      const std::uint32_t A[4] = {nearest_tf32(of[0]), nearest_tf32(of[1]), nearest_tf32(of[2]), nearest_tf32(of[3])};
+      const std::uint32_t A[4] = {__float_as_uint(of[0]), __float_as_uint(of[1]), __float_as_uint(of[2]),
+                                  __float_as_uint(of[3])};
       multiply_tf32(D[half], A, quad == 2 * m ? kOne : 0, quad == 2 * m + 1 ? kOne : 0);
     }
   }

@@ -6,11 +6,16 @@
 
 namespace statescan::selective_scan {
 
+// Makes up for what numbers lose when they are cut to 11 bits: of a number in [1, 2), 2^-11 on average. A sum loses that in
+// proportion to its terms' sizes: 2^-11 by the mean size over the mean square, 2/3 where the logarithms are spread evenly.
+inline constexpr float kCutOff = 1.0f + 0x1p-11f * 2.0f / 3.0f;
+
 struct ProjectionSumParams {
   const float* projections;
   const void* cu_seqlens;
   bool cu_is_int64;
   std::int64_t cu_last, seqlen, tokens, groups, blocks_of_group, dstate, values;  // values: of a block at a token
+  float scale;                                                                    // of the sums
   View dB, dC;
 };
 
@@ -34,7 +39,7 @@ __global__ void __launch_bounds__(kRuns) selective_scan_projection_sum_kernel(co
     for (std::int64_t block = 0; block < p.blocks_of_group; ++block) sum += from[block * p.values];
   }
   char* const at = to.data + token / p.seqlen * to.row + token % p.seqlen * to.token + group * to.channel + state * to.state;
-  cuda::store_element(at + within % Policy::kParts * 4, Policy::kParts == 2 ? DType::float32 : to.dtype, sum);
+  cuda::store_element(at + within % Policy::kParts * 4, Policy::kParts == 2 ? DType::float32 : to.dtype, sum * p.scale);
 }
 
 struct RowSumParams {

@@ -43,6 +43,12 @@ __device__ float softplus(float v) {
   }
 }
 
+// d softplus(v) / dv
+inline __device__ float softplus_slope(float v) {
+  const float e = cuda::fast_exp2(-1.44269504f * fabsf(v)), above = cuda::fast_reciprocal(1.0f + e);
+  return v < 0.0f ? e * above : above;
+}
+
 struct SinCos {
   float sin, cos, cos_minus_one;  // cos_minus_one where small
   bool small;                     // the angle lies in the first quadrant about zero

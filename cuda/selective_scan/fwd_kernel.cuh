@@ -30,27 +30,40 @@ struct Storage {
   static constexpr int kPerWarp = kSums + 2 * kProjection + kRaw + 2 * kFixed;
 };
 
-// dt and dt x of the thread's elements.
+// dt and dt x of the thread's elements. `slope`, where it is wanted: the derivative of dt by what it is made from.
 template <class Policy, bool kAlongTokens>
 __device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
-                             const float* bias, int tokens, int channels, float4* steps) {
+                             const float* bias, int tokens, int channels, float4* steps, float* slope = nullptr) {
   float dt[kRun], u[kRun];
   slot_dt.widen(dtype_of<Policy>(p.dt), dt);
   slot_x.widen(dtype_of<Policy>(p.x), u);
 #pragma unroll
   for (int i = 0; i < kRun; ++i) dt[i] += of_channel<kAlongTokens>(bias, place, i);
+  if (slope) {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) slope[i] = 1.0f;
+  }
   if (p.dt_softplus) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) dt[i] = softplus<Policy::kArithmetic>(dt[i]);
+    for (int i = 0; i < kRun; ++i) {
+      if (slope) slope[i] = softplus_slope(dt[i]);
+      dt[i] = softplus<Policy::kArithmetic>(dt[i]);
+    }
   }
   if (p.dt_limited) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) dt[i] = clamp(dt[i], p.dt_min, p.dt_max);
+    for (int i = 0; i < kRun; ++i) {
+      if (slope && (dt[i] < p.dt_min || dt[i] > p.dt_max)) slope[i] = 0.0f;
+      dt[i] = clamp(dt[i], p.dt_min, p.dt_max);
+    }
   }
   if (tokens < kTile || channels < kChannels) {  // outside, a step of zero leaves the states alone
 #pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      if (!place.holds(i, tokens, channels)) dt[i] = 0.0f, u[i] = 0.0f;
+    for (int i = 0; i < kRun; ++i) {
+      if (holds<Policy>(place, i, tokens, channels)) continue;
+      dt[i] = 0.0f, u[i] = 0.0f;
+      if (slope) slope[i] = 0.0f;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kRun; ++i) u[i] *= dt[i];
@@ -223,7 +236,7 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
           fetch<Policy>(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
           fetch<Policy>({slots_x.at + half, kRuns}, at_x, p, p.x, place, tokens, task.channels);
           if (gates) fetch<Policy>({slots_z.at + half, kRuns}, at_z, p, p.z, place, tokens, task.channels);
-          at_dt += kTile * token_step(p, p.dt), at_x += kTile * token_step(p, p.x), at_z += kTile * token_step(p, p.z);
+          at_dt += kTile * p.dt.step, at_x += kTile * p.x.step, at_z += kTile * p.z.step;
         }
         projection.fetch(p, tokens, 1);
       }
@@ -295,7 +308,7 @@ __global__ void __launch_bounds__(Policy::kMostThreads, Policy::kLeastBlocks)
         if (place.along_tokens) finish<Policy, true>(p, place, slot_x, slot_z, skip, y);
         else finish<Policy, false>(p, place, slot_x, slot_z, skip, y);
         store<Policy>(at_y, p, p.y, place, tokens, task.channels, y);
-        at_y += kTile * token_step(p, p.y);
+        at_y += kTile * p.y.step;
       }
     }
 

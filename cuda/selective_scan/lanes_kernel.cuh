@@ -9,6 +9,8 @@
 //          fetched while the one before is made ready and the one before that scanned, with one barrier for the three
 // Numerics float32. y is summed over a lane's states by output_of, over lanes as a tree: the same bits for every kStates, and
 //          those of fwd_kernel.cuh
+// For the backward of a call in segments, whose blocks hold 2 states a lane, a segment is a link, and leaves its adjoint's end,
+// too: with P the product of its decays so far, sum of P[t] C[t] dy[t] silu(z[t]). That takes the decays that are here anyway.
 #pragma once
 
 #include "fwd_kernel.cuh"
@@ -33,7 +35,7 @@ struct Lanes {
   static constexpr int kValues = kTokens * 2 * kLaneStates / kThreads;  // of B or C that a thread moves
   static constexpr int kRawWords = (kValues + 7) / 8;                   // of 16 bytes
   static constexpr int kSlot = kThreads * 4;                            // one word of each thread
-  static constexpr int kSlots = 3 + 1 + 1 + kRawWords;                  // x of three tiles, dt, z, B and C
+  static constexpr int kSlots = 3 + 1 + 1 + kRawWords + kPaired;        // x of three tiles, dt, z, B and C, dy
   static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums + 2 * kProjection) + 2 * kWidth;
   static constexpr int kBytes = 4 * kFloats;
 };
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   using Shape = Lanes<Policy, states>;
   constexpr int kThreads = Shape::kThreads, kLanes = Shape::kLanes, kWidth = Shape::kWidth, kTokens = Shape::kTokens;
   constexpr bool kAlongTokens = Policy::kReach == Reach::tokens, kOutput = kPass == Pass::output;
+  constexpr bool kAdjoints = kPass == Pass::checkpoints && Shape::kPaired;
   extern __shared__ uint4 memory[];
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::uint32_t tasks = gridDim.x / p.links, link = blockIdx.x / tasks, index = blockIdx.x % tasks;
@@ -90,19 +93,20 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   task.channels = min(static_cast<int>(p.group_channels - within), kWidth);
   task.channel = task.group * p.group_channels + within;
   task.sequence = index / p.blocks, task.segment = 0;
-  Span span = span_of(p, task.sequence, 0);
+  Span span = span_of(p, task.sequence, p.segments > 1 ? link : 0);
   if (p.cu_seqlens && task.sequence == p.sequences) {
     if (kOutput) clear_rows(p.y, span, task);
     return;
   }
   if (p.links > 1) {
-    span = link_of(span, link, p.links);
+    if (p.segments == 1) span = link_of(span, link, p.links);
     if (link > 0) wait_for_turn(p.turns + index, link);
   }
 
   uint4* const slot_x = memory + thread;  // of three tiles by turns
   const Slot<kRun> slot_dt{slot_x + 3 * kThreads, kThreads}, slot_z{slot_x + 4 * kThreads, kThreads};
   uint4* const raw = slot_x + 5 * kThreads;
+  const Slot<kRun> slot_dy{raw + Shape::kRawWords * kThreads, kThreads};  // of adjoints
   float* floats = reinterpret_cast<float*>(memory + Shape::kSlots * kThreads);
   const auto take = [&](int count) {
     float* const at = floats;
@@ -148,38 +152,61 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const char* at_x = place_at(p, p.x, span, place, span.begin, task.channel);
   const char* at_dt = place_at(p, p.dt, span, place, span.begin, task.channel);
   const char* at_z = place_at(p, p.z, span, place, span.begin, task.channel);
+  const char* at_dy = kAdjoints ? place_at(p, p.dy, span, place, span.begin, task.channel) : nullptr;
   char* at_y = place_at(p, p.y, span, place, span.begin, task.channel);
   // B and C: each thread has the same number of values, of one token (of two, where they lie in pairs).
   constexpr int kValues = Shape::kPaired ? Shape::kValues / 2 : Shape::kValues, kOfToken = 2 * kLaneStates / kValues;
   const int raw_token = thread / kOfToken * (Shape::kPaired ? 2 : 1), raw_value = thread % kOfToken * kValues;
   const View& raw_view = raw_value < kLaneStates ? p.B : p.C;
-  const char* at_raw = row_at(p, raw_view, span, span.begin) + raw_token * token_step(p, raw_view) +
-                       task.group * raw_view.channel + raw_value % kLaneStates * raw_view.state;
+  const char* at_raw = row_at(p, raw_view, span, span.begin) + raw_token * raw_view.step + task.group * raw_view.channel +
+                       raw_value % kLaneStates * raw_view.state;
   const auto tokens_from = [&](std::int64_t token) {
     return static_cast<int>(max(std::int64_t{0}, min(span.end - token, std::int64_t{kTokens})));
   };
   const auto fetch_inputs = [&](int turn, int tokens) {
     if (tokens > 0) {
       fetch<Policy>(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
+      if constexpr (kAdjoints) {
+        if (p.segments > 1) {
+          fetch<Policy>(slot_dy, at_dy, p, p.dy, place, tokens, task.channels);
+          if (p.z.data) fetch<Policy>(slot_z, at_z, p, p.z, place, tokens, task.channels);
+          at_dy += kTokens * p.dy.step, at_z += kTokens * p.z.step;
+        }
+      }
       fetch<Policy>(Slot<kRun>{slot_x + turn * kThreads, kThreads}, at_x, p, p.x, place, tokens, task.channels);
       if constexpr (Shape::kPaired) {
 #pragma unroll
         for (int w = 0; w < kValues / 8; ++w) {
           copy_async<16>(raw + 2 * w * kThreads, at_raw + 16 * w, raw_token < tokens);
-          copy_async<16>(raw + (2 * w + 1) * kThreads, at_raw + token_step(p, raw_view) + 16 * w, raw_token + 1 < tokens);
+          copy_async<16>(raw + (2 * w + 1) * kThreads, at_raw + raw_view.step + 16 * w, raw_token + 1 < tokens);
         }
       } else {
         copy_async<2 * kValues>(raw, at_raw, raw_token < tokens);
       }
-      at_dt += kTokens * token_step(p, p.dt), at_x += kTokens * token_step(p, p.x);
-      at_raw += kTokens * token_step(p, raw_view);
+      at_dt += kTokens * p.dt.step, at_x += kTokens * p.x.step;
+      at_raw += kTokens * raw_view.step;
     }
   };
   const auto fetch_gate = [&](int tokens) {
     if (kOutput && p.z.data && tokens > 0) fetch<Policy>(slot_z, at_z, p, p.z, place, tokens, task.channels);
-    at_z += kTokens * token_step(p, p.z);
+    if constexpr (kOutput) at_z += kTokens * p.z.step;
   };
 
+  // dy silu(z) of a tile, in the place of y: [pair of tokens][channel] of two.
+  const auto put_gradients = [&](int half) {
+    if (p.segments == 1) return;
+    float dr[kRun], z[kRun];
+    slot_dy.widen(Policy::kElement, dr);
+    if (p.z.data) {
+      slot_z.widen(Policy::kElement, z);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) dr[i] *= cuda::fast_silu(z[i]);
+    }
+    float* const to = sums + half * Shape::kSums;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i)
+      to[place.token_of(i) / 2 * 2 * Shape::kSumRow + place.channel_of(i) * 2 + place.token_of(i) % 2] = dr[i];
+  };
   // dt, u, B and C of a tile, as the lanes read them.
   const auto convert = [&](int turn, int half, int tokens) {
     float dt[kRun], u[kRun];
@@ -216,6 +243,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       for (int i = 0; i < kRun; ++i)
         *reinterpret_cast<float2*>(at + 4 * lanes_slot(place.channel + i)) = make_float2(dt[i], u[i]);
     }
+    if constexpr (kAdjoints) put_gradients(half);
     float* const tile = (raw_value < kLaneStates ? tile_B : tile_C) + half * Shape::kProjection;
     if constexpr (Shape::kPaired) {
 #pragma unroll
@@ -242,12 +270,16 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const std::int64_t checkpoint_step =
       std::int64_t{p.groups} * ((p.group_channels + kChannels - 1) / kChannels) * kChannels * kLaneStates;
   float* checkpoint = kOutput || !is_owner ? nullptr : lanes_checkpoint_at(p, span, task, channel, part * states);
+  float product[states], adjoint[states] = {}, total_dt = 0.0f;  // of the segment, where its adjoint's end is wanted
+#pragma unroll
+  for (int k = 0; k < states; ++k) product[k] = 1.0f;
   const int sum_token = part;  // of each kLanes tokens, the one whose y the lane ends with
   const auto scan_tile = [&](int half, int tokens) {
     const float* const from = steps + half * Shape::kSteps + 4 * lanes_slot(own);
     const float* const B = tile_B + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
     const float* const C = tile_C + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
     float* const to = sums + half * Shape::kSums + own;
+    const float* const gradients = sums + half * Shape::kSums + 2 * own;
     constexpr int kAtOnce = states == 8 ? 8 : 16;
 #pragma unroll(states == 2 ? 2 : 1)
     for (int first = 0; first < kTokens; first += kAtOnce) {
@@ -276,13 +308,22 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
           }
         };
         read(B, own_B);
-        if constexpr (kOutput) read(C, own_C);
+        if constexpr (kOutput || kAdjoints) read(C, own_C);
+        float2 dr = {};
+        if constexpr (kAdjoints) dr = *reinterpret_cast<const float2*>(gradients + t * Shape::kSumRow);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float dt = j == 0 ? step.x : step.z, u = j == 0 ? step.y : step.w;
 #pragma unroll
-          for (int k = 0; k < states; ++k)
-            advance<Arithmetic::fast>(&h[k], step_of<Arithmetic::fast>(dt, &rate[k]), u, &own_B[j][k]);
+          for (int k = 0; k < states; ++k) {
+            const Step<Arithmetic::fast> decay = step_of<Arithmetic::fast>(dt, &rate[k]);
+            advance<Arithmetic::fast>(&h[k], decay, u, &own_B[j][k]);
+            if constexpr (kAdjoints) {
+              product[k] *= decay.factor[0];
+              adjoint[k] = fmaf(product[k], own_C[j][k] * (j == 0 ? dr.x : dr.y), adjoint[k]);
+            }
+          }
+          if constexpr (kAdjoints) total_dt += dt;
           if constexpr (kOutput) y[pair + j] = output_of<1, states>(own_C[j], h);
         }
       }
@@ -329,7 +370,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       for (int i = 0; i < kRun; ++i) y[i] *= cuda::fast_silu(values[i]);
     }
     if (place.holds(0, tokens, task.channels)) store_vector(at_y, Policy::kElement, y);
-    at_y += kTokens * token_step(p, p.y);
+    at_y += kTokens * p.y.step;
   };
 
   // A tile is fetched while the one before it is made ready and the one before that is scanned; one barrier a tile.
@@ -356,6 +397,11 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     turn = after, half ^= 1;
   }
 
+  if (kAdjoints && link > 0 && p.segments > 1 && is_owner) {
+    const std::int64_t end = task.sequence * (p.segments - 1) + link - 1;
+    store(view_of<Policy>(p, p.adjoint_ends.states), end, adjoint);
+    if (part == 0) p.adjoint_ends.steps[end * p.dim + channel] = total_dt;
+  }
   if (link + 1 < p.links) {
     store(carried, task.sequence, h);
     end_turn(p.turns + index, link + 1);

@@ -14,12 +14,13 @@ struct View {
   char* data;
   DType dtype;
   std::int64_t row, token, channel, state;  // a row: of the batch, or a sequence's; a varying B or C has groups as channels
+  std::int64_t step;                        // from one token to the next in scan order
 };
 
-inline View tokens_view(const Tensor& t) {  // [b,l,d]
+inline View tokens_view(const Tensor& t, bool reverse) {  // [b,l,d]
   if (!t) return {};
-  const std::int64_t e = size_of(t.dtype);
-  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, t.stride[1] * e, t.stride[2] * e, 0};
+  const std::int64_t e = size_of(t.dtype), token = t.stride[1] * e;
+  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, token, t.stride[2] * e, 0, reverse ? -token : token};
 }
 inline View channels_view(const Tensor& t) {  // [d]
   return t ? View{static_cast<char*>(t.data), t.dtype, 0, 0, t.stride[0] * size_of(t.dtype), 0} : View{};
@@ -34,10 +35,11 @@ inline View position_states_view(const Tensor& t) {  // [s,k,d,n]
   const std::int64_t e = size_of(t.dtype);
   return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, t.stride[1] * e, t.stride[2] * e, t.stride[3] * e};
 }
-inline View projection_view(const Tensor& t) {  // [b,l,g,n], or [d,n]
+inline View projection_view(const Tensor& t, bool reverse) {  // [b,l,g,n], or [d,n]
   if (t.ndim == 2) return states_view(t);
-  const std::int64_t e = size_of(t.dtype);
-  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, t.stride[1] * e, t.stride[2] * e, t.stride[3] * e};
+  const std::int64_t e = size_of(t.dtype), token = t.stride[1] * e;
+  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * e, token, t.stride[2] * e, t.stride[3] * e,
+          reverse ? -token : token};
 }
 
 // What segments that start from zero leave: their states [sequence, segment, d, n], and the sums of their dt [.., d].
@@ -62,7 +64,9 @@ struct Params {
   float* carried;         // from one link of a segment to the next: the state, or its adjoint [sequence, segment, d, n]
   Ends ends;              // of all segments but the last
   float* partial;         // y [b,l,d] when there are several pieces
-  float* checkpoints;     // states before every kCheckpoint-th token
+  float* checkpoints;     // of the backward: states before every kCheckpoint-th token
+  View dy;                // of the backward
+  Ends adjoint_ends;      // of all segments but the first, seen from the right
   const void* positions;  // [sequence, position]: after how many tokens the state is wanted
   bool positions_are_int64;
   std::int64_t npositions, positions_row, positions_step;
@@ -70,8 +74,7 @@ struct Params {
 };
 
 struct BackwardParams : Params {
-  View dy, dfinal_state, dx, ddt, dz, dinitial_state;
-  Ends adjoint_ends;     // of all segments but the first, seen from the right
+  View dfinal_state, dx, ddt, dz, dinitial_state;
   float* partial_steps;  // sums for dx and ddt [2,b,l,d] when there are several pieces
   float* projections;    // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
   float *dA, *dB, *dC;   // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
@@ -143,8 +146,9 @@ void set_inputs(Params& p, const A& args, const Dims& d, int states) {
   p.dt_min = static_cast<float>(args.dt_min), p.dt_max = static_cast<float>(args.dt_max);
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   p.dt_limited = p.dt_min > -kInfinity || p.dt_max < kInfinity;
-  p.x = tokens_view(args.x), p.dt = tokens_view(args.dt), p.z = tokens_view(args.z);
-  p.A = states_view(args.A), p.B = projection_view(args.B), p.C = projection_view(args.C);
+  const auto tokens = [&](const Tensor& t) { return tokens_view(t, args.reverse); };
+  p.x = tokens(args.x), p.dt = tokens(args.dt), p.z = tokens(args.z), p.A = states_view(args.A);
+  p.B = projection_view(args.B, args.reverse), p.C = projection_view(args.C, args.reverse);
   p.D = channels_view(args.D), p.dt_bias = channels_view(args.dt_bias);
   p.initial_state = states_view(args.initial_state);
 }
@@ -160,7 +164,7 @@ bool suits_lanes(const A& args, const Dims& d) {
 
 // A call for the kernel of lanes, whose tensors `p` knows already.
 inline void set_lanes(Params& p, const Dims& d, const LanesPlan& plan, float* carried, float* turns) {
-  p.segments = 1;
+  p.segments = plan.segments;
   p.links = static_cast<std::uint32_t>(plan.links);
   p.blocks_of_group = static_cast<std::uint32_t>(plan.blocks_of_group);
   p.blocks = static_cast<std::uint32_t>(plan.blocks_of_group * d.ngroups);
@@ -173,7 +177,7 @@ inline Params params_of(const Args& args, const Dims& d) {
   Params p{};
   set_inputs(p, args, d, states_per_thread(d));
   p.piece = states_per_piece(d);
-  p.y = tokens_view(args.y), p.final_state = states_view(args.final_state);
+  p.y = tokens_view(args.y, args.reverse), p.final_state = states_view(args.final_state);
   if (const Tensor& at = args.state_positions) {
     p.positions = at.data, p.positions_are_int64 = at.dtype == DType::int64;
     p.npositions = d.npositions, p.positions_row = at.stride[0], p.positions_step = at.stride[1];
@@ -197,7 +201,8 @@ inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
   BackwardParams p{};
   set_inputs(p, args, d, kBackwardStates);
   p.piece = std::clamp<std::int64_t>(divide_up(d.dstate, kBackwardStates), 1, backward_warps(d)) * kBackwardStates;
-  p.dy = tokens_view(args.dy), p.dx = tokens_view(args.dx), p.ddt = tokens_view(args.ddt), p.dz = tokens_view(args.dz);
+  const auto tokens = [&](const Tensor& t) { return tokens_view(t, args.reverse); };
+  p.dy = tokens(args.dy), p.dx = tokens(args.dx), p.ddt = tokens(args.ddt), p.dz = tokens(args.dz);
   p.dfinal_state = states_view(args.dfinal_state), p.dinitial_state = states_view(args.dinitial_state);
   const BackwardScratch scratch(args, d);
   float* const memory = static_cast<float*>(args.workspace.data);

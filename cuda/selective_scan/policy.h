@@ -133,14 +133,14 @@ constexpr int lanes_width(int states) { return kLaneThreads / (kLaneStates / sta
 // How a call is dealt out: the states that a lane holds, and links as above. It changes no bits.
 struct LanesPlan {
   int states;
-  std::int64_t blocks_of_group, tasks, links;
+  std::int64_t blocks_of_group, tasks, links, segments;
 };
 
 // H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000.
 inline LanesPlan lanes_plan(const Inputs& args, const Dims& d) {
   constexpr std::int64_t kEnoughBlocks = 264;
   const auto blocks_of = [&](int states) { return d.ngroups > 0 ? divide_up(d.dim / d.ngroups, lanes_width(states)) : 0; };
-  LanesPlan plan{d.num_sequences * d.ngroups * blocks_of(8) >= kEnoughBlocks ? 8 : 2, 0, 0, 1};
+  LanesPlan plan{d.num_sequences * d.ngroups * blocks_of(8) >= kEnoughBlocks ? 8 : 2, 0, 0, 1, 1};
   plan.blocks_of_group = blocks_of(plan.states);
   plan.tasks = d.num_sequences * d.ngroups * plan.blocks_of_group;
   const std::int64_t tokens_of_link = plan.states == 8 ? 256 : 1024;
@@ -175,6 +175,13 @@ inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
   return tiles * (kTile / kCheckpoint);
 }
 
+// For the backward's checkpoints. Where it cuts sequences into segments, these are the links, and leave their adjoints' ends.
+inline LanesPlan checkpoints_plan(const BackwardArgs& args, const Dims& d) {
+  LanesPlan plan = lanes_plan(args, d);
+  if (const std::int64_t cut = segments(d, args.batch_invariant); cut > 1) plan.links = plan.segments = cut;
+  return plan;
+}
+
 struct BackwardScratch : Scratch {
   std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB,
       dC, dD, ddt_bias, carried, turns, lanes_carried, lanes_turns;
@@ -195,7 +202,7 @@ struct BackwardScratch : Scratch {
     const bool is_linked = links(args, d) > 1;
     carried = take(is_linked ? rows * floats_of_states(d) : 0);
     turns = take(is_linked ? kBackwardPasses * turns_of(args, d) : 0);
-    const LanesPlan plan = lanes_plan(args, d);
+    const LanesPlan plan = checkpoints_plan(args, d);
     lanes_carried = take(plan.links > 1 ? d.num_sequences * floats_of_states(d) : 0);
     lanes_turns = take(plan.links > 1 ? plan.tasks : 0);
   }

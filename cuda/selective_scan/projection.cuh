@@ -16,7 +16,7 @@ class Projection {
       : token_(threadIdx.x % kTile), of_C_(of_C), slot_{slot, kWarp} {
     const View& t = of(p);
     states_ = wanted && (of_C ? p.varying_C : p.varying_B) ? static_cast<int>(min(states, std::int64_t(Policy::kStates))) : 0;
-    at_ = row_at(p, t, s, token) + token_ * token_step(p, t) + group * t.channel + state * t.state;
+    at_ = row_at(p, t, s, token) + token_ * t.step + group * t.channel + state * t.state;
   }
   // Then moves by `tiles`.
   __device__ void fetch(const Params& p, int tokens, int tiles) {
@@ -32,7 +32,7 @@ class Projection {
         slot_.fetch_element(i, at_ + state * t.state + 4 * part, dtype(p), wanted && state < states_);
       }
     }
-    at_ += tiles * kTile * token_step(p, t);
+    at_ += tiles * kTile * t.step;
   }
   __device__ void put(const Params& p, float* tile) const {
     if (states_ == 0) return;

@@ -81,7 +81,7 @@ inline __device__ char* row_at(const Params& p, const View& t, const Span& s, st
 // A [b,l,d] tensor at a thread's first element of the tile that starts with `token`.
 inline __device__ char* place_at(const Params& p, const View& t, const Span& s, const Place& place, std::int64_t token,
                                  std::int64_t channel) {
-  return row_at(p, t, s, token) + place.token * token_step(p, t) + (channel + place.channel) * t.channel;
+  return row_at(p, t, s, token) + place.token * t.step + (channel + place.channel) * t.channel;
 }
 
 // A warp's part of a [d,n] tensor or of one sequence's states: two channels of each lane.

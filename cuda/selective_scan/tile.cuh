@@ -86,6 +86,12 @@ struct Place {
   __device__ bool holds(int i, int tokens, int channels) const { return token_of(i) < tokens && channel_of(i) < channels; }
 };
 
+// The same. What comes in vectors alone is there whole, or not at all.
+template <class Policy>
+__device__ bool holds(const Place& place, int i, int tokens, int channels) {
+  return place.holds(Policy::kKnown ? 0 : i, tokens, channels);
+}
+
 template <class Policy>
 __device__ Place place_of(Reach reach, bool reverse, int thread) {
   switch (Policy::kKnown ? Policy::kReach : reach) {
@@ -100,10 +106,9 @@ __device__ Place place_of(Reach reach, bool reverse, int thread) {
   }
 }
 
-// From one token to the next in scan order, and from one of a thread's elements to its next, in bytes.
-inline __device__ std::int64_t token_step(const Params& p, const View& t) { return p.reverse ? -t.token : t.token; }
-inline __device__ std::int64_t element_step(const Params& p, const View& t, const Place& place) {
-  return place.along_tokens ? place.token_step * token_step(p, t) : t.channel;
+// From one of a thread's elements to its next, in bytes.
+inline __device__ std::int64_t element_step(const View& t, const Place& place) {
+  return place.along_tokens ? place.token_step * t.step : t.channel;
 }
 
 // The dtype of x, dt, z, y, B or C.
@@ -120,7 +125,7 @@ __device__ void fetch(const Slot<kRun>& slot, const char* from, const Params& p,
     slot.fetch_vector(from, dtype_of<Policy>(t), place.holds(0, tokens, channels));
     return;
   }
-  const std::int64_t step = element_step(p, t, place);
+  const std::int64_t step = element_step(t, place);
 #pragma unroll 4
   for (int i = 0; i < kRun; ++i) slot.fetch_element(i, from + i * step, t.dtype, place.holds(i, tokens, channels));
 }
@@ -152,7 +157,7 @@ __device__ void store(char* to, const Params& p, const View& t, const Place& pla
     if (place.holds(0, tokens, channels)) store_vector(to, dtype_of<Policy>(t), values);
     return;
   }
-  const std::int64_t step = element_step(p, t, place);
+  const std::int64_t step = element_step(t, place);
 #pragma unroll
   for (int i = 0; i < kRun; ++i)
     if (place.holds(i, tokens, channels)) cuda::store_element(to + i * step, t.dtype, values[i]);
@@ -187,18 +192,25 @@ inline __device__ int place_in_sums(int channel) {
 }
 
 template <bool kAlongTokens>
-__device__ void add_sums(const float* sums, const Place& place, float (&values)[kRun]) {
+__device__ void get_sums(const float* sums, const Place& place, float (&values)[kRun]) {
   if constexpr (kAlongTokens) {
     const float* const at = sums + place_in_sums(place.channel);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) values[i] += at[(place.token + i * place.token_step) * kChannels];
+    for (int i = 0; i < kRun; ++i) values[i] = at[(place.token + i * place.token_step) * kChannels];
   } else {
 #pragma unroll
     for (int i = 0; i < kRun; i += 4) {
       const float4 v = *reinterpret_cast<const float4*>(sums + place.token * kChannels + place_in_sums(place.channel + i));
-      values[i] += v.x, values[i + 1] += v.y, values[i + 2] += v.z, values[i + 3] += v.w;
+      values[i] = v.x, values[i + 1] = v.y, values[i + 2] = v.z, values[i + 3] = v.w;
     }
   }
+}
+template <bool kAlongTokens>
+__device__ void add_sums(const float* sums, const Place& place, float (&values)[kRun]) {
+  float more[kRun];
+  get_sums<kAlongTokens>(sums, place, more);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) values[i] += more[i];
 }
 
 // A value of each channel, of those of the thread's elements.
