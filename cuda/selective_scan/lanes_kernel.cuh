@@ -281,7 +281,28 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     float* const to = sums + half * Shape::kSums + own;
     const float* const gradients = sums + half * Shape::kSums + 2 * own;
     constexpr int kAtOnce = states == 8 ? 8 : 16;
-#pragma unroll(states == 2 ? 2 : 1)
+    // y of some tokens, of which each lane has a part.
+    const auto put = [&](float (&parts)[kAtOnce], int first) {
+      constexpr int kFirstDistance = states >= 4 ? Shape::kOfWarp : 1;
+#pragma unroll
+      for (int group = 0; group < kAtOnce; group += kLanes) {
+        float* const left = parts + group;
+#pragma unroll
+        for (int width = 1; width < kLanes; width *= 2) {
+          const bool odd = part & width;
+#pragma unroll
+          for (int k = 0; k < kLanes / 2 / width; ++k) {
+            const float kept = odd ? left[2 * k + 1] : left[2 * k], given = odd ? left[2 * k] : left[2 * k + 1];
+            left[k] = kept + __shfl_xor_sync(0xffffffffu, given, width * kFirstDistance);
+          }
+        }
+        to[(first + group + sum_token) * Shape::kSumRow] = left[0];
+      }
+    };
+    // Where there are few warps, tokens are put while the next are worked out: a store holds up the loads after it.
+    constexpr bool kLate = kOutput && Shape::kPaired;
+    float before[kAtOnce];
+#pragma unroll(states == 2 ? kTokens / kAtOnce : 1)
     for (int first = 0; first < kTokens; first += kAtOnce) {
       if (!kOutput && first >= tokens) break;
       float y[kAtOnce];
@@ -327,23 +348,15 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
           if constexpr (kOutput) y[pair + j] = output_of<1, states>(own_C[j], h);
         }
       }
-      if constexpr (!kOutput) continue;
-      constexpr int kFirstDistance = states >= 4 ? Shape::kOfWarp : 1;
+      if constexpr (kLate) {
+        if (first > 0) put(before, first - kAtOnce);
 #pragma unroll
-      for (int group = 0; group < kAtOnce; group += kLanes) {
-        float* const left = y + group;
-#pragma unroll
-        for (int width = 1; width < kLanes; width *= 2) {
-          const bool odd = part & width;
-#pragma unroll
-          for (int k = 0; k < kLanes / 2 / width; ++k) {
-            const float kept = odd ? left[2 * k + 1] : left[2 * k], given = odd ? left[2 * k] : left[2 * k + 1];
-            left[k] = kept + __shfl_xor_sync(0xffffffffu, given, width * kFirstDistance);
-          }
-        }
-        to[(first + group + sum_token) * Shape::kSumRow] = left[0];
+        for (int i = 0; i < kAtOnce; ++i) before[i] = y[i];
+      } else if constexpr (kOutput) {
+        put(y, first);
       }
     }
+    if constexpr (kLate) put(before, kTokens - kAtOnce);
   };
 
   const auto finish_tile = [&](int turn, int half, int tokens) {
