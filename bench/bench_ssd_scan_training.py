@@ -11,6 +11,7 @@ TRAINING = Training(
     benchmark=BENCHMARK,
     sizes={"batch": 1, "seqlen": 2048, "nheads": 24, "headdim": 64, "ngroups": 1, "dstate": 128},
     peers={f"torch, chunks of {chunk}": ("chunked_ssd", (chunk,)) for chunk in (64, 128, 256)},
+    forms={"states kept": {"save_states": "chunk_states"}},
 )
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,32 +27,42 @@ from . import harness
 from .harness import Benchmark
 
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")  # in the order in which the backward ops give them
-OURS = "statescan"
+OURS = "statescan"  # the row that the others are compared with
 _SECONDS = ("median_s", "best_s", "kept_median_s", "kept_best_s", "cpu_s")
 AGREEMENT = 1e-4  # of float32 gradients, each rounded along its own way
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a step of an op is measured on. A peer is a forward in torch, in peers.py, and what it is called with."""
+    """What a step of an op is measured on. A peer is a forward in torch, in peers.py, and what it is called with; a form of ours
+    is what the forward is asked to keep, under the name by which the backward takes it."""
 
     benchmark: Benchmark
     sizes: Mapping[str, int]
     peers: Mapping[str, tuple[str, tuple[Any, ...]]]
+    forms: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> dict[str, Mapping[str, str]]:
+        """Every form of ours, by the name of its row."""
+        return {OURS: {}, **{f"{OURS}, {form}": kept for form, kept in self.forms.items()}}
 
 
 def _differentiated(a: dict[str, np.ndarray]) -> list[str]:
     return [name for name in GRADIENTS if name in a]
 
 
-def _ours(op: str, a: dict[str, np.ndarray], dy: np.ndarray) -> Callable[[], tuple[Any, ...]]:
+def _ours(op: str, a: dict[str, np.ndarray], dy: np.ndarray, kept: Mapping[str, str]) -> Callable[[], tuple[Any, ...]]:
     positional = [a[name] for name in ("x", "dt", "A", "B", "C")]
     keywords = {name: a[name] for name in ("D", "z", "dt_bias") if name in a} | {"dt_softplus": True}
     forward, backward = getattr(statescan, op), getattr(statescan, f"{op}_backward")
+    asked = dict.fromkeys(kept, True)
 
     def step() -> tuple[Any, ...]:
-        y = forward(*positional, **keywords)
-        return y, *(g for name, g in zip(GRADIENTS, backward(*positional, dy, **keywords)) if name in a)
+        results = forward(*positional, **keywords, **asked)
+        y, *states = results if kept else (results,)
+        gradients = backward(*positional, dy, **keywords, **dict(zip(kept.values(), states)))
+        return y, *(g for name, g in zip(GRADIENTS, gradients) if name in a)
 
     return step
 
@@ -103,8 +113,10 @@ def _measure(training: Training, implementation: str, sizes: dict[str, int], sec
     """In a process of its own: times, memory beyond the inputs; the results go to `path`."""
     a = training.benchmark.inputs(sizes, np.random.default_rng(20260101))
     dy = np.random.default_rng(1).standard_normal(a["x"].shape, np.float32)
-    ours = implementation == OURS
-    step = _ours(training.benchmark.op, a, dy) if ours else _autograd(training.peers[implementation], a, dy)
+    if implementation in training.ours:
+        step = _ours(training.benchmark.op, a, dy, training.ours[implementation])
+    else:
+        step = _autograd(training.peers[implementation], a, dy)
     before = _peak_bytes()
     results = step()
     peak = _peak_bytes() - before
@@ -125,14 +137,9 @@ def _measure(training: Training, implementation: str, sizes: dict[str, int], sec
     }
 
 
-def _in_a_process(
-    module: str, implementation: str, arguments: list[str], folder: str
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    path = os.path.join(folder, "results.npz")
+def _in_a_process(module: str, implementation: str, arguments: list[str], path: str) -> dict[str, Any]:
     command = [sys.executable, "-m", module, "--one", implementation, "--path", path, *arguments]
-    row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    with np.load(path) as results:
-        return row, dict(results)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main(training: Training, module: str) -> int:
@@ -144,7 +151,7 @@ def main(training: Training, module: str) -> int:
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each implementation")
     parser.add_argument("--threads", type=int, default=statescan.num_threads())
-    parser.add_argument("--one", choices=(OURS, *training.peers), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=(*training.ours, *training.peers), help=argparse.SUPPRESS)
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in training.sizes}
@@ -156,10 +163,12 @@ def main(training: Training, module: str) -> int:
     shared = [f"--{name}={getattr(args, name)}" for name in (*sizes, "seconds", "threads")]
     lines, wrong = [], False
     with tempfile.TemporaryDirectory() as folder:
-        ours, expected = _in_a_process(module, OURS, shared, folder)
-        for implementation in (OURS, *training.peers):
-            mine = implementation == OURS
-            row, results = (ours, expected) if mine else _in_a_process(module, implementation, shared, folder)
+        # Nothing is read before all have run: a process starts with the peak memory of the one that starts it.
+        paths = {name: os.path.join(folder, f"{place}.npz") for place, name in enumerate((*training.ours, *training.peers))}
+        rows = {name: _in_a_process(module, name, shared, path) for name, path in paths.items()}
+        expected, ours = dict(np.load(paths[OURS])), rows[OURS]
+        for implementation, row in rows.items():
+            mine, results = implementation == OURS, np.load(paths[implementation])
             apart = max(harness.relative_error(results[name].astype(float), expected[name].astype(float)) for name in expected)
             wrong |= apart > AGREEMENT
             lines.append((
