@@ -26,7 +26,3 @@ def as_weight(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 def as_input(tensor: Tensor | None, x: Tensor) -> Tensor | None:
     """B, C and z have the dtype of x."""
     return tensor if tensor is None or tensor.dtype == x.dtype else tensor.to(x.dtype)
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import torch as ops
-from ._arguments import activation_of, as_weight, wants_gradient
+from ..torch._op import wants_gradient
+from ._arguments import activation_of, as_weight
 from ._packing import packing_of
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]

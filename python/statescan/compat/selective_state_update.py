@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import torch as ops
-from ._arguments import as_input, as_parameter, wants_gradient
+from ..torch._op import wants_gradient
+from ._arguments import as_input, as_parameter
 
 __all__ = ["selective_state_update"]
 
