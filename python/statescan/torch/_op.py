@@ -339,25 +339,30 @@ class Op(_Operator):
     def _function(self) -> Callable[..., Any]:
         """`apply` of the autograd.Function that eager calls go through: on the arguments that have a gradient, and all of them."""
 
+        may_refuse, shown, kept_at = bool(self._without_gradient), self._shown, self._kept
+        keep_option = None if kept_at is None else self._asked[kept_at][1]
+
         def several(ctx: Any, args: Sequence[Any], results: tuple[Any, ...]) -> tuple[Any, Tensor | None]:
             """What a call of more than one result tells its backward: the results to hand on, and the one to keep."""
-            self._refuse_without_gradient(args)
-            asked, kept = self._results_asked(args), None
-            if self._kept is not None and asked[self._kept]:
-                kept = results[0 if self._kept == 0 else -1]
-                if self._kept == self._shown:
+            if may_refuse:
+                self._refuse_without_gradient(args)
+            kept = None
+            if kept_at is not None and (keep_option is None or args[keep_option]):
+                kept = results[0 if kept_at == 0 else -1]
+                if kept_at == shown:
                     results = results[:-1]
             ctx.result_shape = results[0].shape
             if len(results) == 1:
                 return results[0], kept
-            ctx.asked = asked[: self._shown]
+            if len(results) < shown:
+                ctx.asked = self._results_asked(args)[:shown]
             ctx.set_materialize_grads(False)
             return results, kept
 
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
             if len(cotangents) < len(self._cotangents):
                 given = iter(cotangents)
-                asked = getattr(ctx, "asked", (True,))
+                asked = getattr(ctx, "asked", (True,) * len(cotangents))
                 asked = (*asked, *[False] * (len(self._cotangents) - len(asked)))
                 cotangents = tuple(next(given) if wanted else None for wanted in asked)
             # With create_graph the result must refuse a second derivative, and compiled autograd must see an operator.
