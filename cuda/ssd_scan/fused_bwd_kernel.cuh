@@ -1,5 +1,7 @@
 // ssd_scan backward on sm_90a, the main kernel: every gradient of a chunk of 64 tokens, from kept states and adjoints
-// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy,
+// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy (of a pair
+// of
+//          chunks, h of the first and G of the second are kept; h of the second and G of the first come of a step of the walk),
 //          L[i][j] = exp(s[i] - s[j]) for j <= i, S[i][j] = C[i].B[j], T[i][j] = g[i].x[j], W = S L T:
 //          r[j]  = L[end][j] G B[j] + sum_{i>=j} S[i][j] L[i][j] g[i],         dx[j] = dt[j] r[j] + D g[j]
 //          dB[j] = sum over heads of dt[j] L[end][j] G^T x[j] + sum_{i>=j} T[i][j] L[i][j] dt[j] C[i]
@@ -8,8 +10,8 @@
 //                    + sum_{k>=i} (sum_{j<k} W[k][j] dt[j] - sum_{m>k} W[m][k] dt[k])
 //          ddt[j] = x[j].r[j] + A ddtA[j], through limit, softplus and bias;  dA = sum dt[i] ddtA[i];  dD = sum g x
 // Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and chunk; p in slices of 64: an item
-// Traffic  read x, dy, dt, h and G, write dx and ddt: once; B, C, dB, dC once a block
-//          Floor of B8 L2048 H80 P64 G1 N128 bf16: 1.18 GB, 0.39 ms; matmuls 86 GFLOP, 0.11 ms
+// Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
+//          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
 // whose
 //          items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares the
@@ -17,6 +19,7 @@
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
+#include "fused_bwd_kept.cuh"
 #include "fused_bwd_steps.cuh"
 
 namespace statescan::ssd_scan {
@@ -50,19 +53,24 @@ struct GradientStorage {
   static constexpr int kTiles = Policy::kState / kTile, kStages = kTiles == 2 ? 3 : 4;
   using Tile = char[kTileBytes];
   alignas(1024) Tile B[kTiles], C[kTiles];
+  alignas(1024) Tile other_projection[kTiles];  // of the pair's other chunk: C of the second, or B of the first
   alignas(1024) Tile x[kStages], g[kStages];
-  alignas(1024) Tile states[kStages][kTiles], adjoints[kStages][kTiles];
-  alignas(1024) Tile dx[2];    // by turns
-  alignas(1024) Tile weights;  // the sum over heads of T L dt
+  alignas(1024) Tile other_rows[2];                                       // weighted g of the second, or x of the first
+  alignas(1024) Tile states[kStages][kTiles], adjoints[kStages][kTiles];  // as kept, then this chunk's
+  alignas(1024) Tile dx;  // and at the end of a task the sum over heads of T L dt
+  alignas(16) std::uint8_t state_exponents[kStages][kTiles][kTile], adjoint_exponents[kStages][kTiles][kTile];
   GradientSteps steps[kStages];
+  WalkSteps other_steps[2];
   GradientSums sums[2];
   alignas(8) Barrier projections_full, projections_empty, weights_full, weights_empty;
-  Barrier full[kStages], empty[kStages], sums_full[2], sums_empty[2];
+  Barrier other_loaded[2], other_full[2], other_empty[2];
+  Barrier full[kStages], passed[kStages], empty[kStages], sums_full[2], sums_empty[2];  // passed: states are this chunk's
 };
 
 // A chunk, a group, and some of its items of the part.
 struct GradientTask {
   int batch, chunk, slot, group, group_of_part, split, begin, end;  // slot: chunk of the part
+  int pair;                                                         // of the part's
 
   __device__ GradientTask(const FusedBackwardParams& p, unsigned index) {
     split = static_cast<int>(index % static_cast<unsigned>(p.splits));
@@ -71,6 +79,7 @@ struct GradientTask {
     slot = static_cast<int>(index / static_cast<unsigned>(p.part.groups));
     group = p.part.first_group + group_of_part;
     batch = p.part.first_batch + slot / p.chunks, chunk = slot % p.chunks;
+    pair = slot / p.chunks * p.pairs + chunk / 2;
     const int heads = p.part.items / p.slices, each = (heads + p.splits - 1) / p.splits;
     begin = min(split * each, heads) * p.slices;
     end = min((split + 1) * each, heads) * p.slices;
@@ -84,6 +93,9 @@ struct GradientTask {
   }
   __device__ int kept_of(const FusedBackwardParams& p, int item) const { return group_of_part * p.part.items + item; }
   __device__ std::int64_t first_token() const { return std::int64_t{chunk} * kTile; }
+  // Of a pair: the first has h, and its G from the second; the second has G, and its h from the first.
+  __device__ bool is_first() const { return chunk % 2 == 0; }
+  __device__ int other_chunk() const { return chunk ^ 1; }
 };
 
 // Calls `visit` with each task of the block and the parity of the barriers that it passes once.
@@ -114,11 +126,50 @@ __device__ void load_projections(const FusedBackwardParams& p, const GradientTas
   constexpr int kTiles = GradientStorage<Policy>::kTiles;
   const int token = static_cast<int>(task.first_token());
   shared.projections_empty.wait(parity ^ 1);
-  shared.projections_full.arrive_and_expect_tx(2 * kTiles * kTileBytes);
+  shared.projections_full.arrive_and_expect_tx(3 * kTiles * kTileBytes);
 #pragma unroll
   for (int k = 0; k < kTiles; ++k) {
     load_dealt_tile(p.dealt_B, shared.projections_full, shared.B[k], k * kTile, task.group, token, task.batch);
     load_tile(p.C, shared.projections_full, shared.C[k], k * kTile, task.group, token, task.batch);
+    load_tile(task.is_first() ? p.C : p.B, shared.projections_full, shared.other_projection[k], k * kTile, task.group,
+              task.other_chunk() * kTile, task.batch);
+  }
+}
+
+// One warp: of the pair's other chunk, the rows of each item, weighted as they are in what passes it.
+template <class Policy>
+__device__ void weight_others(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
+                              Ring<2>& ring) {
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  std::uint32_t next[2] = {};
+  const auto load = [&](int item, const Ring<2>& to) {
+    if (item >= task.end) return;
+    shared.other_empty[to.stage].wait(to.parity ^ 1);
+    if (cute::elect_one_sync()) {
+      shared.other_loaded[to.stage].arrive_and_expect_tx(kTileBytes);
+      load_tile(task.is_first() ? p.dy : p.x, shared.other_loaded[to.stage], shared.other_rows[to.stage],
+                task.channel_of(p, item), task.head_of(p, item), task.other_chunk() * kTile, task.batch);
+    }
+    __syncwarp();
+  };
+  const auto fetch = [&](int item) {
+    if (item < task.end) StepReader(p, task.batch, task.head_of(p, item)).fetch(p, task.other_chunk(), next);
+  };
+  fetch(task.begin);
+  load(task.begin, ring);
+  for (int item = task.begin; item < task.end; ++item) {
+    const int slot = ring.stage, parity = ring.parity;
+    const StepReader reader(p, task.batch, task.head_of(p, item));
+    const LaneSteps s = scan_steps(p, task.other_chunk(), reader.A, reader.bias, next);
+    fetch(item + 1);
+    ring.advance();
+    load(item + 1, ring);
+    store_walk_steps(shared.other_steps[slot], s, task.is_first());
+    __syncwarp();
+    shared.other_loaded[slot].wait(parity);
+    weight_tile<NativeElement, 32, 4>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
+    cutlass::arch::fence_view_async_shared();
+    shared.other_full[slot].arrive();
   }
 }
 
@@ -135,14 +186,21 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
               kept = task.kept_of(p, item);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
-    full.arrive_and_expect_tx((2 + 2 * Storage::kTiles) * kTileBytes);
+    full.arrive_and_expect_tx((2 + 2 * Storage::kTiles) * kTileBytes + 2 * Storage::kTiles * kTile);
     load_dealt_tile(p.dealt_x, full, shared.x[stage], channel, head, token, task.batch);
     load_tile(p.dy, full, shared.g[stage], channel, head, token, task.batch);
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
-      load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.slot);
-      load_tile(p.adjoints, full, shared.adjoints[stage][k], k * kTile, kept, 0, task.slot);
+      load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
+      load_tile(p.adjoints, full, shared.adjoints[stage][k], k * kTile, kept, 0, task.pair);
     }
+    const auto load_exponents = [&](const std::uint8_t* from, void* to) {
+      constexpr int kBytes = Storage::kTiles * kTile;
+      cute::SM90_BULK_COPY_G2S::copy(from + (std::int64_t{task.pair} * p.kept_items + kept) * kBytes,
+                                     reinterpret_cast<std::uint64_t*>(&full), to, kBytes);
+    };
+    load_exponents(p.state_exponents, shared.state_exponents[stage]);
+    load_exponents(p.adjoint_exponents, shared.adjoint_exponents[stage]);
   }
 }
 
@@ -356,6 +414,25 @@ __device__ std::int64_t kept_sums(const FusedBackwardParams& p, int split, int s
   return block * (kState / 8 * kWarpgroup);
 }
 
+// A tile as kept becomes a matrix operand.
+template <class NativeElement>
+__device__ void round_kept(char* tile, const std::uint8_t* exponents, const Fragment& at) {
+  const float unit[2] = {unit_of(exponents[at.row]), unit_of(exponents[at.row + 8])};
+#pragma unroll
+  for (int j = 0; j < kTile / 16; ++j) {
+    std::uint32_t word[4];
+    at.load(tile, j, word);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float pair[2];
+      from_fixed_point(word[w], pair);
+      pair[0] *= unit[w % 2], pair[1] *= unit[w % 2];
+      word[w] = cuda::narrow_word<NativeElement>(pair);
+    }
+    at.store(tile, j, word);
+  }
+}
+
 // dC or dB: the sum over items of scaled rows of g h, or x G; and for ddt the products of those rows with C, or B.
 template <class Policy>
 __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& shared, bool is_C) {
@@ -377,16 +454,62 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   auto sum0 = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   auto sum1 = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   auto& tiles = is_C ? shared.C : shared.B;
+  typename M::ColumnsColumns pass_mma;
+  const auto passing_of = pass_mma.get_thread_slice(thread);
+  const auto other_rows =
+      passing_of.partition_fragment_A(M::tensor(shared.other_rows, typename M::template Columns<kTile, 2>{}));
+  const auto other_projection =
+      passing_of.partition_fragment_B(M::tensor(shared.other_projection, typename M::template Columns<kTile, kTiles>{}));
 
-  Ring<kStages> ring;
-  Ring<2> slots;
+  Ring<kStages> ring, ahead;  // ahead: of the item whose states are made this chunk's
+  Ring<2> slots, other;
+  // Each warpgroup has a tile of both states; where there is one, the second has what passes a chunk.
+  const auto pass_states = [&](bool is_first) {
+    const int stage = ahead.stage, tile = kTiles == 2 && !is_C;
+    auto& kept = is_first ? shared.states : shared.adjoints;
+    auto& passing = is_first ? shared.adjoints : shared.states;
+    auto& kept_exponents = is_first ? shared.state_exponents : shared.adjoint_exponents;
+    auto& passing_exponents = is_first ? shared.adjoint_exponents : shared.state_exponents;
+    shared.full[stage].wait(ahead.parity);
+    if (kTiles == 2 || is_C) round_kept<NativeElement>(kept[stage][tile], kept_exponents[stage][tile], at);
+    if (kTiles == 2 || !is_C) {
+      shared.other_full[other.stage].wait(other.parity);
+      float unit[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        unit[r] = shared.other_steps[other.stage].total * unit_of(passing_exponents[stage][tile][at.row + 8 * r]);
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) {
+        std::uint32_t word[4];
+        at.load(passing[stage][tile], j, word);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float count[2];
+          from_fixed_point(word[w], count);
+          product(8 * j + 2 * w) = count[0] * unit[w % 2], product(8 * j + 2 * w + 1) = count[1] * unit[w % 2];
+        }
+      }
+      cute::warpgroup_fence_operand(product);
+      cute::warpgroup_arrive();
+      issue<false>(pass_mma, other_rows(_, _, _, other.stage), other_projection(_, _, _, tile), product);
+      cute::warpgroup_wait<0>();
+      cute::warpgroup_fence_operand(product);
+      shared.other_empty[other.stage].arrive();
+#pragma unroll
+      for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(passing[stage][tile], j, product);
+    }
+    cutlass::arch::fence_view_async_shared();
+    shared.passed[stage].arrive();
+    ahead.advance(), other.advance();
+  };
   for_each_task(p, [&](const GradientTask& task, int parity) {
 #pragma unroll
     for (int v = 0; v < kTile / 2; ++v) sum0(v) = sum1(v) = 0.0f;
     shared.projections_full.wait(parity);
+    if (task.begin < task.end) pass_states(task.is_first());
     for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
       const int stage = ring.stage;
-      shared.full[stage].wait(ring.parity);
+      shared.passed[stage].wait(ring.parity);
       const GradientSteps& steps = shared.steps[stage];
       float dot[2] = {}, scale[2];
 #pragma unroll
@@ -415,6 +538,7 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
         }
       };
       add_tile(0, sum0);
+      if (item + 1 < task.end) pass_states(task.is_first());
       if constexpr (kTiles == 2) add_tile(1, sum1);
       const float whole =
           sum_of_warp(multiply_states<NativeElement, kTiles>(shared.states[stage], shared.adjoints[stage], is_C, thread));
@@ -453,12 +577,12 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       if (is_C) {
         typename M::ColumnsColumns common;
         const auto slice = common.get_thread_slice(thread);
-        const auto weights = slice.partition_fragment_A(M::tensor(shared.weights, typename M::template Columns<kTile, 1>{}));
+        const auto weights = slice.partition_fragment_A(M::tensor(shared.dx, typename M::template Columns<kTile, 1>{}));
         const auto others = slice.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kTile, kTiles>{}));
         cute::warpgroup_arrive();
         issue<false>(common, weights(_, _, _, 0), others(_, _, _, tile), sum);
       } else {
-        const auto weights = mine.partition_fragment_A(M::tensor(shared.weights, typename M::template Rows<kTile, 1>{}));
+        const auto weights = mine.partition_fragment_A(M::tensor(shared.dx, typename M::template Rows<kTile, 1>{}));
         const auto others = mine.partition_fragment_B(M::tensor(shared.C, typename M::template Columns<kTile, kTiles>{}));
         cute::warpgroup_arrive();
         issue<false>(mma, weights(_, _, _, 0), others(_, _, _, tile), sum);
@@ -562,6 +686,7 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
     for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
       const int stage = ring.stage;
       shared.full[stage].wait(ring.parity);
+      shared.passed[stage].wait(ring.parity);
       cute::warpgroup_fence_operand(pairs);
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_arrive();
@@ -628,8 +753,9 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       shared.sums_full[slots.stage].arrive();
       const int head = task.head_of(p, item), channel = task.channel_of(p, item);
       const float D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
-      char* const tile = shared.dx[slots.stage];
-      if (at.lane == 0) cute::tma_store_wait<1>();  // the one before the last has left its tile
+      char* const tile = shared.dx;
+      if (item == task.begin) shared.weights_empty.wait(parity ^ 1);
+      else if (at.lane == 0) cute::tma_store_wait<0>();  // the one before has left it
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_fence_operand(masked);
@@ -662,9 +788,11 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         cute::tma_store_arrive();
       }
     }
-    shared.weights_empty.wait(parity ^ 1);
+    if (at.lane == 0) cute::tma_store_wait<0>();
+    __syncwarp();
+    if (task.begin == task.end) shared.weights_empty.wait(parity ^ 1);
 #pragma unroll
-    for (int b = 0; b < kTile / 16; ++b) at.store<NativeElement>(shared.weights, b, weights);
+    for (int b = 0; b < kTile / 16; ++b) at.store<NativeElement>(shared.dx, b, weights);
     cutlass::arch::fence_view_async_shared();
     shared.weights_full.arrive();
   });
@@ -726,12 +854,16 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
     shared.weights_full.init(kWarpgroup);
     shared.weights_empty.init(2 * kWarpgroup);
     for (int stage = 0; stage < Storage::kStages; ++stage) {
-      shared.full[stage].init(1 + 32);                // the tiles, and the steps
+      shared.full[stage].init(1 + 32);  // the tiles, and the steps
+      shared.passed[stage].init(2 * kWarpgroup);
       shared.empty[stage].init(3 * kWarpgroup + 32);  // and the warp that finishes ddt
     }
     for (int slot = 0; slot < 2; ++slot) {
       shared.sums_full[slot].init(3 * kWarpgroup);
       shared.sums_empty[slot].init(32);
+      shared.other_loaded[slot].init(1);
+      shared.other_full[slot].init(32);
+      shared.other_empty[slot].init(Storage::kTiles * kWarpgroup);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -764,8 +896,11 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
           for_each_task(p, [&](const GradientTask& task, int) { finish_steps<Policy>(p, task, shared, ring, slots); });
           break;
         case 3:
-          if (cute::elect_one_sync())
-            for_each_task(p, [&](const GradientTask& task, int parity) { load_projections<Policy>(p, task, parity, shared); });
+          for_each_task(p, [&](const GradientTask& task, int parity) {
+            if (cute::elect_one_sync()) load_projections<Policy>(p, task, parity, shared);
+            __syncwarp();
+            weight_others<Policy>(p, task, shared, slots);
+          });
           break;
       }
   }

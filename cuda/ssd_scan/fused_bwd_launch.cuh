@@ -33,6 +33,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.seqlen = d.seqlen;
   p.batch = static_cast<int>(d.batch), p.nheads = static_cast<int>(d.nheads), p.headdim = static_cast<int>(d.headdim);
   p.ngroups = static_cast<int>(d.ngroups), p.dstate = static_cast<int>(d.dstate), p.chunks = static_cast<int>(plan.chunks);
+  p.pairs = static_cast<int>(plan.pairs);
   p.slices = static_cast<int>(plan.slices), p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
   p.splits = static_cast<int>(plan.splits);
   p.has_dB = static_cast<bool>(args.dB), p.has_dC = static_cast<bool>(args.dC);
@@ -47,6 +48,8 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   };
   char* const states = take(plan.states_bytes);
   char* const adjoints = take(plan.states_bytes);
+  for (std::uint8_t** exponents : {&p.state_exponents, &p.adjoint_exponents})
+    *exponents = reinterpret_cast<std::uint8_t*>(take(plan.exponents_bytes));
   if (plan.sums_in_memory) {
     p.dB_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
     p.dC_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
@@ -71,11 +74,13 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     p.part = plan.part(d, i);
     p.keeps_sums = plan.splits > 1 || !p.part.is_last;
     const std::int64_t slots = p.part.batches * plan.chunks, items = p.part.total();
-    const auto kept = [&](void* data) {  // [slots, rows, items, states], as boxes of rows and states find them
-      Tensor t = Tensor::contiguous(data, args.x.dtype, {slots, items, kFusedTile, Policy::kState}, args.x.device);
+    const auto kept = [&](void* data) {  // [pairs, rows, items, states], as boxes of rows and states find them
+      const std::int64_t pairs = p.part.batches * plan.pairs;
+      Tensor t = Tensor::contiguous(data, args.x.dtype, {pairs, items, kFusedTile, Policy::kState}, args.x.device);
       std::swap(t.shape[1], t.shape[2]), std::swap(t.stride[1], t.stride[2]);
       return cuda::tma_map(t);
     };
+    p.kept_items = static_cast<int>(items);
     p.states = kept(states), p.adjoints = kept(adjoints);
     p.items_of_walk = items_of_walk(p.part.batches * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));

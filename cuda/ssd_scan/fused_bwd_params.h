@@ -10,7 +10,8 @@ namespace statescan::ssd_scan {
 struct FusedBackwardParams {
   CUtensorMap x, dy, B, C, dB, dC;
   CUtensorMap dealt_x, dealt_dx, dealt_B;  // in boxes of eight tokens
-  CUtensorMap states, adjoints;  // [slots, items, 64, padded dstate] of the part: of the state that enters, that leaves a chunk
+  CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
+  std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, dfinal_state, dinitial_state;
@@ -20,9 +21,10 @@ struct FusedBackwardParams {
   bool dt_softplus, has_dx, has_dB, has_dC;
   float dt_min, dt_max;
   std::int64_t seqlen;
-  int batch, nheads, headdim, ngroups, dstate, chunks;
+  int batch, nheads, headdim, ngroups, dstate, chunks, pairs;  // pairs of chunks: the last may lack its second
   int slices, heads_per_group;
   FusedPart part;
+  int kept_items;  // of all groups of the part
   int splits;
   unsigned walks;                                  // of one direction: groups of items x sequences
   int items_of_walk, walks_per_group;              // items: 1 or 2

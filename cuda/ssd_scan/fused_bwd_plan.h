@@ -1,8 +1,8 @@
 // How the fused backward cuts a call: plain C++, a function of the shape alone.
 //
-// Two walks keep, for each chunk, the state that enters it and the adjoint of the state that leaves it; the main kernel then
-// takes all chunks at the same time. Kept for all heads they would be four times as large as x (headdim 64, dstate 128), so the
-// work goes through both kernels in parts.
+// Two walks keep, for each pair of chunks, the state that enters it and the adjoint of the state that leaves it; the main
+// kernel then takes all chunks at the same time. Kept for all heads they would be twice as large as x (headdim 64, dstate 128),
+// so the work goes through both kernels in parts.
 #pragma once
 
 #include <algorithm>
@@ -27,13 +27,15 @@ struct FusedPart {
 struct FusedBackwardPlan {
   std::int64_t slices;         // of 64 channels, of a head
   std::int64_t chunks, slots;  // of a sequence; of all
+  std::int64_t pairs;          // of chunks, of a sequence
   std::int64_t group_items;    // slices of all heads of a group
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
-  std::int64_t splits;                                 // blocks that share the items of a piece
-  bool sums_in_memory;                                 // dB and dC of all pieces and splits meet in the workspace
-  std::size_t states_bytes, sums_bytes, shares_bytes;  // of the workspace: each of two; each of two; each of three
+  std::int64_t splits;  // blocks that share the items of a piece
+  bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
+  std::size_t states_bytes, exponents_bytes, sums_bytes,
+      shares_bytes;  // of the workspace: of shares three, of the rest two each
 
-  constexpr std::size_t workspace_bytes() const { return 2 * states_bytes + 2 * sums_bytes + 3 * shares_bytes; }
+  constexpr std::size_t workspace_bytes() const { return 2 * (states_bytes + exponents_bytes + sums_bytes) + 3 * shares_bytes; }
 
   constexpr FusedPart part(const Dims& d, std::int64_t i) const {
     const std::int64_t batch = i / parts_of_batches * batches_of_part, of_batches = i % parts_of_batches;
@@ -61,18 +63,19 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
   constexpr std::int64_t kMostSplits = 8, kMoreParts = 3;
   constexpr double kLaunch = 2.0, kSplitSum = 4.0;
   constexpr double kWalkStart = 1.5, kWalkStep = 0.3;  // a task; a chunk and slice, where nothing waits for memory
-  constexpr double kTaskEnds = 4.0, kItem = 2.0;       // the same of the main kernel: a chunk's start and end; an item
+  constexpr double kTaskEnds = 4.0, kItem = 2.3;       // the same of the main kernel: a chunk's start and end; an item
   constexpr double kBytes = 2.9e6 / kMultiprocessors;  // that a multiprocessor has of the memory in one us, when all are busy
   FusedBackwardPlan plan{};
   plan.slices = divide_up(d.headdim, kFusedTile);
   plan.chunks = divide_up(d.seqlen, kFusedTile), plan.slots = d.batch * plan.chunks;
+  plan.pairs = divide_up(plan.chunks, std::int64_t{2});
   const std::int64_t heads = d.nheads / d.ngroups;
   plan.group_items = heads * plan.slices;
   const std::int64_t columns = divide_up(d.dstate, kFusedTile) * kFusedTile, state = 2 * kFusedTile * columns;
   const std::int64_t tile = 2 * kFusedTile * kFusedTile, sums_of_task = 8 * kFusedTile * columns;
   // Of a sequence: what bounds the memory, what an item keeps, the sums of dB and dC of a split.
   const double bound = kMostMemory * 2.0 * static_cast<double>(d.seqlen * d.nheads * d.headdim);
-  const double kept = 2.0 * static_cast<double>(plan.chunks * state);
+  const double kept = 2.0 * static_cast<double>(plan.pairs * (state + columns));
   const double sums = static_cast<double>(plan.chunks * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
@@ -92,12 +95,12 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
     if (least >= 0 && memory * static_cast<double>(batches) > bound * static_cast<double>(d.batch)) return;
     const int together = items_of_walk(batches * groups * items);
     const double walks = kernel(2 * batches * groups * divide_up(items, together), kWalkStart, plan.chunks,
-                                kWalkStep * together, together * (tile + state));
+                                kWalkStep * together, together * (tile + state / 2));
     // A task's sums go to the workspace, and come back but for those of the first piece.
     const double passes = in_memory ? 2.0 * static_cast<double>(pieces - 1) / static_cast<double>(pieces) + (splits > 1) : 0.0;
     const double gradients =
         kernel(batches * plan.chunks * groups * splits, kTaskEnds + passes * static_cast<double>(sums_of_task) / kBytes,
-               divide_up(items / plan.slices, splits) * plan.slices, kItem, 3 * tile + 2 * state);
+               divide_up(items / plan.slices, splits) * plan.slices, kItem, 3 * tile + state);
     const double split_sum = kSplitSum + static_cast<double>(splits * batches) * sums / (kBytes * kMultiprocessors);
     const double time =
         static_cast<double>(ranges) *
@@ -129,12 +132,14 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
     cut(d.batch, items * static_cast<double>(d.batch) / (all * static_cast<double>(d.ngroups)),
         [&](std::int64_t batches) { consider_splits(batches, d.ngroups, plan.group_items); });
   const std::int64_t slots_of_part = plan.batches_of_part * plan.chunks;
+  const std::int64_t kept_of_part = plan.batches_of_part * plan.pairs * plan.groups_of_part * plan.items_of_piece;
   plan.sums_in_memory = plan.splits > 1 || plan.pieces > 1;
-  plan.states_bytes = static_cast<std::size_t>(slots_of_part * plan.groups_of_part * plan.items_of_piece * state);
+  plan.states_bytes = static_cast<std::size_t>(kept_of_part * state);
+  plan.exponents_bytes = static_cast<std::size_t>(kept_of_part * columns);
   if (plan.sums_in_memory)
     plan.sums_bytes = static_cast<std::size_t>(plan.splits * slots_of_part * d.ngroups * sums_of_task / 2);
   plan.shares_bytes = sizeof(float) * static_cast<std::size_t>(plan.slots * d.nheads);
-  for (std::size_t* bytes : {&plan.sums_bytes, &plan.shares_bytes}) *bytes = (*bytes + 255) / 256 * 256;
+  for (std::size_t* bytes : {&plan.exponents_bytes, &plan.sums_bytes, &plan.shares_bytes}) *bytes = (*bytes + 255) / 256 * 256;
   return plan;
 }
 

@@ -62,4 +62,40 @@ inline __device__ void store2(float* to, int lane, float a, float b) {
   reinterpret_cast<float2*>(to)[lane] = make_float2(a, b);
 }
 
+// What a chunk does to a state that passes it, or to an adjoint.
+struct alignas(16) WalkSteps {
+  float weight[kTile];     // of the chunk's tokens in what it leaves
+  float total, unused[3];  // decay through the chunk
+};
+
+// By the warp that has these steps.
+inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool backward) {
+  float weight[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) weight[k] = backward ? fast_exp2(s.log_decay[k]) : s.dt[k] * fast_exp2(s.total - s.log_decay[k]);
+  const int lane = threadIdx.x % 32;
+  store2(to.weight, lane, weight[0], weight[1]);
+  if (lane == 0) to.total = fast_exp2(s.total);
+}
+
+// Every kThreads-th run of eight elements of a tile, times the weight of its row.
+template <class NativeElement, int kThreads, int kUnroll>
+__device__ void weight_tile(void* tile, const WalkSteps& steps, int thread) {
+  auto* const units = static_cast<uint4*>(tile);
+#pragma unroll kUnroll
+  for (int unit = thread; unit < kTileBytes / 16; unit += kThreads) {
+    const float weight = steps.weight[unit / (kTile / 8)];
+    const uint4 v = units[unit];
+    std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (std::uint32_t& word : words) {
+      float pair[2];
+      cuda::widen_word<NativeElement>(word, pair);
+      pair[0] *= weight, pair[1] *= weight;
+      word = cuda::narrow_word<NativeElement>(pair);
+    }
+    units[unit] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
 }  // namespace statescan::ssd_scan::fused

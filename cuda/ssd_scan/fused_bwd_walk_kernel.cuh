@@ -1,10 +1,10 @@
 // ssd_scan backward on sm_90a, the walks: states that enter the chunks, and adjoints of the states that leave them
 // Math     with s the sums of dt A in a chunk, end its last token, h the state before the chunk, G the adjoint after it:
-//          forward  keep h, then h = exp(s[end]) h + sum_j dt[j] exp(s[end] - s[j]) x[j] B[j]^T
-//          backward keep G, then G = exp(s[end]) G + sum_i exp(s[i]) dy[i] C[i]^T
-// Shapes   h, G [p,n] of each head in float32 registers, kept as 16-bit elements; p in slices of 64
-// Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every chunk
-//          Floor of B8 L2048 H80 P64 N128 bf16: 1.01 GB, 0.34 ms
+//          forward  h = exp(s[end]) h + sum_j dt[j] exp(s[end] - s[j]) x[j] B[j]^T, kept before each pair of chunks
+//          backward G = exp(s[end]) G + sum_i exp(s[i]) dy[i] C[i]^T, kept after each pair
+// Shapes   h, G [p,n] of each head in float32 registers, kept in 16 bits (fused_bwd_kept.cuh); p in slices of 64
+// Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
+//          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms
 // Launch   a block per multiprocessor, which takes directions and pairs of slices of sequences in turns, or single slices where
 //          these leave multiprocessors without work. Two warpgroups have the state of a slice each, or half a state; one
 //          weights x or dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to
@@ -12,6 +12,7 @@
 // Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands; fixed order
 #pragma once
 
+#include "fused_bwd_kept.cuh"
 #include "fused_bwd_steps.cuh"
 
 namespace statescan::ssd_scan {
@@ -20,18 +21,13 @@ namespace fused {
 
 inline constexpr int kWalkWarpgroups = 4;
 
-struct alignas(16) WalkSteps {
-  float weight[kTile];     // of the chunk's tokens in the state that it leaves
-  float total, unused[3];  // decay through the chunk
-};
-
 template <class Policy>
 struct WalkStorage {
   static constexpr int kStages = 4, kTiles = Policy::kState / kTile, kAhead = 4;
   using Tile = char[kTileBytes];
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
-  alignas(1024) Tile kept[2][2][kTiles];           // of each warpgroup two, by turns
+  alignas(1024) Tile kept[2][kTiles];              // of each warpgroup
   WalkSteps steps[kStages][2];
   uint2 raw[2][kAhead][32];  // what each warp that prepares has loaded ahead
   alignas(8) Barrier full[kStages], weighted[kStages], empty[kStages];
@@ -62,7 +58,9 @@ struct WalkTask {
   __device__ int channel_of(const FusedBackwardParams& p, int which) const {
     return (p.part.first_item + first_item + which) % p.slices * kTile;
   }
-  __device__ int chunk_of(const FusedBackwardParams& p, int i) const { return backward ? p.chunks - 1 - i : i; }
+  // Backward, the second of a pair comes even where the sequence has ended: nothing is in it.
+  __device__ int chunks(const FusedBackwardParams& p) const { return backward ? 2 * p.pairs : p.chunks; }
+  __device__ int chunk_of(const FusedBackwardParams& p, int i) const { return backward ? 2 * p.pairs - 1 - i : i; }
 };
 
 // Calls `visit` with each task of the block.
@@ -79,7 +77,7 @@ __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, Wa
   const CUtensorMap& rows = task.backward ? p.dy : p.x;
   const CUtensorMap& projection = task.backward ? p.C : p.B;
   const int slices = task.has_item(p, 1) ? 2 : 1;
-  for (int i = 0; i < p.chunks; ++i, ring.advance()) {
+  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
     const int stage = ring.stage, token = task.chunk_of(p, i) * kTile;
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
@@ -107,10 +105,10 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
   const auto fetch = [&](int first) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      if (first + k < p.chunks) reader.fetch(p, task.chunk_of(p, first + k), next[k]);
+      if (first + k < task.chunks(p)) reader.fetch(p, task.chunk_of(p, first + k), next[k]);
   };
   fetch(0);
-  for (int i = 0; i < p.chunks; ++i, ring.advance()) {
+  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
     if (i % kAhead == 0) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
@@ -121,13 +119,7 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
     const std::uint32_t bits[2] = {own.x, own.y};
     const LaneSteps s = scan_steps(p, task.chunk_of(p, i), reader.A, reader.bias, bits);
     shared.empty[ring.stage].wait(ring.parity ^ 1);
-    WalkSteps& steps = shared.steps[ring.stage][which];
-    float weight[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-      weight[k] = task.backward ? fast_exp2(s.log_decay[k]) : s.dt[k] * fast_exp2(s.total - s.log_decay[k]);
-    store2(steps.weight, lane, weight[0], weight[1]);
-    if (lane == 0) steps.total = fast_exp2(s.total);
+    store_walk_steps(shared.steps[ring.stage][which], s, task.backward);
     shared.full[ring.stage].arrive();
   }
 }
@@ -137,41 +129,47 @@ template <class Policy>
 __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
                             Ring<WalkStorage<Policy>::kStages>& ring) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kUnits = kTileBytes / 16, kThreads = kWarpgroup / 2;
+  constexpr int kThreads = kWarpgroup / 2;
   const int which = threadIdx.x % kWarpgroup / kThreads, thread = threadIdx.x % kThreads;
   const bool present = task.has_item(p, which);
-  for (int i = 0; i < p.chunks; ++i, ring.advance()) {
+  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
     shared.full[ring.stage].wait(ring.parity);
     if (present) {
-      auto* units = reinterpret_cast<uint4*>(shared.rows[ring.stage][which]);
-      const WalkSteps& steps = shared.steps[ring.stage][which];
-#pragma unroll
-      for (int unit = thread; unit < kUnits; unit += kThreads) {
-        const float weight = steps.weight[unit / (kTile / 8)];
-        const uint4 v = units[unit];
-        std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (std::uint32_t& word : words) {
-          float pair[2];
-          cuda::widen_word<NativeElement>(word, pair);
-          pair[0] *= weight, pair[1] *= weight;
-          word = cuda::narrow_word<NativeElement>(pair);
-        }
-        units[unit] = make_uint4(words[0], words[1], words[2], words[3]);
-      }
+      weight_tile<NativeElement, kThreads, 8>(shared.rows[ring.stage][which], shared.steps[ring.stage][which], thread);
       cutlass::arch::fence_view_async_shared();
     }
     shared.weighted[ring.stage].arrive();
   }
 }
 
-// Keeps the state of a slice before each chunk, or its adjoint after: kColumns of its states. Each of the two warpgroups has a
-// slice, or one of two halves of the same.
+// The rows of a state that is to be kept, in fixed point, and their exponents.
+template <int kColumns, class State>
+__device__ void round_state(const State& state, std::uint32_t (&words)[kColumns / 4],
+                            std::uint32_t (&exponents)[kColumns / kTile][2]) {
+#pragma unroll
+  for (int tile = 0; tile < kColumns / kTile; ++tile) {
+    float most[2] = {};
+#pragma unroll
+    for (int v = 0; v < kTile / 2; ++v) most[v / 2 % 2] = max_or_nan(most[v / 2 % 2], fabsf(state(tile * kTile / 2 + v)));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      most[r] = max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 1));
+      exponents[tile][r] = exponent_above(max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 2)));
+    }
+#pragma unroll
+    for (int k = 0; k < kTile / 4; ++k) {
+      const int v = tile * kTile / 2 + 2 * k;
+      words[v / 2] = to_fixed_point(state(v), state(v + 1), exponents[tile][k % 2]);
+    }
+  }
+}
+
+// Keeps the state of a slice before each pair of chunks, or its adjoint after: kColumns of its states. Each of the two
+// warpgroups has a slice, or one of two halves of the same.
 template <class Policy, int kColumns>
 __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int warpgroup) {
   using M = Matmuls<Policy>;
   using Element = typename M::Element;
-  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kStages = WalkStorage<Policy>::kStages, kHalves = Policy::kState / kColumns, kStateValues = kColumns / 2;
   const int thread = threadIdx.x % kWarpgroup, which = kHalves == 1 ? warpgroup : 0, half = kHalves == 1 ? 0 : warpgroup;
   const Fragment at(thread);
@@ -189,10 +187,9 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
-  Ring<2> slots;
   for_each_walk(p, [&](const WalkTask& task) {
     if (!task.has_item(p, which)) {
-      for (int i = 0; i < p.chunks; ++i, ring.advance()) {
+      for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
         shared.weighted[ring.stage].wait(ring.parity);
         shared.empty[ring.stage].arrive();
       }
@@ -206,15 +203,13 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
     if (from.data) load_state(state, slice_of(from));
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
-    const int item = task.group_of_part * p.part.items + task.first_item + which;
-    for (int i = 0; i < p.chunks; ++i, ring.advance(), slots.advance()) {
+    std::uint8_t* const exponents = task.backward ? p.adjoint_exponents : p.state_exponents;
+    const int item = task.group_of_part * p.part.items + task.first_item + which, items = p.kept_items;
+    for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
+      const bool keeps = i % 2 == 0;
       const int stage = ring.stage;
-      std::uint32_t words[kStateValues / 2];
-#pragma unroll
-      for (int k = 0; k < kStateValues / 2; ++k) {
-        const float pair[2] = {state(2 * k), state(2 * k + 1)};
-        words[k] = cuda::narrow_word<NativeElement>(pair);
-      }
+      std::uint32_t words[kStateValues / 2], exponent[kColumns / kTile][2];
+      if (keeps) round_state<kColumns>(state, words, exponent);
       shared.full[stage].wait(ring.parity);
       const float total = shared.steps[stage][which].total;
 #pragma unroll
@@ -224,20 +219,29 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       cute::warpgroup_arrive();
       issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, kHalves * stage + half), state);
 
-      // While this runs, the state as it was leaves.
-      char* const tiles = shared.kept[warpgroup][slots.stage][0];
-      if (thread == 0) cute::tma_store_wait<1>();  // the one before the last has left its tiles
-      sync();
+      if (keeps) {  // while this runs, the state as it was leaves
+        char* const tiles = shared.kept[warpgroup][0];
+        if (thread == 0) cute::tma_store_wait<0>();  // the one before has left
+        sync();
 #pragma unroll
-      for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
-      cutlass::arch::fence_view_async_shared();
-      sync();
-      if (thread == 0) {
-        const int place = task.batch_of_part * p.chunks + task.chunk_of(p, i);
+        for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
+        cutlass::arch::fence_view_async_shared();
+        sync();
+        const int place = task.batch_of_part * p.pairs + task.chunk_of(p, i) / 2;
+        if (thread == 0) {
 #pragma unroll
-        for (int k = 0; k < kColumns / kTile; ++k)
-          cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, half * kColumns + k * kTile, item, 0, place);
-        cute::tma_store_arrive();
+          for (int k = 0; k < kColumns / kTile; ++k)
+            cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, half * kColumns + k * kTile, item, 0, place);
+          cute::tma_store_arrive();
+        }
+        if (at.lane % 4 == 0) {
+          std::uint8_t* const to =
+              exponents + ((std::int64_t{place} * items + item) * (kHalves * kColumns / kTile) + half) * kTile + at.row;
+#pragma unroll
+          for (int k = 0; k < kColumns / kTile; ++k)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) to[k * kTile + 8 * r] = static_cast<std::uint8_t>(exponent[k][r]);
+        }
       }
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(state);

@@ -188,7 +188,7 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (dims.seqlen < kFusedTile) return "takes sequences of at least " + std::to_string(kFusedTile) + " tokens";
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
-  if (dims.seqlen > kMost - kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
+  if (dims.seqlen > kMost - 2 * kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
     return "counts tokens, and heads in all chunks, in 32 bits";
   return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}, {"dB", &args.dB},
                       {"dC", &args.dC}});
