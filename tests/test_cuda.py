@@ -475,15 +475,20 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_fused_backward_of_ssd_scan(rng, dtype, sizes):
+@pytest.mark.parametrize("keeps_states", (False, True))
+def test_fused_backward_of_ssd_scan(rng, dtype, keeps_states, sizes):
     """Two heads at a time share the tensor cores: the same bits again, and none that the other head left."""
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
     made = op.inputs(rng, dtype, omit=("z",), **sizes)
     inputs = {name: gpu.put(value) for name, value in made.items()}
-    assert statescan.plan("ssd_scan_backward", **inputs, dt_softplus=True).kernel == f"fused_{dtype}"
-    op.check(gpu, made, dt_softplus=True)
-    first, *others = (statescan.ssd_scan_backward(**inputs, dt_softplus=True) for _ in range(4))
+    options = {"dt_softplus": True}
+    if keeps_states:
+        scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+        options["chunk_states"] = statescan.ssd_scan(**scanned, **options, save_states=True)[-1]
+    assert statescan.plan("ssd_scan_backward", **inputs, **options).kernel == f"fused_{dtype}"
+    op.check(gpu, made, **{name: gpu.get(value) if name == "chunk_states" else value for name, value in options.items()})
+    first, *others = (statescan.ssd_scan_backward(**inputs, **options) for _ in range(4))
     for other in others:
         for name, a, b in zip(op.gradients, first, other):
             if a is not None:

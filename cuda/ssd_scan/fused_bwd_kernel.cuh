@@ -1,7 +1,5 @@
 // ssd_scan backward on sm_90a, the main kernel: every gradient of a chunk of 64 tokens, from kept states and adjoints
-// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy (of a pair
-// of
-//          chunks, h of the first and G of the second are kept; h of the second and G of the first come of a step of the walk),
+// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy,
 //          L[i][j] = exp(s[i] - s[j]) for j <= i, S[i][j] = C[i].B[j], T[i][j] = g[i].x[j], W = S L T:
 //          r[j]  = L[end][j] G B[j] + sum_{i>=j} S[i][j] L[i][j] g[i],         dx[j] = dt[j] r[j] + D g[j]
 //          dB[j] = sum over heads of dt[j] L[end][j] G^T x[j] + sum_{i>=j} T[i][j] L[i][j] dt[j] C[i]
@@ -9,13 +7,15 @@
 //          ddtA[i] = exp(s[end]) <G,h> + sum_{j<i} dt[j] L[end][j] B[j].(G^T x[j]) + sum_{k>=i} exp(s[k]) C[k].(h^T g[k])
 //                    + sum_{k>=i} (sum_{j<k} W[k][j] dt[j] - sum_{m>k} W[m][k] dt[k])
 //          ddt[j] = x[j].r[j] + A ddtA[j], through limit, softplus and bias;  dA = sum dt[i] ddtA[i];  dD = sum g x
-// Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and chunk; p in slices of 64: an item
+//          Of a pair of chunks, h of the first and G of the second are kept; h of the second is made from that of the first,
+//          and G of the first from that of the second, as the walks do
+// Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and pair; p in slices of 64: an item
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
-// whose
-//          items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares the
-//          steps and finishes ddt, and is at the next task while the others end one
+//          whose items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares the
+//          steps, weights the rows of the pair's other chunk and finishes ddt, and is at the next task while the others end one.
+//          The first two make the states of an item between the halves of the item before it
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -167,7 +167,7 @@ __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& 
     store_walk_steps(shared.other_steps[slot], s, task.is_first());
     __syncwarp();
     shared.other_loaded[slot].wait(parity);
-    weight_tile<NativeElement, 32, 4>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
+    weight_tile<NativeElement, 32, 2>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
     cutlass::arch::fence_view_async_shared();
     shared.other_full[slot].arrive();
   }

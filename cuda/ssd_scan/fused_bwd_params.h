@@ -15,6 +15,8 @@ struct FusedBackwardParams {
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, dfinal_state, dinitial_state;
+  CUtensorMap chunk_states;  // [b * stretches, headdim, nheads, dstate]
+  bool has_chunk_states;
   char* ddt;  // null: not wanted
   DType ddt_dtype;
   std::int64_t ddt_batch, ddt_token, ddt_head;  // strides in bytes
@@ -27,6 +29,7 @@ struct FusedBackwardParams {
   int kept_items;  // of all groups of the part
   int splits;
   unsigned walks;                                  // of one direction: groups of items x sequences
+  unsigned stretches;                              // that the forward direction is cut into: 1 without chunk_states
   int items_of_walk, walks_per_group;              // items: 1 or 2
   unsigned tasks;                                  // of the main kernel: chunks of all sequences x groups of the part x splits
   float4 *dB_sums, *dC_sums;                       // of splits and pieces (kept_sums)

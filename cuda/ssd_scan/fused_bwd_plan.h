@@ -32,8 +32,8 @@ struct FusedBackwardPlan {
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
   std::int64_t splits;  // blocks that share the items of a piece
   bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
-  std::size_t states_bytes, exponents_bytes, sums_bytes,
-      shares_bytes;  // of the workspace: of shares three, of the rest two each
+  // Of the workspace: of shares three, of the rest two each.
+  std::size_t states_bytes, exponents_bytes, sums_bytes, shares_bytes;
 
   constexpr std::size_t workspace_bytes() const { return 2 * (states_bytes + exponents_bytes + sums_bytes) + 3 * shares_bytes; }
 

@@ -6,7 +6,8 @@
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
 //          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms
 // Launch   a block per multiprocessor, which takes directions and pairs of slices of sequences in turns, or single slices where
-//          these leave multiprocessors without work. Two warpgroups have the state of a slice each, or half a state; one
+//          these leave multiprocessors without work; forward, where the caller has the states between stretches, stretches
+//          apart. Two warpgroups have the state of a slice each, or half a state; one
 //          weights x or dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to
 //          decay the state and add a product to it
 // Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands; fixed order
@@ -19,7 +20,8 @@ namespace statescan::ssd_scan {
 
 namespace fused {
 
-inline constexpr int kWalkWarpgroups = 4;
+inline constexpr int kWalkWarpgroups = 4, kChunksOfStretch = kStretch / kTile;
+static_assert(kChunksOfStretch % 2 == 0, "or a stretch would begin inside a pair of chunks");
 
 template <class Policy>
 struct WalkStorage {
@@ -28,19 +30,27 @@ struct WalkStorage {
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
   alignas(1024) Tile kept[2][kTiles];              // of each warpgroup
+  alignas(1024) Tile entry[2][kTiles];             // of each slice, the caller's state before the stretch
   WalkSteps steps[kStages][2];
   uint2 raw[2][kAhead][32];  // what each warp that prepares has loaded ahead
   alignas(8) Barrier full[kStages], weighted[kStages], empty[kStages];
+  Barrier entry_full, entry_empty;
 };
 
 struct WalkTask {
   bool backward;
   int batch, group, first_item;  // item: within the part's items of the group
   int batch_of_part, group_of_part;
+  int stretch, begin, chunks;  // forward, chunks from `begin` on
 
   __device__ WalkTask(const FusedBackwardParams& p, unsigned index) {
-    backward = index >= p.walks;
-    const unsigned walk = backward ? index - p.walks : index;
+    backward = index < p.walks;
+    const unsigned walk = index % p.walks;
+    stretch = backward ? 0 : static_cast<int>(index / p.walks) - 1;
+    // Backward, the second of a pair comes even where the sequence has ended: nothing is in it.
+    const int of_stretch = p.has_chunk_states ? kChunksOfStretch : p.chunks;
+    begin = stretch * of_stretch;
+    chunks = backward ? 2 * p.pairs : min(of_stretch, p.chunks - begin);
     const int of_batch = static_cast<int>(walk % static_cast<unsigned>(p.walks_per_group * p.part.groups));
     batch_of_part = static_cast<int>(walk / static_cast<unsigned>(p.walks_per_group * p.part.groups));
     batch = p.part.first_batch + batch_of_part;
@@ -58,27 +68,39 @@ struct WalkTask {
   __device__ int channel_of(const FusedBackwardParams& p, int which) const {
     return (p.part.first_item + first_item + which) % p.slices * kTile;
   }
-  // Backward, the second of a pair comes even where the sequence has ended: nothing is in it.
-  __device__ int chunks(const FusedBackwardParams& p) const { return backward ? 2 * p.pairs : p.chunks; }
-  __device__ int chunk_of(const FusedBackwardParams& p, int i) const { return backward ? 2 * p.pairs - 1 - i : i; }
+  __device__ int chunk_of(int i) const { return backward ? chunks - 1 - i : begin + i; }
+  __device__ bool enters_stretch(const FusedBackwardParams& p) const { return !backward && p.has_chunk_states; }
 };
 
-// Calls `visit` with each task of the block.
+// Calls `visit` with each task of the block. Those backward come first; where they are for less than half of the blocks, the
+// others share the rest.
 template <class Visit>
 __device__ void for_each_walk(const FusedBackwardParams& p, Visit visit) {
+  const bool apart = 2 * p.walks <= gridDim.x;
+  const unsigned end = apart && blockIdx.x < p.walks ? p.walks : p.walks * (1 + p.stretches);
 #pragma unroll 1
-  for (unsigned index = blockIdx.x; index < 2 * p.walks; index += gridDim.x) visit(WalkTask(p, index));
+  for (unsigned index = blockIdx.x; index < end; index += apart ? gridDim.x - p.walks : gridDim.x) visit(WalkTask(p, index));
 }
 
 template <class Policy>
 __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
-                          Ring<WalkStorage<Policy>::kStages>& ring) {
+                          Ring<WalkStorage<Policy>::kStages>& ring, Ring<1>& entry) {
   constexpr int kTiles = WalkStorage<Policy>::kTiles;
   const CUtensorMap& rows = task.backward ? p.dy : p.x;
   const CUtensorMap& projection = task.backward ? p.C : p.B;
   const int slices = task.has_item(p, 1) ? 2 : 1;
-  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
-    const int stage = ring.stage, token = task.chunk_of(p, i) * kTile;
+  if (task.enters_stretch(p)) {
+    shared.entry_empty.wait(entry.parity ^ 1);
+    shared.entry_full.arrive_and_expect_tx(kTileBytes * kTiles * slices);
+    for (int which = 0; which < slices; ++which)
+#pragma unroll
+      for (int k = 0; k < kTiles; ++k)
+        load_tile(p.chunk_states, shared.entry_full, shared.entry[which][k], k * kTile, task.head_of(p, which),
+                  task.channel_of(p, which), task.batch * static_cast<int>(p.stretches) + task.stretch);
+    entry.advance();
+  }
+  for (int i = 0; i < task.chunks; ++i, ring.advance()) {
+    const int stage = ring.stage, token = task.chunk_of(i) * kTile;
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
     full.arrive_and_expect_tx(kTileBytes * (kTiles + slices));
@@ -105,10 +127,10 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
   const auto fetch = [&](int first) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      if (first + k < task.chunks(p)) reader.fetch(p, task.chunk_of(p, first + k), next[k]);
+      if (first + k < task.chunks) reader.fetch(p, task.chunk_of(first + k), next[k]);
   };
   fetch(0);
-  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
+  for (int i = 0; i < task.chunks; ++i, ring.advance()) {
     if (i % kAhead == 0) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
@@ -117,7 +139,7 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
     if (p.items_of_walk == 1 && ring.stage % 2 != warp) continue;
     const uint2 own = raw[i % kAhead * 32];
     const std::uint32_t bits[2] = {own.x, own.y};
-    const LaneSteps s = scan_steps(p, task.chunk_of(p, i), reader.A, reader.bias, bits);
+    const LaneSteps s = scan_steps(p, task.chunk_of(i), reader.A, reader.bias, bits);
     shared.empty[ring.stage].wait(ring.parity ^ 1);
     store_walk_steps(shared.steps[ring.stage][which], s, task.backward);
     shared.full[ring.stage].arrive();
@@ -132,7 +154,7 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
   constexpr int kThreads = kWarpgroup / 2;
   const int which = threadIdx.x % kWarpgroup / kThreads, thread = threadIdx.x % kThreads;
   const bool present = task.has_item(p, which);
-  for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
+  for (int i = 0; i < task.chunks; ++i, ring.advance()) {
     shared.full[ring.stage].wait(ring.parity);
     if (present) {
       weight_tile<NativeElement, kThreads, 8>(shared.rows[ring.stage][which], shared.steps[ring.stage][which], thread);
@@ -170,6 +192,7 @@ template <class Policy, int kColumns>
 __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int warpgroup) {
   using M = Matmuls<Policy>;
   using Element = typename M::Element;
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kStages = WalkStorage<Policy>::kStages, kHalves = Policy::kState / kColumns, kStateValues = kColumns / 2;
   const int thread = threadIdx.x % kWarpgroup, which = kHalves == 1 ? warpgroup : 0, half = kHalves == 1 ? 0 : warpgroup;
   const Fragment at(thread);
@@ -187,9 +210,15 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
+  Ring<1> entry;
   for_each_walk(p, [&](const WalkTask& task) {
     if (!task.has_item(p, which)) {
-      for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
+      if (task.enters_stretch(p)) {
+        shared.entry_full.wait(entry.parity);
+        shared.entry_empty.arrive();
+        entry.advance();
+      }
+      for (int i = 0; i < task.chunks; ++i, ring.advance()) {
         shared.weighted[ring.stage].wait(ring.parity);
         shared.empty[ring.stage].arrive();
       }
@@ -200,12 +229,29 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     const StateView& from = task.backward ? p.dfinal_state : p.initial_state;
-    if (from.data) load_state(state, slice_of(from));
+    if (task.enters_stretch(p)) {
+      shared.entry_full.wait(entry.parity);
+#pragma unroll
+      for (int j = 0; j < kColumns / 16; ++j) {
+        std::uint32_t word[4];
+        at.load(shared.entry[which][half + j / 4], j % 4, word);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          float pair[2];
+          cuda::widen_word<NativeElement>(word[w], pair);
+          state(8 * j + 2 * w) = pair[0], state(8 * j + 2 * w + 1) = pair[1];
+        }
+      }
+      shared.entry_empty.arrive();
+      entry.advance();
+    } else if (from.data) {
+      load_state(state, slice_of(from));
+    }
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
     std::uint8_t* const exponents = task.backward ? p.adjoint_exponents : p.state_exponents;
     const int item = task.group_of_part * p.part.items + task.first_item + which, items = p.kept_items;
-    for (int i = 0; i < task.chunks(p); ++i, ring.advance()) {
+    for (int i = 0; i < task.chunks; ++i, ring.advance()) {
       const bool keeps = i % 2 == 0;
       const int stage = ring.stage;
       std::uint32_t words[kStateValues / 2], exponent[kColumns / kTile][2];
@@ -227,7 +273,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
         for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
         cutlass::arch::fence_view_async_shared();
         sync();
-        const int place = task.batch_of_part * p.pairs + task.chunk_of(p, i) / 2;
+        const int place = task.batch_of_part * p.pairs + task.chunk_of(i) / 2;
         if (thread == 0) {
 #pragma unroll
           for (int k = 0; k < kColumns / kTile; ++k)
@@ -269,6 +315,7 @@ __global__ void __launch_bounds__(128 * fused::kWalkWarpgroups, 1)
       shared.weighted[stage].init(kWarpgroup);
       shared.empty[stage].init(2 * kWarpgroup);
     }
+    shared.entry_full.init(1), shared.entry_empty.init(2 * kWarpgroup);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
@@ -287,7 +334,9 @@ __global__ void __launch_bounds__(128 * fused::kWalkWarpgroups, 1)
   }
   const int role = cutlass::canonical_warp_idx_sync() % 4;
   if (role == 0) {
-    if (cute::elect_one_sync()) for_each_walk(p, [&](const WalkTask& task) { load_walk<Policy>(p, task, shared, ring); });
+    Ring<1> entry;
+    if (cute::elect_one_sync())
+      for_each_walk(p, [&](const WalkTask& task) { load_walk<Policy>(p, task, shared, ring, entry); });
   } else if (role < 3) {
     for_each_walk(p, [&](const WalkTask& task) { prepare_walk<Policy>(p, task, shared, ring, role - 1); });
   }

@@ -154,6 +154,14 @@ struct Task {
     return static_cast<std::int64_t>(p.reverse ? chunks - 1 - chunk : chunk) * kTile;
   }
 
+  // The row of chunk_states of the stretch that begins with the i-th chunk, or -1.
+  __device__ std::int64_t stretch_of(const FusedParams& p, int i) const {
+    constexpr int kChunks = kStretch / kTile;
+    const int chunk = chunk_begin + i;
+    if (chunk % kChunks != 0 || i == chunk_count) return -1;
+    return (p.cu_seqlens ? first_token / kStretch + sequence : sequence * p.stretches) + chunk / kChunks;
+  }
+
   // Tokens of the sequence that the scan meets before the i-th chunk.
   __device__ std::int64_t tokens_before(const FusedParams& p, int i) const {
     const std::int64_t chunk = chunk_begin + i;
@@ -727,6 +735,18 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
     cutlass::arch::fence_view_async_shared();
     sync();
+    // One thread: what the state is as a matrix operand goes out where a stretch begins with the i-th chunk.
+    const auto keep_state = [&](int i) {
+      const std::int64_t row = task.stretch_of(p, i);
+      if (row < 0) return;
+#pragma unroll
+      for (int k = 0; k < kState / kTile; ++k)
+        cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], k * kTile, head, channel, static_cast<int>(row));
+    };
+    if (!kPositions && p.has_chunk_states && thread == 0) {
+      keep_state(0);
+      cute::tma_store_arrive();
+    }
 
     auto valid_tokens = [&](int i) {
       return static_cast<int>(min(task.length - task.template start_of<false>(p, i), std::int64_t{kTile}));
@@ -859,6 +879,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       cute::warpgroup_wait<1>();
       cute::warpgroup_fence_operand(state);
       const float total = await_chunk(i + 1);
+      if (!kPositions && p.has_chunk_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
       sync();
 #pragma unroll
       for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
@@ -920,6 +941,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
       }
       if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
+        if (!kPositions && p.has_chunk_states) keep_state(i + 1);
         cute::tma_store_arrive();
         cute::tma_store_wait<1>();
         if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();

@@ -27,14 +27,15 @@ struct Turns {
 // in L2.
 struct FusedParams {
   CUtensorMap x, B, C, z, y;
+  CUtensorMap chunk_states;  // [rows, headdim, nheads, dstate]
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, final_state;
   Positions positions;
   OutputView packed_y;     // where boxes would write into the next sequence
   const void* cu_seqlens;  // null: sequence i is row i of the batch
-  bool cu_is_int64, dt_softplus, reverse, has_z;
-  std::int64_t cu_stride, seqlen;
+  bool cu_is_int64, dt_softplus, reverse, has_z, has_chunk_states;
+  std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
   int heads_per_group, slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups

@@ -66,6 +66,17 @@ constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant)
   return plan;
 }
 
+// chunk_states with batch and stretches as one axis, as boxes of channels and states find it.
+inline Tensor chunk_states_of(const Tensor& t) {
+  Tensor rows = t;
+  rows.ndim = 4;
+  const int axes[] = {1, 3, 2, 4};
+  for (int i = 0; i < 4; ++i) rows.shape[i] = t.shape[axes[i]], rows.stride[i] = t.stride[axes[i]];
+  if (t.shape[1] == 1) rows.stride[0] = t.stride[0];
+  rows.shape[0] = t.shape[0] * t.shape[1];
+  return rows;
+}
+
 // The turns of the output pass. Whole tasks alone, 320 take 132 multiprocessors three rounds, of which the last leaves 76
 // without work; the 56 tasks of that round in two parts each take half of it.
 constexpr Turns fused_turns(const Dims& d, const FusedPlan& plan, bool packed, std::int64_t multiprocessors) {

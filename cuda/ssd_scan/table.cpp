@@ -37,8 +37,19 @@ std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tenso
   return "";
 }
 
+// Why the fused kernels cannot move chunk_states, or "".
+std::string why_not_fused_states(const Tensor& states, DType dtype) {
+  if (!states) return "";
+  if (states.dtype != dtype) return "takes chunk_states in the dtype of x";
+  if (states.shape[0] > 1 && states.stride[0] != states.shape[1] * states.stride[1])
+    return "needs chunk_states of one sequence behind those of the other";
+  return cuda::why_not_tma("chunk_states", chunk_states_of(states));
+}
+
 std::string why_not_fused(const Args& args, const Dims& dims) {
-  if (args.chunk_states) return "keeps no chunk_states";
+  if (args.chunk_states && args.reverse) return "keeps no chunk_states in reverse";
+  if (args.chunk_states && args.state_positions) return "keeps no chunk_states beside state_positions";
+  if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
@@ -177,8 +188,8 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
-  if (args.chunk_states) return "takes no chunk_states";
   if (args.cu_seqlens) return "takes no cu_seqlens";
+  if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
   if (args.reverse) return "does not go in reverse";
   if (args.D && dims.D_per_channel) return "takes D of whole heads";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
