@@ -120,6 +120,14 @@ def test_host_time_covers_the_decode_ops(capsys):
         assert 0 < host_time.microseconds(call, loops=2, repeats=2) < 1e5
 
 
+def test_torch_overhead_covers_the_differentiable_ops():
+    pytest.importorskip("torch")
+    from statescan._plan import BACKWARD_OPS
+    from statescan.bench import torch_overhead
+
+    rows = torch_overhead.measure("cpu", rounds=1, loops=1, repeats=1)
+    assert {f"{row['op']}_backward" for row in rows} == set(BACKWARD_OPS)
+
 @pytest.mark.parametrize(
     "op,sizes",
     (("ssd_scan", ("nheads=2", "headdim=8", "dstate=4")), ("selective_scan", ("dim=6", "dstate=3"))),

@@ -251,6 +251,7 @@ class Op(_Operator):
         self._saved, self._options = _picker(self._saved_at), _picker(self._options_at)
         sources = [*saved, *(names[p] for p in (self._kept,) if p is not None), *options, *self._cotangents]
         self._assembled = _picker([sources.index(n) for n in arguments])
+        self._wanted: dict[tuple[bool, ...], int] = {}  # which gradients are needed -> the bits that ask for them
         self._gradients = gradients
         self._differentiated = [self.names.index(n) for n in gradients]
         self._like = [arguments.index(like.get(n, n)) for n in gradients]
@@ -262,14 +263,14 @@ class Op(_Operator):
     def _define_backward(self) -> None:
         name = f"{self.name}_backward"
         kernel = getattr(_C, name)
-        self._backward_kernel = _on_exportable(lambda *args: kernel(*args[:-1], None, False, args[-1]))
+        self._backward_kernel = _on_exportable(kernel)
         _library.define(f"{name}({self._backward_arguments}, int wanted) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
         self._backward_overload = getattr(torch.ops.statescan, name).default
 
         laid_out = [position for position, n in zip(self._like, self._gradients) if n in self._laid_out]
 
         def run(*args: Any) -> list[Tensor]:
-            made = zip(self._backward_kernel(*args), self._like)
+            made = zip(self._backward_kernel(*args[:-1], None, False, args[-1]), self._like)
             return [gradient.to(args[like].dtype) for gradient, like in made if gradient is not None]  # state_scan's is wide
 
         def fake(*args: Any) -> list[Tensor]:
@@ -295,23 +296,26 @@ class Op(_Operator):
                 )
 
     def _differentiate(
-        self, ctx: Any, needed: Sequence[bool], cotangents: Sequence[Tensor | None], backward: Callable[..., Any]
-    ) -> list[Tensor | None]:
+        self, ctx: Any, needed: tuple[bool, ...], cotangents: Sequence[Tensor | None], dispatched: bool
+    ) -> Sequence[Tensor | None]:
         """The gradients of the arguments that have one, in the order of the backward; None where none is needed. `cotangents`:
         one a result."""
-        if all(cotangent is None for cotangent in cotangents):
-            return [None] * len(needed)
         saved = ctx.saved_tensors
         # Autograd may hand over lazy conjugates and negatives, whose memory holds other values.
         cotangents = [
             c if c is None or not (c.is_neg() or c.is_conj()) else c.resolve_conj().resolve_neg() for c in cotangents
         ]
         if cotangents[0] is None:
+            if all(cotangent is None for cotangent in cotangents):
+                return [None] * len(needed)
             cotangents[0] = saved[0].new_zeros(ctx.result_shape)
-        mask = sum(1 << bit for bit, need in enumerate(needed) if need)
-        made = iter(backward(*self._assembled((*saved, *ctx.options, *cotangents)), mask))
-        if backward is self._backward_kernel:
-            return list(made)
+        wanted = self._wanted.get(needed)
+        if wanted is None:
+            wanted = self._wanted[needed] = sum(1 << bit for bit, need in enumerate(needed) if need)
+        arguments = self._assembled((*saved, *ctx.options, *cotangents))
+        if not dispatched:
+            return self._backward_kernel(*arguments, None, False, wanted)
+        made = iter(self._backward_overload(*arguments, wanted))
         return [next(made) if need else None for need in needed]
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -330,9 +334,9 @@ class Op(_Operator):
         ctx.mark_non_differentiable(*without)
 
     def _backward_dispatched(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        needed = [ctx.needs_input_grad[position] for position in self._differentiated]
+        needed = tuple(ctx.needs_input_grad[position] for position in self._differentiated)
         gradients: list[Any] = [None] * len(self.names)
-        for position, gradient in zip(self._differentiated, self._differentiate(ctx, needed, cotangents, self._backward_overload)):
+        for position, gradient in zip(self._differentiated, self._differentiate(ctx, needed, cotangents, dispatched=True)):
             gradients[position] = gradient
         return tuple(gradients)
 
@@ -359,16 +363,16 @@ class Op(_Operator):
             ctx.set_materialize_grads(False)
             return results, kept
 
+        absent = (None,) * len(self._cotangents)
+
         def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-            if len(cotangents) < len(self._cotangents):
+            if len(cotangents) < shown and len(cotangents) > 1:
                 given = iter(cotangents)
-                asked = getattr(ctx, "asked", (True,) * len(cotangents))
-                asked = (*asked, *[False] * (len(self._cotangents) - len(asked)))
-                cotangents = tuple(next(given) if wanted else None for wanted in asked)
+                cotangents = tuple(next(given) if wanted else None for wanted in ctx.asked)
             # With create_graph the result must refuse a second derivative, and compiled autograd must see an operator.
-            watched = _is_grad_enabled() or _is_compiling() or _count_dispatch_modes() > 0
-            call = self._backward_overload if watched else self._backward_kernel
-            return (*self._differentiate(ctx, ctx.needs_input_grad[:-1], cotangents, call), None)
+            dispatched = _is_grad_enabled() or _is_compiling() or _count_dispatch_modes() > 0
+            cotangents += absent[len(cotangents) :]
+            return (*self._differentiate(ctx, ctx.needs_input_grad[:-1], cotangents, dispatched), None)
 
         name = "".join(part.capitalize() for part in self.name.split("_"))
         forward = _C.torch_forward((self._kernel, self._saved_at, self._options_at, several, self._kept is not None))
