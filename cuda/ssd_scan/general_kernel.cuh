@@ -277,33 +277,30 @@ class LaneOfOutputs {
 
   // Bits, not numbers: nothing waits for the loads.
   __device__ void load(Pairs& pairs, const TokenView& t, std::int64_t start, int count) const {
-    const int row = lane_id() % 4 * 2;
-    const char* first = rows_.in(t, task_, walk_) + (start + lane_id() / 4) * walk_.sign * t.token;
-#pragma unroll
-    for (int m = 0; m < Policy::kChunk / 16; ++m)
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
+    if (t.vector) {
+      for_each_token(t, start, count, [&](int m, int r, const char* from, bool inside) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int token = 16 * m + 8 * r, at = row + 8 * half;
-          const bool inside = token + lane_id() / 4 < count;
-          const char* from = first + token * walk_.sign * t.token + at * t.column;
-          Bits(&bits)[kWide ? 2 : 1] = pairs[m][r][half];
-          if (t.vector) {
-            const bool both = inside && at < left_;
-            if constexpr (kWide) {
-              const uint2 v = both ? *reinterpret_cast<const uint2*>(from) : make_uint2(0, 0);
-              bits[0] = v.x, bits[1] = v.y;
-            } else {
-              bits[0] = both ? *reinterpret_cast<const Bits*>(from) : 0;
-            }
-          } else {
-            const Bits low = inside && at < left_ ? cuda::load_bits(from, kDType) : 0;
-            const Bits high = inside && at + 1 < left_ ? cuda::load_bits(from + t.column, kDType) : 0;
-            if constexpr (kWide) bits[0] = low, bits[1] = high;
-            else bits[0] = low | high << 16;
-          }
+          const bool both = inside && row() + 8 * half < left_;
+          using Pair = std::conditional_t<kWide, uint2, Bits>;
+          Pair pair{};
+          if (both) pair = *(reinterpret_cast<const Pair*>(from) + row() / 2 + 4 * half);
+          if constexpr (kWide) pairs[m][r][half][0] = pair.x, pairs[m][r][half][1] = pair.y;
+          else pairs[m][r][half][0] = pair;
         }
+      });
+      return;
+    }
+    for_each_token(t, start, count, [&](int m, int r, const char* from, bool inside) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = row() + 8 * half;
+        const Bits low = inside && at < left_ ? cuda::load_bits(from + at * t.column, kDType) : 0;
+        const Bits high = inside && at + 1 < left_ ? cuda::load_bits(from + (at + 1) * t.column, kDType) : 0;
+        if constexpr (kWide) pairs[m][r][half][0] = low, pairs[m][r][half][1] = high;
+        else pairs[m][r][half][0] = low | high << 16;
+      }
+    });
   }
 
   static __device__ float2 widen(const Bits (&bits)[kWide ? 2 : 1]) {
@@ -311,34 +308,19 @@ class LaneOfOutputs {
     else return make_float2(cuda::widen_bits(bits[0] & 0xffffu, kDType), cuda::widen_bits(bits[0] >> 16, kDType));
   }
 
-  // y of tokens 16m + 8r + g.
-  __device__ void store(const TokenView& t, std::int64_t start, int count, int m, int r, const Outputs<Policy>& y) const {
-    const int token = 16 * m + 8 * r + lane_id() / 4;
-    char* to = rows_.in(t, task_, walk_) + (start + token) * walk_.sign * t.token;
-    const float (&first)[4] = y[m][0];
-    const float (&second)[4] = y[m][1];
-    const int row = lane_id() % 4 * 2;
-    if (!t.vector) {
+  __device__ void store(const TokenView& t, std::int64_t start, int count, const Outputs<Policy>& y) const {
+    if (t.vector) {
+      for_each_token(t, start, count, [&](int m, int r, char* to, bool inside) { store_vector(to, inside, y[m], r); });
+      return;
+    }
+    for_each_token(t, start, count, [&](int m, int r, char* to, bool inside) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          if (token < count && row + 8 * half + e < left_)
-            cuda::store_element(to + (row + 8 * half + e) * t.column, kDType, y[m][half][2 * r + e]);
-    } else if constexpr (kWide) {
-      if (token < count && row < left_) *reinterpret_cast<float2*>(to + 4 * row) = make_float2(first[2 * r], first[2 * r + 1]);
-      if (token < count && row + 8 < left_)
-        *reinterpret_cast<float2*>(to + 4 * (row + 8)) = make_float2(second[2 * r], second[2 * r + 1]);
-    } else {
-      // Neighbours exchange a half, so that each has 4 elements in a row, and 4 lanes fill a sector of 32 bytes.
-      using Element = typename cuda::ElementOf<kDType>::type;
-      const Bits low = cuda::narrow_word<Element>(first + 2 * r), high = cuda::narrow_word<Element>(second + 2 * r);
-      const bool odd = lane_id() % 2;
-      const Bits other = __shfl_xor_sync(~0u, odd ? low : high, 1);
-      const int at = odd ? row + 6 : row;
-      if (token < count && at < left_)
-        *reinterpret_cast<uint2*>(to + 2 * at) = odd ? make_uint2(other, high) : make_uint2(low, other);
-    }
+          if (inside && row() + 8 * half + e < left_)
+            cuda::store_element(to + (row() + 8 * half + e) * t.column, kDType, y[m][half][2 * r + e]);
+    });
   }
 
  private:
@@ -346,6 +328,36 @@ class LaneOfOutputs {
   const Task& task_;
   RowsOfHead rows_;
   int left_;  // of the warp's rows
+
+  static __device__ int row() { return lane_id() % 4 * 2; }
+
+  // Calls visit(m, r, address of the warp's rows, whether it exists) for the lane's tokens 16 m + 8 r + g.
+  template <class Visit>
+  __device__ void for_each_token(const TokenView& t, std::int64_t start, int count, Visit visit) const {
+    const std::int64_t step = walk_.sign * t.token;
+    char* at = rows_.in(t, task_, walk_) + (start + lane_id() / 4) * step;
+#pragma unroll
+    for (int m = 0; m < Policy::kChunk / 16; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r, at += 8 * step) visit(m, r, at, 16 * m + 8 * r + lane_id() / 4 < count);
+  }
+
+  __device__ void store_vector(char* to, bool inside, const float (&y)[2][4], int r) const {
+    const float *first = y[0] + 2 * r, *second = y[1] + 2 * r;
+    if constexpr (kWide) {
+      if (inside && row() < left_) *reinterpret_cast<float2*>(to + 4 * row()) = make_float2(first[0], first[1]);
+      if (inside && row() + 8 < left_) *reinterpret_cast<float2*>(to + 4 * (row() + 8)) = make_float2(second[0], second[1]);
+    } else {
+      // Neighbours exchange a half, so that each has 4 elements in a row, and 4 lanes fill a sector of 32 bytes.
+      using Element = typename cuda::ElementOf<kDType>::type;
+      const Bits low = cuda::narrow_word<Element>(first), high = cuda::narrow_word<Element>(second);
+      const bool odd = lane_id() % 2;
+      const Bits other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+      const int at = odd ? row() + 6 : row();
+      if (inside && at < left_)
+        *reinterpret_cast<uint2*>(to + 2 * at) = odd ? make_uint2(other, high) : make_uint2(low, other);
+    }
+  }
 };
 
 // y += D x, then the gate, then out.
@@ -353,32 +365,32 @@ template <class Policy>
 __device__ void finish_outputs(Outputs<Policy>& y, const Params& p, const LaneOfOutputs<Policy>& lane,
                                const typename LaneOfOutputs<Policy>::Pairs& z, const float (&D)[2][2],
                                const TileOfRows<Policy>& sX, int warp, std::int64_t start, int count) {
-  const int g = lane_id() / 4, t = lane_id() % 4;
+  const auto for_each_pair = [&](auto visit) {
 #pragma unroll
-  for (int m = 0; m < Policy::kChunk / 16; ++m)
+    for (int m = 0; m < Policy::kChunk / 16; ++m)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& y0 = y[m][half][2 * r];
-        float& y1 = y[m][half][2 * r + 1];
-        if (p.D.data) {
-          Bits terms[Policy::kTermsOfInput];
+        for (int half = 0; half < 2; ++half) visit(m, r, half, y[m][half][2 * r], y[m][half][2 * r + 1]);
+  };
+  if (p.D.data)
+    for_each_pair([&](int m, int r, int half, float& y0, float& y1) {
+      Bits terms[Policy::kTermsOfInput];
 #pragma unroll
-          for (int i = 0; i < Policy::kTermsOfInput; ++i)
-            terms[i] = *reinterpret_cast<const Bits*>(sX.at(i, 16 * m + 8 * r + g, warp * kRowsOfWarp + 8 * half + 2 * t));
-          const float2 x = join(terms);
-          y0 = fmaf(D[half][0], x.x, y0);
-          y1 = fmaf(D[half][1], x.y, y1);
-        }
-        if (p.z.data) {
-          const float2 gate = lane.widen(z[m][r][half]);
-          y0 *= cuda::fast_silu(gate.x);
-          y1 *= cuda::fast_silu(gate.y);
-        }
-      }
-      lane.store(p.y, start, count, m, r, y);
-    }
+      for (int i = 0; i < Policy::kTermsOfInput; ++i)
+        terms[i] = *reinterpret_cast<const Bits*>(
+            sX.at(i, 16 * m + 8 * r + lane_id() / 4, warp * kRowsOfWarp + 8 * half + lane_id() % 4 * 2));
+      const float2 x = join(terms);
+      y0 = fmaf(D[half][0], x.x, y0);
+      y1 = fmaf(D[half][1], x.y, y1);
+    });
+  if (p.z.data)
+    for_each_pair([&](int m, int r, int half, float& y0, float& y1) {
+      const float2 gate = lane.widen(z[m][r][half]);
+      y0 *= cuda::fast_silu(gate.x);
+      y1 *= cuda::fast_silu(gate.y);
+    });
+  lane.store(p.y, start, count, y);
 }
 
 // D of the lane's rows.

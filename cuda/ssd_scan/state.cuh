@@ -99,28 +99,56 @@ __device__ void for_each_pair(const StateView& t, const StatePlace& place, std::
     }
 }
 
+// States that cannot be accessed in pairs are rare. One loop for all of them goes through a copy: in place, and unrolled, they took
+// half of a kernel's code.
+template <class Policy>
+__device__ __noinline__ void load_elements(float* state, StateView t, StatePlace place, std::int64_t dstate) {
+#pragma unroll 1
+  for (int i = 0; i < Policy::kDstate / 4; ++i) {
+    const std::int64_t n = 8 * (i / 2) + lane_id() % 4 * 2;
+    const float2 v = load_pair<false>(place.row + 8 * (i % 2) * t.row + n * t.column, t, i % 2 < place.rows ? dstate - n : 0);
+    state[2 * i] = v.x, state[2 * i + 1] = v.y;
+  }
+}
+
+template <class Policy>
+__device__ __noinline__ void store_elements(const float* state, StateView t, StatePlace place, std::int64_t dstate) {
+#pragma unroll 1
+  for (int i = 0; i < Policy::kDstate / 4; ++i) {
+    const std::int64_t n = 8 * (i / 2) + lane_id() % 4 * 2;
+    store_pair<false>(place.row + 8 * (i % 2) * t.row + n * t.column, t, i % 2 < place.rows ? dstate - n : 0,
+                      make_float2(state[2 * i], state[2 * i + 1]));
+  }
+}
+
 template <class Policy>
 __device__ void load_state(State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
-  const auto load = [&]<bool kPairs> {
+  if (t.pairs) {
     for_each_pair<Policy>(t, place, dstate, [&](int q, int r, const char* from, std::int64_t left) {
-      const float2 v = load_pair<kPairs>(from, t, left);
+      const float2 v = load_pair<true>(from, t, left);
       state[q][2 * r] = v.x;
       state[q][2 * r + 1] = v.y;
     });
-  };
-  if (t.pairs) load.template operator()<true>();
-  else load.template operator()<false>();
+    return;
+  }
+  float copy[Policy::kDstate / 2];
+  load_elements<Policy>(copy, t, place, dstate);
+#pragma unroll
+  for (int i = 0; i < Policy::kDstate / 2; ++i) state[i / 4][i % 4] = copy[i];
 }
 
 template <class Policy>
 __device__ void store_state(const State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
-  const auto store = [&]<bool kPairs> {
+  if (t.pairs) {
     for_each_pair<Policy>(t, place, dstate, [&](int q, int r, char* to, std::int64_t left) {
-      store_pair<kPairs>(to, t, left, make_float2(state[q][2 * r], state[q][2 * r + 1]));
+      store_pair<true>(to, t, left, make_float2(state[q][2 * r], state[q][2 * r + 1]));
     });
-  };
-  if (t.pairs) store.template operator()<true>();
-  else store.template operator()<false>();
+    return;
+  }
+  float copy[Policy::kDstate / 2];
+#pragma unroll
+  for (int i = 0; i < Policy::kDstate / 2; ++i) copy[i] = state[i / 4][i % 4];
+  store_elements<Policy>(copy, t, place, dstate);
 }
 
 // Leaves the state for the positions among tokens [begin, end).

@@ -28,23 +28,22 @@ class TileLoader {
   __device__ void load(const Target& tile, std::int64_t start, int count) const {
     const std::int64_t step = tensor_.token * sign_;
     const int first = threadIdx.x / kUnits;
+    const char* from = from_ + (start + first) * step;
     if (Policy::kDType == DType::bfloat16 && tensor_.vector) {
 #pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        const int row = first + k * kStep;
-        const bool inside = row < count && columns_ > 0;
-        const char* from = inside ? from_ + (start + row) * step : from_;
+      for (int k = 0; k < kRows; ++k, from += kStep * step) {
+        const bool inside = first + k * kStep < count && columns_ > 0;
         cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-            *reinterpret_cast<const cute::uint128_t*>(from), *reinterpret_cast<cute::uint128_t*>(tile.at(0, row, column())),
-            inside);
+            *reinterpret_cast<const cute::uint128_t*>(inside ? from : from_),
+            *reinterpret_cast<cute::uint128_t*>(tile.at(0, first + k * kStep, column())), inside);
       }
       return;
     }
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
+    for (int k = 0; k < kRows; ++k, from += kStep * step) {
       const int row = first + k * kStep;
       float v[8];
-      load_run(from_ + (start + row) * step, row < count ? columns_ : 0, v);
+      load_run(from, row < count ? columns_ : 0, v);
       Bits terms[4][Policy::kTermsOfInput];
 #pragma unroll
       for (int i = 0; i < 4; ++i) split(v[2 * i], v[2 * i + 1], terms[i]);
