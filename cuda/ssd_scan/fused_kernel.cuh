@@ -51,6 +51,9 @@ struct alignas(16) Steps {
   __device__ float log_decay(int i) const { return reinterpret_cast<const float*>(pair)[i / 2 * 4 + i % 2]; }
 };
 
+// Chunks whose steps are loaded at once: a load from memory takes longer than a chunk.
+inline constexpr int kStepsAhead = 4;
+
 // Chunks on their way. Where the state alone is wanted there is room for more.
 template <class Policy, bool kStateOnly>
 inline constexpr int stages_of = kStateOnly ? 4 : Policy::kStages;
@@ -66,6 +69,7 @@ struct SharedStorage {
   alignas(1024) Tile state[kStateOnly ? 1 : 2][kTilesOfBC];
   alignas(1024) Tile y[kStateOnly ? 1 : 2][2];  // of each consumer two, by turns: z comes in where y goes out
   Steps steps[kStages][2];
+  uint2 raw[2][kStepsAhead][32];  // what each warp that prepares steps has loaded ahead
   alignas(16) float D[2][kTile];
   alignas(8) Barrier full[kStages], empty[kStages];
   Barrier z_full[2][2], z_empty[2][2];
@@ -248,28 +252,34 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
     const float bias = p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f;
     const char* dt = p.dt.data + task.batch * p.dt.batch + head * p.dt.head + (task.first_token + 2 * place) * p.dt.token;
 
-    // Raw steps of the chunks to come: a load from memory takes longer than a chunk.
-    constexpr int kAhead = 4;
-    std::uint32_t next[kAhead][2] = {};
-    auto fetch = [&](int i, std::uint32_t (&raw)[2]) {
-      if (i >= task.chunk_count) return;
-      const std::int64_t start = task.template start_of<kStateOnly>(p, i), left = task.length - start - 2 * place;
-      if (left > 0) raw[0] = cuda::load_bits(dt + start * p.dt.token, p.dt.dtype);
-      if (left > 1) raw[1] = cuda::load_bits(dt + (start + 1) * p.dt.token, p.dt.dtype);
+    // Raw steps of the chunks to come go through shared memory: registers that move up would wait for every load on its way.
+    uint2* const raw = shared.raw[which][0] + lane;
+    std::uint32_t next[kStepsAhead][2] = {};
+    const auto fetch = [&](int first) {
+#pragma unroll
+      for (int k = 0; k < kStepsAhead; ++k) {
+        if (first + k >= task.chunk_count) return;
+        const std::int64_t start = task.template start_of<kStateOnly>(p, first + k), left = task.length - start - 2 * place;
+        if (left > 0) next[k][0] = cuda::load_bits(dt + start * p.dt.token, p.dt.dtype);
+        if (left > 1) next[k][1] = cuda::load_bits(dt + (start + 1) * p.dt.token, p.dt.dtype);
+      }
     };
     float after = 0.0f;  // log decay from the chunk's end to the segment's, where the state alone is wanted
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) fetch(k, next[k]);
+    fetch(0);
     for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
+      if (i % kStepsAhead == 0) {
+#pragma unroll
+        for (int k = 0; k < kStepsAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
+        fetch(i + kStepsAhead);
+      }
+      const uint2 own_raw = raw[i % kStepsAhead * 32];
+      const std::uint32_t bits[2] = {own_raw.x, own_raw.y};
       const std::int64_t left = task.length - task.template start_of<kStateOnly>(p, i) - 2 * place;
       float step[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         step[k] =
-            left > k ? discretise(cuda::widen_bits(next[0][k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
-#pragma unroll
-      for (int k = 0; k < kAhead - 1; ++k) next[k][0] = next[k + 1][0], next[k][1] = next[k + 1][1];
-      fetch(i + kAhead, next[kAhead - 1]);
+            left > k ? discretise(cuda::widen_bits(bits[k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
 
       // Inclusive sums in the order of the scan. Past the end of the sequence steps are 0 and leave them as they are.
       const float own[2] = {step[0] * A, step[1] * A};
