@@ -101,16 +101,20 @@ struct OwnFloats {
   }
 };
 
-// Where the thread's elements of a tile lie, in shared memory too: cheaper than to work it out for every tile.
-struct Cursor {
-  char** at;
+// Where the thread's elements of a tile lie in some tensors, in shared memory too: cheaper than to work it out for every tile.
+template <int kCount>
+struct Cursors {
+  char** at;  // kRuns apart
 
-  // Of this tile; moves to the one before it.
-  __device__ char* step_back(const Params& p, const View& t) const {
-    char* const here = *at;
-    __builtin_assume(__isGlobal(here));
-    *at = here - kTile * t.step;
-    return here;
+  // Of this tile; they move to the one before it. All are read before the first is written, which would hold up the others.
+  __device__ void step_back(const View* const (&views)[kCount], char* (&here)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      here[i] = at[i * kRuns];
+      __builtin_assume(__isGlobal(here[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) at[i * kRuns] = here[i] - kTile * views[i]->step;
   }
 };
 
@@ -136,9 +140,11 @@ struct Prepared {
       }
       if constexpr (!kEndsOnly) gate_gradients.put(z);
     }
+    if constexpr (!Policy::kKnown) {  // what comes in vectors is zero there
 #pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      if (!holds<Policy>(place, i, tokens, channels)) dr[i] = 0.0f;
+      for (int i = 0; i < kRun; ++i)
+        if (!place.holds(i, tokens, channels)) dr[i] = 0.0f;
+    }
     put_gradient<kAlongTokens>(gradients, place, dr);
     if constexpr (kEndsOnly) {
       put_steps_of<Policy, kAlongTokens>(p, place, slot_dt, slot_x, bias, tokens, channels, steps);
@@ -169,7 +175,9 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   constexpr int kSubsOfCheckpoint = kCheckpoint / kSub, kStart = LaneStates<Policy>::kWords * kWarp;
   extern __shared__ uint4 memory[];
 
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = threadIdx.x, warp = thread / kWarp;
+  int lane = thread % kWarp;
+  asm("" : "+r"(lane));  // in a register: the loops would wait for reading it anew
   const std::int64_t ends = p.segments - 1;
   const std::uint32_t tasks = gridDim.x / p.links;
   const bool is_linked = !kEndsOnly && p.links > 1;
@@ -204,9 +212,10 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   const OwnFloats total_D = take_floats(), total_bias = take_floats();
   constexpr float kZeros[kRun] = {};
   total_D.put(kZeros), total_bias.put(kZeros);
-  char** const cursors = reinterpret_cast<char**>(take(Memory::kCursors)) + thread;
-  const Cursor at_dt{cursors}, at_x{cursors + kRuns}, at_z{cursors + 2 * kRuns}, at_dy{cursors + 3 * kRuns};
-  const Cursor at_dx{cursors + 4 * kRuns}, at_ddt{cursors + 5 * kRuns}, at_dz{cursors + 6 * kRuns};
+  const View* const inputs[] = {&p.dt, &p.x, &p.dy, &p.z};
+  const View* const outputs[] = {&p.dx, &p.ddt, &p.dz};
+  const Cursors<4> at_inputs{reinterpret_cast<char**>(take(Memory::kCursors)) + thread};
+  const Cursors<3> at_outputs{at_inputs.at + 4 * kRuns};
   float* const sums =
       reinterpret_cast<float*>(take(kEndsOnly ? 0 : Memory::kWarps * Memory::kSums));  // of y, [warp][token][channel]
   float4* const pairs =
@@ -262,24 +271,32 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     const std::int64_t tiles = (span.end - span.begin + kTile - 1) / kTile, last = span.begin + (tiles - 1) * kTile;
     const bool of_C = lane >= kTile;
     Projection<Policy> projection(p, of_C, scans, span, last, task.group, state, states, raw);
-    const auto set = [&](const Cursor& cursor, const View& t) {
-      if constexpr (Memory::kHasCursors) *cursor.at = place_at(p, t, span, place, last, task.channel);
+    const auto set = [&]<int kCount>(const Cursors<kCount>& cursors, const View* const(&views)[kCount]) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if constexpr (Memory::kHasCursors) cursors.at[i * kRuns] = place_at(p, *views[i], span, place, last, task.channel);
     };
-    const auto place_of_tile = [&](const Cursor& cursor, const View& t, std::int64_t token) {
-      if constexpr (Memory::kHasCursors) return cursor.step_back(p, t);
-      else return place_at(p, t, span, place, token, task.channel);
+    set(at_inputs, inputs), set(at_outputs, outputs);
+    const auto places_of_tile = [&]<int kCount>(const Cursors<kCount>& cursors, const View* const(&views)[kCount],
+                                                std::int64_t token, char*(&places)[kCount]) {
+      if constexpr (Memory::kHasCursors) {
+        cursors.step_back(views, places);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) places[i] = place_at(p, *views[i], span, place, token, task.channel);
+      }
     };
-    set(at_dt, p.dt), set(at_x, p.x), set(at_z, p.z), set(at_dy, p.dy), set(at_dx, p.dx), set(at_ddt, p.ddt), set(at_dz, p.dz);
     const std::int64_t fours = (p.dstate + kStates - 1) / kStates, checkpoint_step = std::int64_t{p.blocks} * fours * kStart;
     const float4* checkpoint = kEndsOnly ? nullptr : checkpoint_at<Policy>(p, span, task, last, state);
     const auto fetch_tile = [&](std::int64_t token) {
       if (token >= span.begin) {
         const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
-        const auto fetch_to = [&](const Slot<kRun>& slot, const Cursor& cursor, const View& t) {
-          fetch<Policy>(slot, place_of_tile(cursor, t, token), p, t, place, tokens, task.channels);
-        };
-        fetch_to(slot_dt, at_dt, p.dt), fetch_to(slot_x, at_x, p.x), fetch_to(slot_dy, at_dy, p.dy);
-        if (p.z.data) fetch_to(slot_z, at_z, p.z);
+        char* from[4];
+        places_of_tile(at_inputs, inputs, token, from);
+        fetch<Policy>(slot_dt, from[0], p, p.dt, place, tokens, task.channels);
+        fetch<Policy>(slot_x, from[1], p, p.x, place, tokens, task.channels);
+        fetch<Policy>(slot_dy, from[2], p, p.dy, place, tokens, task.channels);
+        if (p.z.data) fetch<Policy>(slot_z, from[3], p, p.z, place, tokens, task.channels);
         projection.fetch(p, tokens, -1);
         if (!kEndsOnly && scans) {
 #pragma unroll
@@ -293,7 +310,7 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     fetch_tile(last);
     // What this lane's sums add to dB or dC, at the first token.
     const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && dtype_of<Policy>(p.x) == DType::bfloat16;
-    const int summed_row = is_coarse ? coarse_row_of_lane() : lane;
+    const int summed_row = is_coarse ? CoarseSum::row_of_lane(lane) : lane;
     const std::int64_t projected_step = (p.reverse ? -1 : 1) * std::int64_t{p.blocks} * fours * kReduced;
     const std::int64_t first_token = span.row * p.seqlen + (p.reverse ? span.last - 1 - span.begin : span.first + span.begin);
     float* const projected = p.projections ? p.projections +
@@ -377,6 +394,8 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
           Trail<Policy, kSub> trail;
           LaneStates<Policy>::load(start_of(sub), trail.h[0]);
           trail.walk(in, sub * kSub, rate, sums + warp * 4 * Memory::kSums + place_in_sums(2 * lane));
+          CoarseSum coarse[kSub / kSummed];
+          float total[kSub / kSummed];
 #pragma unroll
           for (int summed = kSub - kSummed; summed >= 0; summed -= kSummed) {
             float terms[kWarp];  // [token][state of B, then of C]
@@ -396,11 +415,14 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
 #pragma unroll
             for (int k = 0; k < kSummed; ++k)
               pairs[warp * Memory::kPairs + (first + k) * (kChannels / 2) + slot_of_pair(lane)] = back[k];
-            if (projected) {
-              const float sum = is_coarse ? coarse_sum_over_warp(terms) : sum_over_warp(terms);
-              const int t = first + summed_row / kReduced;
-              if (t < tokens) projected[(token - span.begin + t) * projected_step] = sum;
-            }
+            if (is_coarse) coarse[summed / kSummed].add(terms, lane);
+            else total[summed / kSummed] = sum_over_warp(terms);
+          }
+#pragma unroll
+          for (int i = 0; i < kSub / kSummed; ++i) {
+            if (is_coarse) total[i] = coarse[i].over_warp(lane);
+            const int t = sub * kSub + i * kSummed + summed_row / kReduced;
+            if (projected && t < tokens) projected[(token - span.begin + t) * projected_step] = total[i];
           }
         }
       }
@@ -412,6 +434,8 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
         const auto finish = [&]<bool kAlongTokens> {
           Prepared<Policy, kAlongTokens, false> of;
           of.get(p, place, slot_x, steps, gradients, slopes, gate_gradients);
+          char* to[3];
+          if (last_piece) places_of_tile(at_outputs, outputs, token, to);
           fetch_tile(token - kTile);
           float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
 #pragma unroll(Policy::kKnown ? Memory::kWarps : 1)
@@ -435,12 +459,10 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
             dz[i] = fmaf(D, of.x[i], y[i]) * of.gate_gradient[i];
             dD[i] = of.gradient[i] * of.x[i];
           }
-          const auto store_to = [&](const Cursor& cursor, const View& t, const float (&values)[kRun]) {
-            if (t.data) store<Policy>(place_of_tile(cursor, t, token), p, t, place, tokens, task.channels, values);
-          };
-          store_to(at_dx, p.dx, dx), store_to(at_ddt, p.ddt, ddt);
-          if (p.z.data) store_to(at_dz, p.dz, dz);
-          total_D.add(dD), total_bias.add(ddt);
+          if (p.dx.data) store<Policy>(to[0], p, p.dx, place, tokens, task.channels, dx);
+          if (p.ddt.data) store<Policy>(to[1], p, p.ddt, place, tokens, task.channels, ddt);
+          if (p.dz.data) store<Policy>(to[2], p, p.dz, place, tokens, task.channels, dz);
+          if (!Policy::kKnown || place.holds(0, tokens, task.channels)) total_D.add(dD), total_bias.add(ddt);
         };
         if (place.along_tokens) finish.template operator()<true>();
         else finish.template operator()<false>();

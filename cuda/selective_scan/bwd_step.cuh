@@ -28,36 +28,38 @@ inline __device__ float sum_over_warp(float (&left)[kWarp]) {
 
 // The same in a third of the instructions, the first additions by the tensor cores. What is added is cut to 11 bits: for a sum
 // that ends as bfloat16, times kCutOff. Four rows are a matrix of 16 by 8; one of zeros and ones adds up its left and its right
-// half into columns 2m and 2m + 1 of D.
-inline __device__ float coarse_sum_over_warp(const float (&rows)[kWarp]) {
-  constexpr std::uint32_t kOne = 0x3f800000;
-  const int lane = threadIdx.x % kWarp, quad = lane / 4;
+// half into columns 2m and 2m + 1 of D. The rest waits for shuffles, so it is apart: of several sums at once.
+struct CoarseSum {
   float D[2][4] = {};
+
+  __device__ void add(const float (&rows)[kWarp], int lane) {
+    constexpr std::uint32_t kOne = 0x3f800000;
+    const int quad = lane / 4;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+    for (int m = 0; m < 4; ++m) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* const of = rows + half * 16 + 4 * m;
-      const std::uint32_t A[4] = {__float_as_uint(of[0]), __float_as_uint(of[1]), __float_as_uint(of[2]),
-                                  __float_as_uint(of[3])};
-      multiply_tf32(D[half], A, quad == 2 * m ? kOne : 0, quad == 2 * m + 1 ? kOne : 0);
+      for (int half = 0; half < 2; ++half) {
+        const float* const of = rows + half * 16 + 4 * m;
+        const std::uint32_t A[4] = {__float_as_uint(of[0]), __float_as_uint(of[1]), __float_as_uint(of[2]),
+                                    __float_as_uint(of[3])};
+        multiply_tf32(D[half], A, quad == 2 * m ? kOne : 0, quad == 2 * m + 1 ? kOne : 0);
+      }
     }
   }
-  const bool second = lane & 16, lower = lane & 8, right = lane & 4;
-  float four[4], two[2];
+  __device__ float over_warp(int lane) const {
+    const bool second = lane & 16, lower = lane & 8, right = lane & 4;
+    float four[4], two[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    four[i] = (second ? D[1][i] : D[0][i]) + __shfl_xor_sync(0xffffffffu, second ? D[0][i] : D[1][i], 16);
+    for (int i = 0; i < 4; ++i)
+      four[i] = (second ? D[1][i] : D[0][i]) + __shfl_xor_sync(0xffffffffu, second ? D[0][i] : D[1][i], 16);
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    two[i] = (lower ? four[i + 2] : four[i]) + __shfl_xor_sync(0xffffffffu, lower ? four[i] : four[i + 2], 8);
-  return (right ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, right ? two[0] : two[1], 4);
-}
-// The row whose sum a lane ends with.
-inline __device__ int coarse_row_of_lane() {
-  const int lane = threadIdx.x % kWarp;
-  return (lane & 16) + (lane & 3) * 4 + (lane & 4) / 2 + (lane & 8) / 8;
-}
+    for (int i = 0; i < 2; ++i)
+      two[i] = (lower ? four[i + 2] : four[i]) + __shfl_xor_sync(0xffffffffu, lower ? four[i] : four[i + 2], 8);
+    return (right ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, right ? two[0] : two[1], 4);
+  }
+  // The row whose sum a lane ends with.
+  static __device__ int row_of_lane(int lane) { return (lane & 16) + (lane & 3) * 4 + (lane & 4) / 2 + (lane & 8) / 8; }
+};
 
 // The states and decays of kSub tokens, forward from h: hs[i] is the state before token i. Gives the warp's part of y.
 template <class Policy, int kSub>

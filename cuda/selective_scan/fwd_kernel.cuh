@@ -61,8 +61,9 @@ __device__ void put_steps_of(const Params& p, const Place& place, const Slot<kRu
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (holds<Policy>(place, i, tokens, channels)) continue;
-      dt[i] = 0.0f, u[i] = 0.0f;
-      if (slope) slope[i] = 0.0f;
+      dt[i] = 0.0f;
+      if constexpr (!Policy::kKnown) u[i] = 0.0f;  // what comes in vectors is zero there
+      if (slope && !Policy::kKnown) slope[i] = 0.0f;
     }
   }
 #pragma unroll
