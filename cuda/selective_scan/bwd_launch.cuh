@@ -26,7 +26,8 @@ void launch_checkpoints(const BackwardArgs& args, const Dims& dims, const Backwa
       float* const memory = static_cast<float*>(args.workspace.data);
       Params lanes = params;
       set_lanes(lanes, dims, plan, memory + scratch.lanes_carried, memory + scratch.lanes_turns);
-      return launch_lanes_pass<Policy, Pass::checkpoints>(lanes, plan, stream);
+      return plan.segments > 1 ? launch_lanes_pass<Policy, Pass::segments>(lanes, plan, stream)
+                               : launch_lanes_pass<Policy, Pass::checkpoints>(lanes, plan, stream);
     }
   }
   launch_pass<Policy, Pass::ends>(params, 0, params.sequences, params.segments - 1, stream);

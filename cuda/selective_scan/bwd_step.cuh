@@ -111,7 +111,8 @@ struct Totals {
   float B[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {}, C[2][Policy::kTimeInvariant ? Policy::kValues : 1] = {};
 };
 
-// One token backwards. `terms`: what this lane adds to dB, then to dC. Returns du and A.q of the lane's channels.
+// One token backwards. `terms`: what this lane adds to dB, then to dC. Returns du and A.q of the lane's channels, A scaled as
+// rates are.
 template <class Policy>
 __device__ float4 step_back(const TileInputs& in, const float* gradients, int token, const float (&rate)[2][Policy::kValues],
                             const float (&before)[2][Policy::kValues], const float (&after)[2][Policy::kValues],
@@ -150,8 +151,7 @@ __device__ float4 step_back(const TileInputs& in, const float* gradients, int to
       }
     }
   }
-  constexpr float kUnscale = 0.693147181f;
-  return make_float4(du[0], du[1], kUnscale * dlog[0], kUnscale * dlog[1]);
+  return make_float4(du[0], du[1], dlog[0], dlog[1]);
 }
 
 }  // namespace statescan::selective_scan

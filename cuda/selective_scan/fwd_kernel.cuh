@@ -94,6 +94,7 @@ enum class Pass {
   positions,    // and states at chosen positions
   ends,         // the end of each segment but the last, started from zero
   checkpoints,  // the state before every kCheckpoint-th token
+  segments,     // the same of segments as if each started from zero, with their ends and those of their adjoints
 };
 
 constexpr __host__ __device__ bool gives_output(Pass pass) { return pass == Pass::output || pass == Pass::positions; }

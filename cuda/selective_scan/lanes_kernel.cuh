@@ -9,8 +9,9 @@
 //          fetched while the one before is made ready and the one before that scanned, with one barrier for the three
 // Numerics float32. y is summed over a lane's states by output_of, over lanes as a tree: the same bits for every kStates, and
 //          those of fwd_kernel.cuh
-// For the backward of a call in segments, whose blocks hold 2 states a lane, a segment is a link, and leaves its adjoint's end,
-// too: with P the product of its decays so far, sum of P[t] C[t] dy[t] silu(z[t]). That takes the decays that are here anyway.
+// Of a backward in segments these are worked on side by side, as if each started from zero: the gradients' kernel adds what
+// their start makes of a checkpoint. Their adjoints' ends come along: with P the product of the decays so far, the sum of
+// P[t] C[t] dy[t] silu(z[t])
 #pragma once
 
 #include "fwd_kernel.cuh"
@@ -35,7 +36,7 @@ struct Lanes {
   static constexpr int kValues = kTokens * 2 * kLaneStates / kThreads;  // of B or C that a thread moves
   static constexpr int kRawWords = (kValues + 7) / 8;                   // of 16 bytes
   static constexpr int kSlot = kThreads * 4;                            // one word of each thread
-  static constexpr int kSlots = 3 + 1 + 1 + kRawWords + kPaired;        // x of three tiles, dt, z, B and C, dy
+  static constexpr int kSlots = 3 + 1 + 1 + kRawWords;                  // x of three tiles, dt, z, B and C
   static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums + 2 * kProjection) + 2 * kWidth;
   static constexpr int kBytes = 4 * kFloats;
 };
@@ -51,16 +52,16 @@ __device__ Place lanes_place(bool reverse, int thread) {
   }
 }
 
-// The checkpoint before the first token of a span for some states of a channel: where the backward's lanes look for it.
-inline __device__ float* lanes_checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t channel,
-                                             int state) {
-  const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
-  const std::int64_t number = first * (kTile / kCheckpoint) + s.begin / kCheckpoint,
-                     within = channel - task.group * p.group_channels;
+// The backward's blocks up to the one of a channel, at the checkpoint before the first token of a span.
+inline __device__ std::int64_t lanes_checkpoint_block(const Params& p, const Span& s, const Task& task, std::int64_t channel) {
+  const std::int64_t number = checkpoint_number(p, s, task, s.begin), within = channel - task.group * p.group_channels;
   const std::int64_t blocks = (p.group_channels + kChannels - 1) / kChannels;  // of the backward, in a group
-  const std::int64_t block = number * blocks * p.groups + task.group * blocks + within / kChannels;
+  return number * blocks * p.groups + task.group * blocks + within / kChannels;
+}
+// Where its lanes look for some states of it.
+inline __device__ float* lanes_checkpoint_at(const Params& p, std::int64_t block, int channel_of_block, int state) {
   const std::int64_t four = block * (kLaneStates / 4) + state / 4;
-  const int place = within % 2 * kWarp + within % kChannels / 2;  // as LaneStates
+  const int place = channel_of_block % 2 * kWarp + channel_of_block / 2;  // as LaneStates
   return p.checkpoints + (four * 2 * kWarp + place) * 4 + state % 4;
 }
 template <int states>
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   using Shape = Lanes<Policy, states>;
   constexpr int kThreads = Shape::kThreads, kLanes = Shape::kLanes, kWidth = Shape::kWidth, kTokens = Shape::kTokens;
   constexpr bool kAlongTokens = Policy::kReach == Reach::tokens, kOutput = kPass == Pass::output;
-  constexpr bool kAdjoints = kPass == Pass::checkpoints && Shape::kPaired;
+  constexpr bool kFromZero = kPass == Pass::segments;
   extern __shared__ uint4 memory[];
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::uint32_t tasks = gridDim.x / p.links, link = blockIdx.x / tasks, index = blockIdx.x % tasks;
@@ -93,20 +94,21 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   task.channels = min(static_cast<int>(p.group_channels - within), kWidth);
   task.channel = task.group * p.group_channels + within;
   task.sequence = index / p.blocks, task.segment = 0;
-  Span span = span_of(p, task.sequence, p.segments > 1 ? link : 0);
+  if constexpr (kFromZero) task.segment = task.sequence % p.segments, task.sequence /= p.segments;
+  Span span = span_of(p, task.sequence, task.segment);
   if (p.cu_seqlens && task.sequence == p.sequences) {
     if (kOutput) clear_rows(p.y, span, task);
     return;
   }
   if (p.links > 1) {
-    if (p.segments == 1) span = link_of(span, link, p.links);
+    span = link_of(span, link, p.links);
     if (link > 0) wait_for_turn(p.turns + index, link);
   }
 
   uint4* const slot_x = memory + thread;  // of three tiles by turns
   const Slot<kRun> slot_dt{slot_x + 3 * kThreads, kThreads}, slot_z{slot_x + 4 * kThreads, kThreads};
   uint4* const raw = slot_x + 5 * kThreads;
-  const Slot<kRun> slot_dy{raw + Shape::kRawWords * kThreads, kThreads};  // of adjoints
+  const Slot<kRun> slot_dy{slot_x + kThreads, kThreads};  // from zero: one tile of x suffices
   float* floats = reinterpret_cast<float*>(memory + Shape::kSlots * kThreads);
   const auto take = [&](int count) {
     float* const at = floats;
@@ -146,13 +148,13 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   for (int k = 0; k < states; ++k) rate[k] *= kRateScale;
   const View carried = view_of<Policy>(p, p.carried);
   if (link > 0) load(carried, task.sequence, h);
-  else load(p.initial_state, task.sequence, h);
+  else if (!kFromZero) load(p.initial_state, task.sequence, h);
 
   const Place place = lanes_place<Policy, Shape>(p.reverse, thread);
   const char* at_x = place_at(p, p.x, span, place, span.begin, task.channel);
   const char* at_dt = place_at(p, p.dt, span, place, span.begin, task.channel);
   const char* at_z = place_at(p, p.z, span, place, span.begin, task.channel);
-  const char* at_dy = kAdjoints ? place_at(p, p.dy, span, place, span.begin, task.channel) : nullptr;
+  const char* at_dy = kFromZero ? place_at(p, p.dy, span, place, span.begin, task.channel) : nullptr;
   char* at_y = place_at(p, p.y, span, place, span.begin, task.channel);
   // B and C: each thread has the same number of values, of one token (of two, where they lie in pairs).
   constexpr int kValues = Shape::kPaired ? Shape::kValues / 2 : Shape::kValues, kOfToken = 2 * kLaneStates / kValues;
@@ -163,17 +165,16 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const auto tokens_from = [&](std::int64_t token) {
     return static_cast<int>(max(std::int64_t{0}, min(span.end - token, std::int64_t{kTokens})));
   };
+  const auto slot_x_of = [&](int turn) { return Slot<kRun>{slot_x + (kFromZero ? 0 : turn) * kThreads, kThreads}; };
   const auto fetch_inputs = [&](int turn, int tokens) {
     if (tokens > 0) {
       fetch<Policy>(slot_dt, at_dt, p, p.dt, place, tokens, task.channels);
-      if constexpr (kAdjoints) {
-        if (p.segments > 1) {
-          fetch<Policy>(slot_dy, at_dy, p, p.dy, place, tokens, task.channels);
-          if (p.z.data) fetch<Policy>(slot_z, at_z, p, p.z, place, tokens, task.channels);
-          at_dy += kTokens * p.dy.step, at_z += kTokens * p.z.step;
-        }
+      if constexpr (kFromZero) {
+        fetch<Policy>(slot_dy, at_dy, p, p.dy, place, tokens, task.channels);
+        if (p.z.data) fetch<Policy>(slot_z, at_z, p, p.z, place, tokens, task.channels);
+        at_dy += kTokens * p.dy.step, at_z += kTokens * p.z.step;
       }
-      fetch<Policy>(Slot<kRun>{slot_x + turn * kThreads, kThreads}, at_x, p, p.x, place, tokens, task.channels);
+      fetch<Policy>(slot_x_of(turn), at_x, p, p.x, place, tokens, task.channels);
       if constexpr (Shape::kPaired) {
 #pragma unroll
         for (int w = 0; w < kValues / 8; ++w) {
@@ -192,9 +193,8 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     if constexpr (kOutput) at_z += kTokens * p.z.step;
   };
 
-  // dy silu(z) of a tile, in the place of y: [pair of tokens][channel] of two.
+  // dy silu(z) of a tile, in the place of y.
   const auto put_gradients = [&](int half) {
-    if (p.segments == 1) return;
     float dr[kRun], z[kRun];
     slot_dy.widen(Policy::kElement, dr);
     if (p.z.data) {
@@ -203,15 +203,21 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       for (int i = 0; i < kRun; ++i) dr[i] *= cuda::fast_silu(z[i]);
     }
     float* const to = sums + half * Shape::kSums;
+    if constexpr (kAlongTokens) {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i)
-      to[place.token_of(i) / 2 * 2 * Shape::kSumRow + place.channel_of(i) * 2 + place.token_of(i) % 2] = dr[i];
+      for (int i = 0; i < kRun; ++i) to[place.token_of(i) * Shape::kSumRow + place.channel] = dr[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4)
+        *reinterpret_cast<float4*>(to + place.token * Shape::kSumRow + place.channel + i) =
+            make_float4(dr[i], dr[i + 1], dr[i + 2], dr[i + 3]);
+    }
   };
   // dt, u, B and C of a tile, as the lanes read them.
   const auto convert = [&](int turn, int half, int tokens) {
     float dt[kRun], u[kRun];
     slot_dt.widen(Policy::kElement, dt);
-    Slot<kRun>{slot_x + turn * kThreads, kThreads}.widen(Policy::kElement, u);
+    slot_x_of(turn).widen(Policy::kElement, u);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) dt[i] += of_channel<kAlongTokens>(bias, place, i);
     if (p.dt_softplus) {
@@ -243,7 +249,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       for (int i = 0; i < kRun; ++i)
         *reinterpret_cast<float2*>(at + 4 * lanes_slot(place.channel + i)) = make_float2(dt[i], u[i]);
     }
-    if constexpr (kAdjoints) put_gradients(half);
+    if constexpr (kFromZero) put_gradients(half);
     float* const tile = (raw_value < kLaneStates ? tile_B : tile_C) + half * Shape::kProjection;
     if constexpr (Shape::kPaired) {
 #pragma unroll
@@ -269,8 +275,14 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   // Where the lane's states before the first token go, and on from one checkpoint to the next.
   const std::int64_t checkpoint_step =
       std::int64_t{p.groups} * ((p.group_channels + kChannels - 1) / kChannels) * kChannels * kLaneStates;
-  float* checkpoint = kOutput || !is_owner ? nullptr : lanes_checkpoint_at(p, span, task, channel, part * states);
-  float product[states], adjoint[states] = {}, total_dt = 0.0f;  // of the segment, where its adjoint's end is wanted
+  float *checkpoint = nullptr, *checkpoint_steps = nullptr;
+  if (!kOutput && is_owner) {
+    const std::int64_t block = lanes_checkpoint_block(p, span, task, channel);
+    const int of_block = static_cast<int>((channel - task.group * p.group_channels) % kChannels);
+    checkpoint = lanes_checkpoint_at(p, block, of_block, part * states);
+    if (kFromZero && part == 0) checkpoint_steps = p.checkpoint_steps + block * kChannels + of_block;
+  }
+  float product[states], adjoint[states] = {}, total_dt = 0.0f;  // of the segment, from zero
 #pragma unroll
   for (int k = 0; k < states; ++k) product[k] = 1.0f;
   const int sum_token = part;  // of each kLanes tokens, the one whose y the lane ends with
@@ -279,7 +291,6 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     const float* const B = tile_B + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
     const float* const C = tile_C + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
     float* const to = sums + half * Shape::kSums + own;
-    const float* const gradients = sums + half * Shape::kSums + 2 * own;
     constexpr int kAtOnce = states == 8 ? 8 : 16;
     // y of some tokens, of which each lane has a part.
     const auto put = [&](float (&parts)[kAtOnce], int first) {
@@ -311,6 +322,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
         const int t = first + pair;
         if (!kOutput && pair % kCheckpoint == 0) {
           if (checkpoint) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
+          if (kFromZero && checkpoint_steps) *checkpoint_steps = total_dt, checkpoint_steps += checkpoint_step / kLaneStates;
         }
         const float4 step = *reinterpret_cast<const float4*>(from + t / 2 * Shape::kStepRow);
         float own_B[2][states], own_C[2][states];
@@ -329,9 +341,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
           }
         };
         read(B, own_B);
-        if constexpr (kOutput || kAdjoints) read(C, own_C);
-        float2 dr = {};
-        if constexpr (kAdjoints) dr = *reinterpret_cast<const float2*>(gradients + t * Shape::kSumRow);
+        if constexpr (kOutput || kFromZero) read(C, own_C);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float dt = j == 0 ? step.x : step.z, u = j == 0 ? step.y : step.w;
@@ -339,12 +349,12 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
           for (int k = 0; k < states; ++k) {
             const Step<Arithmetic::fast> decay = step_of<Arithmetic::fast>(dt, &rate[k]);
             advance<Arithmetic::fast>(&h[k], decay, u, &own_B[j][k]);
-            if constexpr (kAdjoints) {
+            if constexpr (kFromZero) {
               product[k] *= decay.factor[0];
-              adjoint[k] = fmaf(product[k], own_C[j][k] * (j == 0 ? dr.x : dr.y), adjoint[k]);
+              adjoint[k] = fmaf(product[k], own_C[j][k] * to[(t + j) * Shape::kSumRow], adjoint[k]);
             }
           }
-          if constexpr (kAdjoints) total_dt += dt;
+          if constexpr (kFromZero) total_dt += dt;
           if constexpr (kOutput) y[pair + j] = output_of<1, states>(own_C[j], h);
         }
       }
@@ -410,10 +420,15 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     turn = after, half ^= 1;
   }
 
-  if (kAdjoints && link > 0 && p.segments > 1 && is_owner) {
-    const std::int64_t end = task.sequence * (p.segments - 1) + link - 1;
-    store(view_of<Policy>(p, p.adjoint_ends.states), end, adjoint);
-    if (part == 0) p.adjoint_ends.steps[end * p.dim + channel] = total_dt;
+  if constexpr (kFromZero) {
+    const auto store_end = [&](const Ends& ends, std::int64_t segment, const float (&values)[states]) {
+      const std::int64_t index = task.sequence * (p.segments - 1) + segment;
+      store(view_of<Policy>(p, ends.states), index, values);
+      if (is_owner && part == 0) ends.steps[index * p.dim + channel] = total_dt;
+    };
+    if (task.segment + 1 < p.segments) store_end(p.ends, task.segment, h);
+    if (task.segment > 0) store_end(p.adjoint_ends, task.segment - 1, adjoint);
+    return;
   }
   if (link + 1 < p.links) {
     store(carried, task.sequence, h);

@@ -59,15 +59,16 @@ struct Params {
   bool vectors_B, vectors_C;  // a warp's states of B or C at a token are one access
   float dt_min, dt_max;
   View x, dt, A, B, C, D, z, dt_bias, initial_state, y, final_state;
-  std::uint32_t links;    // of a segment
-  std::uint32_t* turns;   // links of a block's segment that are done, [sequence, segment, block]
-  float* carried;         // from one link of a segment to the next: the state, or its adjoint [sequence, segment, d, n]
-  Ends ends;              // of all segments but the last
-  float* partial;         // y [b,l,d] when there are several pieces
-  float* checkpoints;     // of the backward: states before every kCheckpoint-th token
-  View dy;                // of the backward
-  Ends adjoint_ends;      // of all segments but the first, seen from the right
-  const void* positions;  // [sequence, position]: after how many tokens the state is wanted
+  std::uint32_t links;      // of a segment
+  std::uint32_t* turns;     // links of a block's segment that are done, [sequence, segment, block]
+  float* carried;           // from one link of a segment to the next: the state, or its adjoint [sequence, segment, d, n]
+  Ends ends;                // of all segments but the last
+  float* partial;           // y [b,l,d] when there are several pieces
+  float* checkpoints;       // of the backward: states before every kCheckpoint-th token
+  float* checkpoint_steps;  // the sums of dt up to there, where these are as if their segment started from zero; or null
+  View dy;                  // of the backward
+  Ends adjoint_ends;        // of all segments but the first, seen from the right
+  const void* positions;    // [sequence, position]: after how many tokens the state is wanted
   bool positions_are_int64;
   std::int64_t npositions, positions_row, positions_step;
   View position_states;  // [sequence, position, d, n]; a position is a token
@@ -75,6 +76,7 @@ struct Params {
 
 struct BackwardParams : Params {
   View dfinal_state, dx, ddt, dz, dinitial_state;
+  float* starts;         // of segments whose checkpoints are as if they started from zero: the states
   float* partial_steps;  // sums for dx and ddt [2,b,l,d] when there are several pieces
   float* projections;    // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
   float *dA, *dB, *dC;   // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
@@ -207,6 +209,8 @@ inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
   const BackwardScratch scratch(args, d);
   float* const memory = static_cast<float*>(args.workspace.data);
   p.checkpoints = memory + scratch.checkpoints;
+  if (p.segments > 1 && suits_lanes(args, d)) p.checkpoint_steps = memory + scratch.checkpoint_steps;
+  p.starts = memory + scratch.starts;
   p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
   p.adjoint_ends = {memory + scratch.adjoint_states, memory + scratch.adjoint_steps};
   p.partial = memory + scratch.partial, p.partial_steps = memory + scratch.partial_steps;

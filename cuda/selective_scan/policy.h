@@ -175,16 +175,17 @@ inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
   return tiles * (kTile / kCheckpoint);
 }
 
-// For the backward's checkpoints. Where it cuts sequences into segments, these are the links, and leave their adjoints' ends.
+// For the backward's checkpoints. Where it cuts sequences into segments, they are worked on side by side.
 inline LanesPlan checkpoints_plan(const BackwardArgs& args, const Dims& d) {
-  LanesPlan plan = lanes_plan(args, d);
-  if (const std::int64_t cut = segments(d, args.batch_invariant); cut > 1) plan.links = plan.segments = cut;
-  return plan;
+  const std::int64_t cut = segments(d, args.batch_invariant);
+  if (cut == 1) return lanes_plan(args, d);
+  static_assert(lanes_width(8) == kChannels);
+  return {8, blocks_per_group(d), d.num_sequences * cut * d.ngroups * blocks_per_group(d), 1, cut};
 }
 
 struct BackwardScratch : Scratch {
-  std::int64_t checkpoints, end_states, end_steps, adjoint_states, adjoint_steps, partial, partial_steps, projections, dA, dB,
-      dC, dD, ddt_bias, carried, turns, lanes_carried, lanes_turns;
+  std::int64_t checkpoints, checkpoint_steps, starts, end_states, end_steps, adjoint_states, adjoint_steps, partial,
+      partial_steps, projections, dA, dB, dC, dD, ddt_bias, carried, turns, lanes_carried, lanes_turns;
   BackwardScratch(const BackwardArgs& args, const Dims& d) {
     const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1),
                        rows = d.num_sequences * cut;
@@ -192,6 +193,8 @@ struct BackwardScratch : Scratch {
     const std::int64_t fours = divide_up(d.dstate, kBackwardStates), sums = d.batch * d.seqlen * d.dim;
     const bool one_piece = fours <= backward_warps(d);
     checkpoints = take(checkpoints_of(args, d) * blocks * fours * kChannels * kBackwardStates * parts);
+    checkpoint_steps = take(cut > 1 ? checkpoints_of(args, d) * blocks * kChannels : 0);
+    starts = take(cut > 1 ? rows * blocks * fours * kChannels * kBackwardStates * parts : 0);
     end_states = take(ends * floats_of_states(d)), end_steps = take(ends * d.dim);
     adjoint_states = take(ends * floats_of_states(d)), adjoint_steps = take(ends * d.dim);
     partial = take(one_piece ? 0 : sums), partial_steps = take(one_piece ? 0 : 2 * sums);

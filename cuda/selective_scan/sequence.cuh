@@ -202,14 +202,17 @@ struct LaneStates {
   }
 };
 
-// The checkpoint before a token, in an order of their own: [checkpoint, block, four states, word, lane].
+// The checkpoints up to the one before a token.
+inline __device__ std::int64_t checkpoint_number(const Params& p, const Span& s, const Task& task, std::int64_t token) {
+  const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
+  return first * (kTile / kCheckpoint) + token / kCheckpoint;
+}
+// Where one lies, in an order of their own: [checkpoint, block, four states, word, lane].
 template <class Policy>
 inline __device__ float4* checkpoint_at(const Params& p, const Span& s, const Task& task, std::int64_t token,
                                         std::int64_t state) {
-  const std::int64_t first = p.cu_seqlens ? s.first / kTile + task.sequence : task.sequence * ((p.seqlen + kTile - 1) / kTile);
   const std::int64_t warps = (p.dstate + Policy::kStates - 1) / Policy::kStates;
-  const std::int64_t number = first * (kTile / kCheckpoint) + token / kCheckpoint;
-  const std::int64_t index = (number * p.blocks + task.block) * warps + state / Policy::kStates;
+  const std::int64_t index = (checkpoint_number(p, s, task, token) * p.blocks + task.block) * warps + state / Policy::kStates;
   return reinterpret_cast<float4*>(p.checkpoints) + index * (LaneStates<Policy>::kWords * kWarp) + threadIdx.x % kWarp;
 }
 
