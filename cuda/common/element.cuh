@@ -171,7 +171,7 @@ inline __device__ float fast_softplus(float v) {
   return fmaxf(v, 0.0f) + 2.0f * fmaf(q * s2, s, s);
 }
 
-inline __device__ float fast_sigmoid(float v) { return __fdividef(1.0f, 1.0f + __expf(-v)); }
+inline __device__ float fast_sigmoid(float v) { return fast_reciprocal(1.0f + fast_exp2(-1.44269504f * v)); }
 
 // d silu(v) / dv
 inline __device__ float fast_dsilu(float v) {
