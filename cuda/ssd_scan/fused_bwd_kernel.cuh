@@ -13,9 +13,9 @@
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
-//          whose items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares the
-//          steps, weights the rows of the pair's other chunk and finishes ddt, and is at the next task while the others end one.
-//          The first two make the states of an item between the halves of the item before it
+//          whose items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares
+//          the steps, weights the rows of the pair's other chunk and finishes ddt, and is at the next task while the others end
+//          one. The first two make the states of an item between the halves of the item before it
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -141,33 +141,28 @@ template <class Policy>
 __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                               Ring<2>& ring) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  std::uint32_t next[2] = {};
   const auto load = [&](int item, const Ring<2>& to) {
     if (item >= task.end) return;
     shared.other_empty[to.stage].wait(to.parity ^ 1);
     if (cute::elect_one_sync()) {
-      shared.other_loaded[to.stage].arrive_and_expect_tx(kTileBytes);
-      load_tile(task.is_first() ? p.dy : p.x, shared.other_loaded[to.stage], shared.other_rows[to.stage],
-                task.channel_of(p, item), task.head_of(p, item), task.other_chunk() * kTile, task.batch);
+      Barrier& loaded = shared.other_loaded[to.stage];
+      loaded.arrive_and_expect_tx(kTileBytes + sizeof(WalkSteps));
+      load_tile(task.is_first() ? p.dy : p.x, loaded, shared.other_rows[to.stage], task.channel_of(p, item),
+                task.head_of(p, item), task.other_chunk() * kTile, task.batch);
+      const WalkSteps* const steps = task.is_first() ? p.second_steps : p.first_steps;
+      cute::SM90_BULK_COPY_G2S::copy(steps + std::int64_t{task.pair} * p.kept_items + task.kept_of(p, item),
+                                     reinterpret_cast<std::uint64_t*>(&loaded), &shared.other_steps[to.stage],
+                                     sizeof(WalkSteps));
     }
     __syncwarp();
   };
-  const auto fetch = [&](int item) {
-    if (item < task.end) StepReader(p, task.batch, task.head_of(p, item)).fetch(p, task.other_chunk(), next);
-  };
-  fetch(task.begin);
   load(task.begin, ring);
   for (int item = task.begin; item < task.end; ++item) {
     const int slot = ring.stage, parity = ring.parity;
-    const StepReader reader(p, task.batch, task.head_of(p, item));
-    const LaneSteps s = scan_steps(p, task.other_chunk(), reader.A, reader.bias, next);
-    fetch(item + 1);
     ring.advance();
     load(item + 1, ring);
-    store_walk_steps(shared.other_steps[slot], s, task.is_first());
-    __syncwarp();
     shared.other_loaded[slot].wait(parity);
-    weight_tile<NativeElement, 32, 2>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
+    weight_tile<NativeElement, 32, 1>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
     cutlass::arch::fence_view_async_shared();
     shared.other_full[slot].arrive();
   }
@@ -232,8 +227,7 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_end[k] = fast_exp2(s.total - s.log_decay[k]);
-      const float step = p.dt_softplus ? softplus(s.raw[k]) : s.raw[k];
-      slope[k] = step < p.dt_min || step > p.dt_max ? 0.0f : p.dt_softplus ? sigmoid(s.raw[k]) : 1.0f;
+      slope[k] = s.free[k] < p.dt_min || s.free[k] > p.dt_max ? 0.0f : p.dt_softplus ? cuda::fast_sigmoid(s.raw[k]) : 1.0f;
     }
     shared.empty[ring.stage].wait(ring.parity ^ 1);
     GradientSteps& steps = shared.steps[ring.stage];
@@ -390,7 +384,7 @@ __device__ float multiply_states(const void* states, const void* adjoints, int h
   const auto* h = static_cast<const uint4*>(states) + half * kUnits;
   const auto* G = static_cast<const uint4*>(adjoints) + half * kUnits;
   float sum[2] = {};
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kUnits; i += kWarpgroup) {
     const uint4 a = h[i + thread], b = G[i + thread];
     const std::uint32_t words[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
@@ -418,7 +412,7 @@ __device__ std::int64_t kept_sums(const FusedBackwardParams& p, int split, int s
 template <class NativeElement>
 __device__ void round_kept(char* tile, const std::uint8_t* exponents, const Fragment& at) {
   const float unit[2] = {unit_of(exponents[at.row]), unit_of(exponents[at.row + 8])};
-#pragma unroll
+#pragma unroll 1  // as in the loop below: what all roles do for an item has to fit the instruction cache, or all of them wait
   for (int j = 0; j < kTile / 16; ++j) {
     std::uint32_t word[4];
     at.load(tile, j, word);

@@ -53,6 +53,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   char* const adjoints = take(plan.states_bytes);
   for (std::uint8_t** exponents : {&p.state_exponents, &p.adjoint_exponents})
     *exponents = reinterpret_cast<std::uint8_t*>(take(plan.exponents_bytes));
+  for (WalkSteps** steps : {&p.first_steps, &p.second_steps}) *steps = reinterpret_cast<WalkSteps*>(take(plan.steps_bytes));
   if (plan.sums_in_memory) {
     p.dB_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
     p.dC_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));

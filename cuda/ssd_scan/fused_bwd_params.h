@@ -7,11 +7,18 @@
 
 namespace statescan::ssd_scan {
 
+// What a chunk does to a state that passes it, or to an adjoint.
+struct alignas(16) WalkSteps {
+  float weight[kFusedTile];  // of the chunk's tokens in what it leaves
+  float total, unused[3];    // decay through the chunk
+};
+
 struct FusedBackwardParams {
   CUtensorMap x, dy, B, C, dB, dC;
   CUtensorMap dealt_x, dealt_dx, dealt_B;  // in boxes of eight tokens
   CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
   std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
+  WalkSteps *first_steps, *second_steps;  // [pairs, items] of the part: of the chunks that the main kernel passes again
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, dfinal_state, dinitial_state;

@@ -33,9 +33,11 @@ struct FusedBackwardPlan {
   std::int64_t splits;  // blocks that share the items of a piece
   bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
   // Of the workspace: of shares three, of the rest two each.
-  std::size_t states_bytes, exponents_bytes, sums_bytes, shares_bytes;
+  std::size_t states_bytes, exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
 
-  constexpr std::size_t workspace_bytes() const { return 2 * (states_bytes + exponents_bytes + sums_bytes) + 3 * shares_bytes; }
+  constexpr std::size_t workspace_bytes() const {
+    return 2 * (states_bytes + exponents_bytes + steps_bytes + sums_bytes) + 3 * shares_bytes;
+  }
 
   constexpr FusedPart part(const Dims& d, std::int64_t i) const {
     const std::int64_t batch = i / parts_of_batches * batches_of_part, of_batches = i % parts_of_batches;
@@ -72,10 +74,11 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
   const std::int64_t heads = d.nheads / d.ngroups;
   plan.group_items = heads * plan.slices;
   const std::int64_t columns = divide_up(d.dstate, kFusedTile) * kFusedTile, state = 2 * kFusedTile * columns;
+  const std::int64_t steps = kFusedTile * sizeof(float) + 16;
   const std::int64_t tile = 2 * kFusedTile * kFusedTile, sums_of_task = 8 * kFusedTile * columns;
   // Of a sequence: what bounds the memory, what an item keeps, the sums of dB and dC of a split.
   const double bound = kMostMemory * 2.0 * static_cast<double>(d.seqlen * d.nheads * d.headdim);
-  const double kept = 2.0 * static_cast<double>(plan.pairs * (state + columns));
+  const double kept = 2.0 * static_cast<double>(plan.pairs * (state + columns + steps));
   const double sums = static_cast<double>(plan.chunks * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
@@ -136,10 +139,12 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
   plan.sums_in_memory = plan.splits > 1 || plan.pieces > 1;
   plan.states_bytes = static_cast<std::size_t>(kept_of_part * state);
   plan.exponents_bytes = static_cast<std::size_t>(kept_of_part * columns);
+  plan.steps_bytes = static_cast<std::size_t>(kept_of_part * steps);
   if (plan.sums_in_memory)
     plan.sums_bytes = static_cast<std::size_t>(plan.splits * slots_of_part * d.ngroups * sums_of_task / 2);
   plan.shares_bytes = sizeof(float) * static_cast<std::size_t>(plan.slots * d.nheads);
-  for (std::size_t* bytes : {&plan.exponents_bytes, &plan.sums_bytes, &plan.shares_bytes}) *bytes = (*bytes + 255) / 256 * 256;
+  for (std::size_t* bytes : {&plan.exponents_bytes, &plan.steps_bytes, &plan.sums_bytes, &plan.shares_bytes})
+    *bytes = (*bytes + 255) / 256 * 256;
   return plan;
 }
 

@@ -11,7 +11,7 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 
 // Of tokens 2 lane and 2 lane + 1. Logarithms are to base 2, from the chunk's start through the token.
 struct LaneSteps {
-  float raw[2], dt[2], log_decay[2], total;
+  float raw[2], free[2], dt[2], log_decay[2], total;  // raw: with its bias; free: before it is limited
 };
 
 struct StepReader {
@@ -41,7 +41,8 @@ inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, int chunk, 
   for (int k = 0; k < 2; ++k) {
     const float value = cuda::widen_bits(bits[k], p.dt.dtype);
     s.raw[k] = value + bias;
-    s.dt[k] = token + k < p.seqlen ? discretise(value, bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
+    s.free[k] = p.dt_softplus ? cuda::fast_softplus(s.raw[k]) : s.raw[k];
+    s.dt[k] = token + k < p.seqlen ? clamp(s.free[k], p.dt_min, p.dt_max) : 0.0f;
   }
   const float own[2] = {s.dt[0] * A, s.dt[1] * A};
   float before = own[0] + own[1];
@@ -61,12 +62,6 @@ inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, int chunk, 
 inline __device__ void store2(float* to, int lane, float a, float b) {
   reinterpret_cast<float2*>(to)[lane] = make_float2(a, b);
 }
-
-// What a chunk does to a state that passes it, or to an adjoint.
-struct alignas(16) WalkSteps {
-  float weight[kTile];     // of the chunk's tokens in what it leaves
-  float total, unused[3];  // decay through the chunk
-};
 
 // By the warp that has these steps.
 inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool backward) {

@@ -69,6 +69,11 @@ struct WalkTask {
     return (p.part.first_item + first_item + which) % p.slices * kTile;
   }
   __device__ int chunk_of(int i) const { return backward ? chunks - 1 - i : begin + i; }
+  // Where the part keeps it.
+  __device__ int pair_of(const FusedBackwardParams& p, int i) const { return batch_of_part * p.pairs + chunk_of(i) / 2; }
+  __device__ int kept_of(const FusedBackwardParams& p, int which) const {
+    return group_of_part * p.part.items + first_item + which;
+  }
   __device__ bool enters_stretch(const FusedBackwardParams& p) const { return !backward && p.has_chunk_states; }
 };
 
@@ -130,6 +135,7 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
       if (first + k < task.chunks) reader.fetch(p, task.chunk_of(first + k), next[k]);
   };
   fetch(0);
+  WalkSteps* const kept = task.backward ? p.second_steps : p.first_steps;
   for (int i = 0; i < task.chunks; ++i, ring.advance()) {
     if (i % kAhead == 0) {
 #pragma unroll
@@ -143,6 +149,8 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
     shared.empty[ring.stage].wait(ring.parity ^ 1);
     store_walk_steps(shared.steps[ring.stage][which], s, task.backward);
     shared.full[ring.stage].arrive();
+    if (i % 2 == 0 && task.has_item(p, which))
+      store_walk_steps(kept[std::int64_t{task.pair_of(p, i)} * p.kept_items + task.kept_of(p, which)], s, task.backward);
   }
 }
 
@@ -250,7 +258,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
     std::uint8_t* const exponents = task.backward ? p.adjoint_exponents : p.state_exponents;
-    const int item = task.group_of_part * p.part.items + task.first_item + which, items = p.kept_items;
+    const int item = task.kept_of(p, which);
     for (int i = 0; i < task.chunks; ++i, ring.advance()) {
       const bool keeps = i % 2 == 0;
       const int stage = ring.stage;
@@ -273,7 +281,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
         for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
         cutlass::arch::fence_view_async_shared();
         sync();
-        const int place = task.batch_of_part * p.pairs + task.chunk_of(i) / 2;
+        const int place = task.pair_of(p, i);
         if (thread == 0) {
 #pragma unroll
           for (int k = 0; k < kColumns / kTile; ++k)
@@ -282,7 +290,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
         }
         if (at.lane % 4 == 0) {
           std::uint8_t* const to =
-              exponents + ((std::int64_t{place} * items + item) * (kHalves * kColumns / kTile) + half) * kTile + at.row;
+              exponents + ((std::int64_t{place} * p.kept_items + item) * (kHalves * kColumns / kTile) + half) * kTile + at.row;
 #pragma unroll
           for (int k = 0; k < kColumns / kTile; ++k)
 #pragma unroll
