@@ -326,6 +326,22 @@ def test_blocks_that_take_many_tasks(rng, lengths, reverse):
 
 
 @needs_gpu
+@pytest.mark.parametrize("nheads", (3, 24, 80))  # many segments, and a few
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_state_in_place_in_segments(rng, dtype, nheads):
+    """The last segment writes the final state where the initial one lies, and others begin at the same time."""
+    inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=1990, nheads=nheads, ngroups=1, headdim=8, dstate=16)
+    gpu, expected = DEVICES[1], cases.SSD_SCAN.expected(inputs, dt_softplus=True)
+    elsewhere = cases.SSD_SCAN.check(gpu, inputs, dt_softplus=True)
+    for _ in range(3):
+        on_device = {name: gpu.put(value) for name, value in inputs.items()}
+        assert statescan.plan("ssd_scan", **on_device, dt_softplus=True).segment_tokens > 0
+        got = statescan.ssd_scan(**on_device, dt_softplus=True, final_state_out=on_device["initial_state"])
+        for name, value in zip(("y", "final_state"), got, strict=True):
+            assert_accurate(gpu.get(value), expected[name], name, dtype, reachable=[exact(elsewhere[name])])
+
+
+@needs_gpu
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_a_bad_token_stays_behind_in_segments(rng, dtype):
     inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=2000, nheads=2, ngroups=1, headdim=20, dstate=32)

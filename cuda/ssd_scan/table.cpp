@@ -25,7 +25,10 @@ std::string why_not_dstate(const Dims& dims, std::int64_t most) {
 }
 
 FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
-  return fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+  FusedPlan plan = fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+  // Where the final state takes the place of the initial one, nothing may read that beside the output pass.
+  if (plan.segments > 1 && args.initial_state && args.initial_state.data == args.final_state.data) plan.combines = true;
+  return plan;
 }
 
 int padded_dstate(const Args& args, const Dims& dims) { return dims.dstate <= 64 && !args.state_positions ? 64 : 128; }
