@@ -722,7 +722,7 @@ def test_kept_states_come_last_and_where_they_are_wanted(device, rng):
     inputs = {n: device.put(v) for n, v in stretched(rng, "bfloat16", STRETCHES["packed"], OP.inputs)[0].items()}
     cu_seqlens = device.put(cumulative(STRETCHES["packed"]["lengths"]))
     positions = device.put(np.zeros((6, 1), np.int32))
-    options = dict(cu_seqlens=cu_seqlens, return_final_state=True, state_positions=positions)
+    options = dict(cu_seqlens=cu_seqlens, return_final_state=True, state_positions=positions, dt_softplus=True)
     *others, plain = device.call(statescan.ssd_scan, **inputs, **options, save_states=True)
     assert len(others) == 3
     plain = device.get(plain)

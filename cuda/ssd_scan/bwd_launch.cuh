@@ -59,17 +59,19 @@ void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
   for (std::int64_t i = 0; i < plan.parts(d); ++i) {
     params.part = plan.part(d, i);
     params.is_first = i % plan.pieces == 0, params.is_last = (i + 1) % plan.pieces == 0;
-    const std::int64_t walks = 2 * d.num_sequences * params.heads_of_part() * row_tiles;
-    constexpr int kBytes = WalkLayout<Policy>::kBytes;
-    if (walks > 0) {
+    const std::int64_t tiles = params.heads_of_part() * row_tiles;
+    const auto walk = [&](std::int64_t adjoints, std::int64_t states, bool ends) {
+      cuda::launch("ssd_scan_backward_walk_kernel", ssd_scan_backward_walk_kernel<Policy>,
+                   {(adjoints + states) * tiles, Policy::kWalkThreads, WalkLayout<Policy>::kBytes}, stream, params, ends);
+    };
+    if (d.num_sequences * tiles > 0) {
+      const std::int64_t of_ends = d.num_sequences * (plan.segments - 1), whole = d.num_sequences * plan.segments;
       if (plan.segments > 1) {
-        cuda::launch("ssd_scan_backward_walk_kernel", ssd_scan_backward_walk_kernel<Policy>,
-                     {walks * (plan.segments - 1), Policy::kWalkThreads, kBytes}, stream, params, true);
-        launch_combine(params, params.start, 0, stream);
+        walk(of_ends, args.chunk_states ? 0 : of_ends, true);
+        if (!args.chunk_states) launch_combine(params, params.start, 0, stream);
         launch_combine(params, params.dfinal_state, 1, stream);
       }
-      cuda::launch("ssd_scan_backward_walk_kernel", ssd_scan_backward_walk_kernel<Policy>,
-                   {walks * plan.segments, Policy::kWalkThreads, kBytes}, stream, params, false);
+      walk(whole, args.chunk_states ? d.batch * d.nstretches : whole, false);
     }
     const std::int64_t blocks = plan.slots * params.part.groups * plan.splits;
     if (blocks > 0)

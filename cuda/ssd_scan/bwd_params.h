@@ -39,6 +39,7 @@ inline BackwardParams backward_params(const BackwardArgs& args, const Dims& d, c
   static_cast<Params&>(p) =
       params_of(args, d, {plan.segments, divide_up(divide_up(d.seqlen, plan.chunk), plan.segments), plan.chunk});
   p.start = state_view(args.initial_state);
+  p.kept = kept_states(args.chunk_states, static_cast<bool>(args.cu_seqlens));
   p.batch = d.batch, p.ngroups = d.ngroups, p.heads_of_group = d.nheads / d.ngroups;
   p.splits = static_cast<std::uint32_t>(plan.splits), p.slots = static_cast<std::uint32_t>(plan.slots);
   p.columns = plan.columns;

@@ -159,8 +159,9 @@ BackwardPlan backward_plan(const BackwardArgs& args, const Dims& d) {
       if (const BackwardPlan other = cut(splits); time(other) < time(plan)) plan = other;
 
   // Segments that make the estimated time of the walks least, in units of a chunk of a walk; two walks fit a multiprocessor.
+  // From kept states the walks of the adjoints alone are long.
   const std::int64_t chunks = std::max<std::int64_t>(divide_up(d.batch * d.seqlen, sequences * plan.chunk), 1);
-  const std::int64_t walks = 2 * sequences * plan.groups_of_part * plan.heads_of_piece * row_tiles;
+  const std::int64_t walks = (args.chunk_states ? 1 : 2) * sequences * plan.groups_of_part * plan.heads_of_piece * row_tiles;
   const auto time_of_walks = [&](std::int64_t segments) {
     constexpr std::int64_t kStart = 3, kSplit = 6;  // of a block; two kernels more
     const auto waves = [](std::int64_t blocks) { return divide_up(blocks, 2 * kMultiprocessors); };

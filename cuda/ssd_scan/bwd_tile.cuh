@@ -24,23 +24,26 @@ inline __device__ Walk whole_walk(const Sequences& s, std::int64_t sequence) {
   return walk_of(whole, sequence, 0);
 }
 
+// The last sequence that begins with this slot or before.
+inline __device__ std::int64_t sequence_of_slot(const Sequences& s, std::int64_t slot) {
+  if (!s.cu_seqlens) return slot / chunks_of(s, 0);
+  std::int64_t first = 0;
+  for (std::int64_t last = s.count; last - first > 1;) {
+    const std::int64_t middle = (first + last) / 2;
+    (first_slot(s, middle) <= slot ? first : last) = middle;
+  }
+  return first;
+}
+
 struct alignas(16) ChunkPlace {
   Walk walk;
   std::int64_t slot, start;  // start: step of the walk
   int count;                 // tokens; 0: the slot is empty
 
   __device__ ChunkPlace(const Sequences& s, std::int64_t at) : slot(at) {
-    std::int64_t first = 0;
-    if (s.cu_seqlens) {  // the last sequence that begins here or before
-      for (std::int64_t last = s.count; last - first > 1;) {
-        const std::int64_t middle = (first + last) / 2;
-        (first_slot(s, middle) <= slot ? first : last) = middle;
-      }
-    } else {
-      first = slot / chunks_of(s, 0);
-    }
-    walk = whole_walk(s, first);
-    start = (slot - first_slot(s, first)) * s.chunk;
+    const std::int64_t sequence = sequence_of_slot(s, slot);
+    walk = whole_walk(s, sequence);
+    start = (slot - first_slot(s, sequence)) * s.chunk;
     count = static_cast<int>(max(0l, min(s.chunk, walk.length - start)));
   }
 };

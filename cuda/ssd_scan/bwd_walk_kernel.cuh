@@ -6,7 +6,8 @@
 // Launch   a block for each direction, sequence, segment, head of the part and 64 rows of p: a warp takes 16 rows and half of
 // n,
 //          and one more warp finds the steps. Where that leaves multiprocessors idle a sequence is cut into segments, and the
-//          kernel runs twice: first for what each segment adds to the state, then, with those combined, from the right starts
+//          kernel runs twice: first for what each segment adds to the state, then, with those combined, from the right starts.
+//          From states that the forward kept, at each 256 tokens, every stretch between two of them is a walk of its own
 // Numerics as the forward: weighted x and g as sums of bfloat16 terms, chunks added up in float
 #pragma once
 
@@ -36,6 +37,7 @@ struct WalkLayout {
 // The columns of a warp, as a policy for State.
 template <class Policy>
 struct WalkColumns {
+  static constexpr DType kDType = Policy::kDType;
   static constexpr int kDstate = Policy::kWalkColumns;
 };
 
@@ -141,15 +143,21 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy:
   task /= slices;
   const std::int64_t at = task % heads;  // of the part
   task /= heads;
-  const std::int64_t turn = task % walked;  // of the segment, in the order of the walk
-  task /= walked;
-  const bool adjoint = task % 2;
-  const std::int64_t sequence = task / 2, head = p.first_head() + at, group = head / p.heads_of_group;
+  // Adjoints, then states, of every sequence and segment; or, from kept states, of every stretch.
+  const std::int64_t states = task - p.sequences.count * walked;
+  const bool adjoint = states < 0, from_kept = !adjoint && p.kept.states.data;
+  Sequences cut = p.sequences;
+  if (from_kept) cut.chunk = kStretch;
+  const std::int64_t sequence = from_kept ? sequence_of_slot(cut, states) : (adjoint ? task : states) / walked;
+  // Of the segment in the order of the walk, or of the stretch.
+  const std::int64_t turn = from_kept ? states - first_slot(cut, sequence) : (adjoint ? task : states) % walked;
+  const std::int64_t head = p.first_head() + at, group = head / p.heads_of_group;
   const std::int64_t of_walk = (sequence * p.sequences.segments + turn) * heads + at;
 
   const Walk walk = whole_walk(p.sequences, sequence);
   const std::int64_t chunks = chunks_of(p.sequences, sequence), slot = first_slot(p.sequences, sequence);
-  const std::int64_t each = (chunks + p.sequences.segments - 1) / p.sequences.segments;
+  const std::int64_t each =
+      from_kept ? kStretch / kChunk : (chunks + p.sequences.segments - 1) / p.sequences.segments;
   const std::int64_t first = min(turn * each, chunks), last = min(first + each, chunks);
   const bool is_end = turn + 1 == p.sequences.segments;
   const bool goes_on = ends || (is_end && adjoint && p.dinitial_state.data);  // past the last chunk of the walk
@@ -158,6 +166,7 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy:
   const auto count_at = [&](std::int64_t i) {
     return static_cast<int>(max(0l, min(std::int64_t(kChunk), walk.length - chunk_at(i) * kChunk)));
   };
+  if (from_kept && first == last) return;  // no stretch falls on its row
   const int warp = threadIdx.x / 32;
 
   if (warp == Policy::kWalkers / 32) {
@@ -191,11 +200,14 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy:
                           4,
                           p.dstate % 2 == 0};
   if (!ends) {
-    const bool from_ends = p.sequences.segments > 1;
-    const StateView from = from_column(from_ends ? of_ends : adjoint ? p.dfinal_state : p.start, column);
-    if (from.data)
-      load_state<WalkColumns<Policy>>(state, from,
-                                      StatePlace(from, p, from_ends ? 0 : sequence, from_ends ? of_walk : head, row), dstate);
+    const bool from_ends = p.sequences.segments > 1 && !from_kept;
+    const StateView from =
+        from_column(from_ends ? of_ends : adjoint ? p.dfinal_state : from_kept ? p.kept.states : p.start, column);
+    if (from.data) {
+      StatePlace place(from, p, from_ends ? 0 : sequence, from_ends ? of_walk : head, row);
+      if (from_kept) place.row += kept_index(p.sequences, sequence, turn * kStretch) * p.kept.step;
+      load_state<WalkColumns<Policy>>(state, from, place, dstate);
+    }
   }
   const int terms = adjoint ? terms_of_g<Policy>(p) : Policy::kTermsOfInput;
   const RowLoader<Policy, Policy::kWalkers, Policy::kDstate> load_group(adjoint ? p.C : p.B, walk, group, p.dstate);

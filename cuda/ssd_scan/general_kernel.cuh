@@ -493,8 +493,8 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(c
     const int count = count_at(start);
     const std::int64_t before = walk.before + min(start, walk.length);
     if (has_rows)
-      leave_states<Policy>(state, positions, before, before + (ends_sequence && start >= walk.length ? 1 : count), p, task,
-                           task.first_head + head, first_row);
+      leave_states<Policy>(state, positions, before, before + (ends_sequence && start >= walk.length ? 1 : count), count > 0, p,
+                           task, task.first_head + head, first_row);
     if (start >= walk.length) break;
     const bool is_last = start + kChunk >= walk.length;
     cute::cp_async_wait<0>();

@@ -48,6 +48,7 @@ inline Params main_params(const Args& args, const Dims& dims, const Segments& se
     p.handed_on = segment_states(workspace, dims, segments), p.done = workspace.done;
   }
   p.final_state = state_view(args.final_state);
+  p.kept = kept_states(args.chunk_states, static_cast<bool>(args.cu_seqlens));
   return p;
 }
 

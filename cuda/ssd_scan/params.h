@@ -30,6 +30,7 @@ struct StateView {
   DType dtype;
   std::int64_t sequence, head, row, column;
   bool pairs;  // float32, two columns an access
+  bool words;  // of 16 bits, two columns an access
 };
 
 struct Sequences {
@@ -48,6 +49,12 @@ struct Positions {
   std::int64_t sequence, position, count;  // strides in elements
   StateView entries;                       // float32, of the first position
   std::int64_t entry;                      // from one to the next, in bytes
+};
+
+// The state that enters each stretch of a sequence, kept for the backward.
+struct KeptStates {
+  StateView states;   // the first of each sequence's; packed ones lie one after the other
+  std::int64_t step;  // from one to the next, in bytes
 };
 
 // Blocks of threads, tile fastest, then segments, then sequences. A slot is what a warp takes, 16 rows of a head; the
@@ -74,6 +81,7 @@ struct Params {
   StateView handed_on;  // of each sequence, from segment to segment
   unsigned* done;       // segments that have handed theirs on, of each (sequence, tile); null: they are not
   Positions positions;
+  KeptStates kept;
   float* log2_decay;  // of the segments
 };
 
@@ -116,24 +124,27 @@ inline HeadView head_view(const Tensor& t) {
 inline StateView state_view(const Tensor& t) {
   if (!t) return {};
   const std::int64_t size = size_of(t.dtype);
-  const bool pairs = t.dtype == DType::float32 && cuda::why_not_runs("", t, 3, 2).empty();
-  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size,
-          t.stride[3] * size,         pairs};
+  const bool in_pairs = cuda::why_not_runs("", t, 3, 2).empty();
+  return {static_cast<char*>(t.data), t.dtype,
+          t.stride[0] * size,         t.stride[1] * size,
+          t.stride[2] * size,         t.stride[3] * size,
+          in_pairs && size == 4,      in_pairs && size == 2};
 }
 
-// States [num_sequences, count, h, p, n] as those of the first position.
-inline StateView first_position(const Tensor& states) {
+// States [num_sequences, count, h, p, n] as the first of each sequence.
+inline StateView first_of_each(const Tensor& states) {
   Tensor one = states;
   one.ndim = 4;
   for (int i = 1; i < 4; ++i) one.shape[i] = states.shape[i + 1], one.stride[i] = states.stride[i + 1];
   StateView view = state_view(one);
-  view.pairs = view.pairs && (states.shape[1] == 1 || states.stride[1] % 2 == 0);
+  const bool in_pairs = states.shape[1] == 1 || states.stride[1] % 2 == 0;
+  view.pairs = view.pairs && in_pairs, view.words = view.words && in_pairs;
   return view;
 }
 
 // Whether the walks may leave states where the caller wants those at positions.
 inline bool entries_in_place(const Args& args) {
-  return args.position_states.dtype == DType::float32 && first_position(args.position_states).pairs;
+  return args.position_states.dtype == DType::float32 && first_of_each(args.position_states).pairs;
 }
 
 // Else they go to so much of the workspace.
@@ -149,7 +160,7 @@ inline Positions positions_in(const Tensor& at, const Tensor& states) {
           at.stride[0],
           at.stride[1],
           at.shape[1],
-          first_position(states),
+          first_of_each(states),
           states.stride[1] * size_of(states.dtype)};
 }
 
@@ -159,6 +170,13 @@ inline Positions positions_of(const Args& args, const Dims& dims, void* workspac
   return positions_in(args.state_positions,
                       Tensor::contiguous(workspace, DType::float32,
                                          {dims.num_sequences, dims.npositions, dims.nheads, dims.headdim, dims.dstate}));
+}
+
+inline KeptStates kept_states(const Tensor& states, bool packed) {
+  if (!states) return {};
+  StateView first = first_of_each(states);
+  if (packed) first.sequence = 0;
+  return {first, states.stride[1] * size_of(states.dtype)};
 }
 
 // States in the workspace: one for each (sequence, segment), or for each sequence.

@@ -112,7 +112,7 @@ void launch_position_states(const Args& args, const Dims& dims, void* entries, s
   p.scan = params_of(args, dims, {.count = 1, .chunks_per_segment = 0, .chunk = chunk});
   p.scan.positions = positions_of(args, dims, entries);
   p.scan.tasks.heads_of_group = static_cast<std::uint32_t>(dims.nheads / dims.ngroups);
-  p.states = first_position(args.position_states);
+  p.states = first_of_each(args.position_states);
   p.state = args.position_states.stride[1] * size_of(args.position_states.dtype);
   p.chunk = chunk;
   p.in_place = entries_in_place(args);

@@ -20,7 +20,7 @@ void launch_quadratic(const Args& args, const Dims& dims, Stream stream) {
     cuda::launch("ssd_scan_quadratic_kernel", ssd_scan_quadratic_kernel<Policy>,
                  {blocks, Policy::kThreads, Layout::bytes(1, params.tasks.heads)}, stream, params);
   // After y: final_state may lie where initial_state does.
-  if (args.final_state || args.state_positions) launch_states<Policy>({args, whole}, dims, stream);
+  if (args.final_state || args.state_positions || args.chunk_states) launch_states<Policy>({args, whole}, dims, stream);
   if (args.state_positions) launch_position_states(args, dims, entries_of(args, dims, whole), Policy::kChunk, stream);
 }
 

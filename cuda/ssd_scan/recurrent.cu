@@ -88,6 +88,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const PositionsOfSequence positions(p.positions, sequence);
   const auto leave_state = [&](std::int64_t token) {
     positions.take(token, token + 1, [&](std::int64_t offset) { store(p.positions.entries, offset); });
+    if (p.kept.states.data && token % kStretch == 0 && token < walk.length)
+      store(p.kept.states, kept_index(p.sequences, sequence, token) * p.kept.step);
   };
   if (p.start.data)
     for_each_state(p.start, 0, [&](float& h, const char* from) { h = cuda::load_element(from, p.start.dtype); });
@@ -174,6 +176,7 @@ void launch_recurrent(const Args& args, const Dims& dims, Stream stream) {
   Params p = params_of(args, dims, {});
   p.y = token_view(args.y);
   p.start = state_view(args.initial_state), p.final_state = state_view(args.final_state);
+  p.kept = kept_states(args.chunk_states, static_cast<bool>(args.cu_seqlens));
   p.tasks.heads_of_group = static_cast<std::uint32_t>(dims.nheads / dims.ngroups);
   if (args.state_positions && dims.npositions > 0) p.positions = positions_in(args.state_positions, args.position_states);
   const std::int64_t tiles = divide_up(dims.headdim, kRows);

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
   for (std::int64_t start = 0;; start += kChunk) {
     const std::int64_t before = walk.before + min(start, walk.length);
     if (has_rows)
-      leave_states<Policy>(state, positions, before, before + (start < walk.length ? count_at(start) : 1), p, task,
-                           task.first_head + head, first_row);
+      leave_states<Policy>(state, positions, before, before + (start < walk.length ? count_at(start) : 1), start < walk.length,
+                           p, task, task.first_head + head, first_row);
     if (start >= walk.length) break;
     const bool is_last = start + kChunk >= walk.length;
     cute::cp_async_wait<0>();

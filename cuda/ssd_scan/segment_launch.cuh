@@ -15,7 +15,7 @@ void launch_states(const StateArgs& args, const Dims& dims, Stream stream) {
   const std::int64_t segments = whole ? 1 : args.segments.count - 1;  // what the last one adds is of no use
   const SegmentWorkspace workspace(args.workspace.data, dims, args.segments);
   if (!whole) {
-    params.start = {}, params.positions = {};
+    params.start = {}, params.positions = {}, params.kept = {};
     params.final_state = segment_states(workspace, dims, args.segments);
     params.log2_decay = workspace.log2_decay;
   }

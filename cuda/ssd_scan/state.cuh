@@ -99,8 +99,8 @@ __device__ void for_each_pair(const StateView& t, const StatePlace& place, std::
     }
 }
 
-// States that cannot be accessed in pairs are rare. One loop for all of them goes through a copy: in place, and unrolled, they took
-// half of a kernel's code.
+// States that cannot be accessed in pairs are rare. One loop for all of them goes through a copy: in place, and unrolled, they
+// took half of a kernel's code.
 template <class Policy>
 __device__ __noinline__ void load_elements(float* state, StateView t, StatePlace place, std::int64_t dstate) {
 #pragma unroll 1
@@ -137,7 +137,8 @@ __device__ void load_state(State<Policy>& state, const StateView& t, const State
   for (int i = 0; i < Policy::kDstate / 2; ++i) state[i / 4][i % 4] = copy[i];
 }
 
-template <class Policy>
+// kFloat: the tensor is always float32.
+template <class Policy, bool kFloat = false>
 __device__ void store_state(const State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {
   if (t.pairs) {
     for_each_pair<Policy>(t, place, dstate, [&](int q, int r, char* to, std::int64_t left) {
@@ -145,23 +146,40 @@ __device__ void store_state(const State<Policy>& state, const StateView& t, cons
     });
     return;
   }
+  if constexpr (!kFloat && Policy::kDType != DType::float32) {
+    if (t.words && t.dtype == Policy::kDType) {
+      for_each_pair<Policy>(t, place, dstate, [&](int q, int r, char* to, std::int64_t left) {
+        using Element = typename cuda::ElementOf<Policy::kDType>::type;
+        if (left > 0) *reinterpret_cast<Bits*>(to) = cuda::narrow_word<Element>(state[q] + 2 * r);
+      });
+      return;
+    }
+  }
   float copy[Policy::kDstate / 2];
 #pragma unroll
   for (int i = 0; i < Policy::kDstate / 2; ++i) copy[i] = state[i / 4][i % 4];
   store_elements<Policy>(copy, t, place, dstate);
 }
 
-// Leaves the state for the positions among tokens [begin, end).
+// Leaves the state that comes before a chunk, tokens [begin, end) of the sequence, for the positions among these and for a
+// stretch that begins with them.
 template <class Policy>
 __device__ void leave_states(const State<Policy>& state, const PositionsOfSequence& positions, std::int64_t begin,
-                             std::int64_t end, const Params& p, const Task& task, std::int64_t head, std::int64_t first_row) {
-  positions.take(begin, end, [&](std::int64_t entry) {
+                             std::int64_t end, bool enters_chunk, const Params& p, const Task& task, std::int64_t head,
+                             std::int64_t first_row) {
+  const auto place_in = [&](const StateView& t, std::int64_t offset) {
     int row = static_cast<int>(first_row);
     asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
-    StatePlace place(p.positions.entries, p, task.sequence, head, row);
-    place.row += entry;
-    store_state<Policy>(state, p.positions.entries, place, p.dstate);
+    StatePlace place(t, p, task.sequence, head, row);
+    place.row += offset;
+    return place;
+  };
+  positions.take(begin, end, [&](std::int64_t entry) {
+    store_state<Policy, true>(state, p.positions.entries, place_in(p.positions.entries, entry), p.dstate);
   });
+  if (p.kept.states.data && enters_chunk && begin % kStretch == 0)
+    store_state<Policy>(state, p.kept.states,
+                        place_in(p.kept.states, kept_index(p.sequences, task.sequence, begin) * p.kept.step), p.dstate);
 }
 
 }  // namespace statescan::ssd_scan

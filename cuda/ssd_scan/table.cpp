@@ -101,7 +101,6 @@ auto with_policy(const Args& args, const Dims& dims, Visit visit) {
 }
 
 std::string why_not_general(const Args& args, const Dims& dims) {
-  if (args.chunk_states) return "keeps no chunk_states";
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
   return why_not_dstate(dims, kMaxDstate);
 }
@@ -123,7 +122,6 @@ void general(const Args& args, const Dims& dims, Stream stream) {
 
 std::string why_not_quadratic(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::quadratic) return "computes a sequence as one chunk";
-  if (args.chunk_states) return "keeps no chunk_states";
   return why_not_dstate(dims, kMaxDstate);
 }
 
@@ -133,7 +131,6 @@ void quadratic(const Args& args, const Dims& dims, Stream stream) {
 
 std::string why_not_recurrent(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::recurrent) return "computes token by token";
-  if (args.chunk_states) return "keeps no chunk_states";
   return why_not_dstate(dims, kRecurrentDstate);
 }
 
@@ -157,13 +154,9 @@ auto with_backward_policy(const BackwardArgs& args, const Dims& dims, Visit visi
   }
 }
 
-std::string why_not_backward(const BackwardArgs& args, const Dims& dims) {
-  if (args.chunk_states) return "takes no chunk_states";
-  return why_not_dstate(dims, kMaxDstate);
-}
+std::string why_not_backward(const BackwardArgs&, const Dims& dims) { return why_not_dstate(dims, kMaxDstate); }
 
 std::string why_not_ahead(const BackwardArgs& args, const Dims& dims) {
-  if (args.chunk_states) return "takes no chunk_states";
   if (std::string reason = why_not_dstate(dims, kMaxDstate); !reason.empty()) return reason;
   for (const auto& [name, tensor] : {std::pair{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"dy", &args.dy}})
     if (std::string reason = cuda::why_not_runs(name, *tensor, 3, 8); !reason.empty()) return reason;

@@ -40,6 +40,11 @@ inline __device__ Walk walk_of(const Sequences& s, std::int64_t sequence, std::i
   return {batch, s.reverse ? last - 1 - begin : first + begin, end - begin, s.reverse ? -1 : 1, begin};
 }
 
+// Which of the kept states enters the stretch that begins after so many tokens of a sequence.
+inline __device__ std::int64_t kept_index(const Sequences& s, std::int64_t sequence, std::int64_t before) {
+  return (s.cu_seqlens ? boundary(s, sequence) / kStretch + sequence : 0) + before / kStretch;
+}
+
 // The block's part of the call.
 struct Task {
   std::int64_t sequence, segment;
