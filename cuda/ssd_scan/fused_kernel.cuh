@@ -172,6 +172,12 @@ struct Task {
     return p.reverse ? max(length - (chunks - chunk) * kTile, std::int64_t{0}) : min(chunk * kTile, length);
   }
 
+  // The one that the scan takes up after so many tokens of the sequence.
+  __device__ int chunk_of(const FusedParams& p, int tokens) const {
+    const std::int64_t skipped = p.reverse ? static_cast<std::int64_t>(chunks) * kTile - length : 0;  // of the first chunk
+    return static_cast<int>((tokens + skipped) / kTile) - chunk_begin;
+  }
+
   __device__ bool has_slice(const FusedParams& p, int which) const {
     return first_slice + which < p.heads_per_group * p.slices;
   }
@@ -409,12 +415,26 @@ struct Fragment {
     cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(at), word[0], word[1], word[2], word[3]);
   }
 
+  // Rows 16 k to 16 k + 15 of columns 16 j to 16 j + 15, as the B of one warp's products: words 0 and 1, and 2 and 3.
+  __device__ void load_columns(const char* tile, int k, int j, std::uint32_t (&word)[4]) const {
+    const char* from = tile + unit_offset(16 * k + lane % 16, 2 * j + lane / 16);
+    cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(from), word[0], word[1], word[2], word[3]);
+  }
+
   // The same of the transposed tile: rows 16 j to 16 j + 15 of it are the columns.
   __device__ void load_transposed(const char* tile, int j, std::uint32_t* word) const {
     const char* at = tile + column_unit + j * 16 * 128;
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(at), word[0], word[1], word[2], word[3]);
   }
 };
+
+// sum += A B by one warp: [16,16] by [16,8], laid out as in a warpgroup's matmuls.
+template <class Element>
+__device__ void multiply_add(float* sum, const std::uint32_t* a, std::uint32_t b0, std::uint32_t b1) {
+  using Mma = std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                                 cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  Mma::fma(sum[0], sum[1], sum[2], sum[3], a[0], a[1], a[2], a[3], b0, b1, sum[0], sum[1], sum[2], sum[3]);
+}
 
 // What a thread needs of a chunk's steps for its rows.
 struct RowDecays {
@@ -462,8 +482,9 @@ struct WeightedColumns {
 };
 
 // The matrix operand of a state after the first tokens of a chunk, up to token `last`. Later ones weigh nothing.
-template <class Element, class Words>
-__device__ void weigh_first(Words& words, const char* tile, const Steps& steps, const Fragment& at, bool reverse, int last) {
+template <class Element>
+__device__ void weigh_first(std::uint32_t (&words)[kTile / 4], const char* tile, const Steps& steps, const Fragment& at,
+                            bool reverse, int last) {
   const float log_last = steps.log_decay(last);
 #pragma unroll
   for (int j = 0; j < kTile / 16; ++j) {
@@ -477,7 +498,7 @@ __device__ void weigh_first(Words& words, const char* tile, const Steps& steps, 
       cuda::widen_word<Element>(word[w], pair);
       pair[0] = (reverse ? token >= last : token <= last) ? pair[0] * (step.z * fast_exp2(log_last - step.x)) : 0.0f;
       pair[1] = (reverse ? token + 1 >= last : token + 1 <= last) ? pair[1] * (step.w * fast_exp2(log_last - step.y)) : 0.0f;
-      words(4 * j + w) = cuda::narrow_word<Element>(pair);
+      words[4 * j + w] = cuda::narrow_word<Element>(pair);
     }
   }
 }
@@ -552,13 +573,19 @@ struct SliceOfState {
       store_pair<kPairs>(pair(k), view, left(k), make_float2(state(2 * k), state(2 * k + 1)));
   }
 
-  // Columns from kTile `tile` on, as values of their own.
-  template <class Columns>
-  __device__ void store_tile(const Columns& columns, int tile) const {
+  // To float32 in pairs, or to 16 bits of Element in words.
+  template <class Element>
+  __device__ void leave_pair(int k, float v0, float v1) const {
+    const float values[2] = {v0, v1};
+    if (left(k) <= 0) return;
+    if (view.words) *reinterpret_cast<std::uint32_t*>(pair(k)) = cuda::narrow_word<Element>(values);
+    else *reinterpret_cast<float2*>(pair(k)) = make_float2(v0, v1);
+  }
+
+  template <class Element, class State>
+  __device__ void leave(const State& state) const {
 #pragma unroll
-    for (int k = 0; k < kTile / 4; ++k)
-      store_pair<true>(pair(tile * kTile / 4 + k), view, left(tile * kTile / 4 + k),
-                       make_float2(columns(2 * k), columns(2 * k + 1)));
+    for (int k = 0; k < kState / 4; ++k) leave_pair<Element>(k, state(2 * k), state(2 * k + 1));
   }
 };
 
@@ -696,8 +723,6 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
   const auto B_columns = update_of.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
   const auto x_columns =
       output_of.partition_fragment_B(M::tensor(shared.x, typename M::template Columns<kTile, 2 * kStages>{}));
-  const auto B_tiles =
-      output_of.partition_fragment_B(M::tensor(shared.B, typename M::template Columns<kTile, kState / kTile * kStages>{}));
   constexpr auto _ = cute::_;
 
   std::uint32_t diagonal[4];
@@ -761,16 +786,19 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     auto valid_tokens = [&](int i) {
       return static_cast<int>(min(task.length - task.template start_of<false>(p, i), std::int64_t{kTile}));
     };
+    // The walk halts before each chunk that a position lies in: the loop has no registers to spare for what is done there.
+    int walk_end = task.chunk_count;
     // Waits for the i-th chunk; its decay. Past the last one there is nothing to wait for.
     auto await_chunk = [&](int i) {
-      if (i >= task.chunk_count) return 1.0f;
+      if (i >= walk_end) return 1.0f;
       const int stage = ring.stage, valid = valid_tokens(i);
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
       return shared.steps[stage][which].total;
     };
     // Takes the chunk in: the state is decayed to its end, the scores are on their way, and what comes of steps and x follows.
-    // After the last chunk the scores are of no use: behind a condition, ptxas would let no matmul overlap with anything.
+    // After the last chunk the scores are of no use: behind a condition, ptxas would let no matmul overlap with anything. For
+    // positions x comes later, so that the loop spills nothing.
     RowDecays decays;
     WeightedColumns<NativeElement> x;
     auto enter_chunk = [&](int i, float total) {
@@ -781,9 +809,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       cute::warpgroup_fence_operand(scores);
       cute::warpgroup_arrive();
       issue<true>(scores_mma, C_rows(_, _, _, stage), B_rows(_, _, _, stage), scores);
-      if (i >= task.chunk_count) return;
+      if (i >= walk_end) return;
       const Steps& steps = shared.steps[stage][which];
-      x.load(shared.x[stage][which], steps, at);
+      if constexpr (!kPositions) x.load(shared.x[stage][which], steps, at);
       decays.load(steps, at);
     };
 
@@ -792,10 +820,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       asm volatile("" : "+r"(row));  // addresses are worked out here, and take no registers from the loop
       return SliceOfState<kState>(p, p.positions.entries, task.sequence, head, row, at, entry);
     };
-    [[maybe_unused]] int next_position = 0;  // of those inside of the task's chunks: whether to look is asked for every chunk
+    [[maybe_unused]] int next_position = 0;  // of those inside of the task's chunks
     if constexpr (kPositions) next_position = PositionsOfSequence(p.positions, task.sequence).next(task.tokens_before(p, 0));
-    // States at the positions inside of the i-th chunk, which has come and which the state enters. A half of their columns at a
-    // time takes the place of scores.
+    // States at the positions inside of the i-th chunk, which has come and which the state enters: by warps of their own, 16
+    // columns at a time, since a warpgroup's matmul would want a place for all of them.
     [[maybe_unused]] const auto leave_states = [&](int i) {
       const Steps& steps = shared.steps[ring.stage][which];
       const std::int64_t begin = task.tokens_before(p, i), end = task.tokens_before(p, i + 1);
@@ -804,161 +832,170 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       PositionsOfSequence(p.positions, task.sequence).take_if(inside, [&](std::int64_t position, std::int64_t entry) {
         const auto slice = entry_at(entry);
         if (position == begin) {
-          slice.template store<true>(state);
+          slice.template leave<NativeElement>(state);
           return;
         }
         const int count = static_cast<int>(position - begin), last = p.reverse ? valid_tokens(i) - count : count - 1;
         const float decay = steps.enter[last];
-        auto operand = cute::make_tensor<typename M::Element>(cute::partition_shape_A(output_mma, cute::Shape<_64, _64>{}));
-        auto words = cute::recast<std::uint32_t>(operand);
-        weigh_first<NativeElement>(words, shared.x[ring.stage][which], steps, at, p.reverse, last);
+        std::uint32_t first_tokens[kTile / 4];
+        weigh_first<NativeElement>(first_tokens, shared.x[ring.stage][which], steps, at, p.reverse, last);
 #pragma unroll
-        for (int tile = 0; tile < kState / kTile; ++tile) {
+        for (int j = 0; j < kState / 16; ++j) {
+          float sum[8] = {};
 #pragma unroll
-          for (int v = 0; v < kTile / 2; ++v) scores(v) = decay * state(tile * kTile / 2 + v);
-          cute::warpgroup_fence_operand(operand);
-          cute::warpgroup_fence_operand(scores);
-          cute::warpgroup_arrive();
-          issue<false>(output_mma, operand, B_tiles(_, _, _, kState / kTile * ring.stage + tile), scores);
-          cute::warpgroup_wait<0>();
-          cute::warpgroup_fence_operand(scores);
-          slice.store_tile(scores, tile);
+          for (int k = 0; k < kTile / 16; ++k) {
+            std::uint32_t B[4];
+            at.load_columns(shared.B[ring.stage][j / 4], k, j % 4, B);
+            multiply_add<NativeElement>(sum, first_tokens + 4 * k, B[0], B[1]);
+            multiply_add<NativeElement>(sum + 4, first_tokens + 4 * k, B[2], B[3]);
+          }
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            slice.template leave_pair<NativeElement>(4 * j + k, fmaf(decay, state(8 * j + 2 * k), sum[2 * k]),
+                                                     fmaf(decay, state(8 * j + 2 * k + 1), sum[2 * k + 1]));
         }
       });
       next_position = PositionsOfSequence(p.positions, task.sequence).next(end);
     };
 
-    const float first_total = await_chunk(0);
-    if (kPositions && task.chunk_count > 0) leave_states(0);
-    enter_chunk(0, first_total);
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(scores);
-    for (int i = 0; i < task.chunk_count; ++i) {
-      const int stage = ring.stage;
-      const char* tile_x = shared.x[stage][which];
-      cute::warpgroup_fence_operand(y);
-      cute::warpgroup_arrive();
-      issue<true>(scores_mma, C_rows(_, _, _, stage), state_rows(_, _, _, which), y);
-
-      // x^T with the weights of its tokens, as a matrix operand, while these run.
-#pragma unroll
-      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
-      cute::warpgroup_fence_operand(state);
-      cute::warpgroup_fence_operand(weighted);
-      cute::warpgroup_arrive();
-      issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
-
-      // Scores, decayed and masked, become a matrix operand.
-#pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) {
-        const int later = p.reverse ? at.warp - j : j - at.warp;  // blocks of 16 x 16: 0 holds the diagonal, above it nothing
-        if (later > 0) {
-#pragma unroll
-          for (int w = 0; w < 4; ++w) masked_words(4 * j + w) = 0;
-        } else if (later == 0) {
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            const float pair[2] = {scores(8 * j + 2 * w) * decays.own_block[w].x,
-                                   scores(8 * j + 2 * w + 1) * decays.own_block[w].y};
-            masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair) & diagonal[w];
-          }
-        } else {
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            const float2 to_block = decays.to_block[2 * j + w / 2];
-            const float from_block = decays.from_block[w % 2];
-            const float pair[2] = {scores(8 * j + 2 * w) * from_block * to_block.x,
-                                   scores(8 * j + 2 * w + 1) * from_block * to_block.y};
-            masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair);
-          }
-        }
+    int i = 0;
+    do {
+      walk_end = task.chunk_count;
+      const float first_total = await_chunk(i);
+      if (kPositions && i < task.chunk_count) {
+        leave_states(i);
+        walk_end = min(walk_end, max(task.chunk_of(p, next_position), i + 1));
       }
-      cute::warpgroup_wait<1>();
-      cute::warpgroup_fence_operand(y);
-#pragma unroll
-      for (int v = 0; v < kTile / 2; ++v) y(v) *= decays.enter[v / 2 % 2];
-      cute::warpgroup_fence_operand(y);
-      cute::warpgroup_fence_operand(masked);
-      cute::warpgroup_arrive();
-      issue<false>(output_mma, masked, x_columns(_, _, _, 2 * stage + which), y);
-
-      // The new state goes out once all warps are done with the old one.
-      const std::int64_t token = task.first_token + task.template start_of<false>(p, i);
-      const int valid = valid_tokens(i);
-      ring.advance();
-      cute::warpgroup_wait<1>();
-      cute::warpgroup_fence_operand(state);
-      const float total = await_chunk(i + 1);
-      if (!kPositions && p.has_chunk_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
-      sync();
-#pragma unroll
-      for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
-
-      // The next chunk's scores run beside the end of this one.
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(y);
-      if (kPositions && i + 1 < task.chunk_count) leave_states(i + 1);
-      enter_chunk(i + 1, total);
-      if (p.D.data) {
-#pragma unroll
-        for (int j = 0; j < kTile / 16; ++j) {
-          std::uint32_t word[4];
-          at.load(tile_x, j, word);
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            const float2 D = load2(shared.D[which] + 16 * j + w / 2 * 8 + at.column);
-            float pair[2];
-            cuda::widen_word<NativeElement>(word[w], pair);
-            y(8 * j + 2 * w) += D.x * pair[0];
-            y(8 * j + 2 * w + 1) += D.y * pair[1];
-          }
-        }
-      }
-      shared.empty[stage].arrive();
-      char* tile_y = shared.y[which][slots.stage];
-      if (p.has_z) {
-        shared.z_full[which][slots.stage].wait(slots.parity);
-#pragma unroll
-        for (int j = 0; j < kTile / 16; ++j) {
-          std::uint32_t word[4];
-          at.load(tile_y, j, word);
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            float pair[2];
-            cuda::widen_word<NativeElement>(word[w], pair);
-            y(8 * j + 2 * w) *= cuda::fast_silu(pair[0]);
-            y(8 * j + 2 * w + 1) *= cuda::fast_silu(pair[1]);
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
+      enter_chunk(i, first_total);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(scores);
-      cutlass::arch::fence_view_async_shared();
-      sync();
-      if (p.cu_seqlens && valid < kTile) {
-        const int row = thread / 2;
-        char* to = p.packed_y.data + (token + row) * p.packed_y.token + head * p.packed_y.head;
-        for (int unit = thread % 2 * 4; row < valid && unit < thread % 2 * 4 + 4; ++unit) {
-          const auto* elements = reinterpret_cast<const NativeElement*>(tile_y + unit_offset(row, unit));
-          for (int e = 0; e < 8; ++e) {
-            const int c = channel + 8 * unit + e;
-            if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
+      for (; i < walk_end; ++i) {
+        const int stage = ring.stage;
+        const char* tile_x = shared.x[stage][which];
+        cute::warpgroup_fence_operand(y);
+        cute::warpgroup_arrive();
+        issue<true>(scores_mma, C_rows(_, _, _, stage), state_rows(_, _, _, which), y);
+
+        // x^T with the weights of its tokens, as a matrix operand, while these run.
+        if constexpr (kPositions) x.load(shared.x[stage][which], shared.steps[stage][which], at);
+#pragma unroll
+        for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
+        cute::warpgroup_fence_operand(state);
+        cute::warpgroup_fence_operand(weighted);
+        cute::warpgroup_arrive();
+        issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+
+        // Scores, decayed and masked, become a matrix operand.
+#pragma unroll
+        for (int j = 0; j < kTile / 16; ++j) {
+          const int later = p.reverse ? at.warp - j : j - at.warp;  // blocks of 16 x 16: 0 holds the diagonal, above it nothing
+          if (later > 0) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w) masked_words(4 * j + w) = 0;
+          } else if (later == 0) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              const float pair[2] = {scores(8 * j + 2 * w) * decays.own_block[w].x,
+                                     scores(8 * j + 2 * w + 1) * decays.own_block[w].y};
+              masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair) & diagonal[w];
+            }
+          } else {
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              const float2 to_block = decays.to_block[2 * j + w / 2];
+              const float from_block = decays.from_block[w % 2];
+              const float pair[2] = {scores(8 * j + 2 * w) * from_block * to_block.x,
+                                     scores(8 * j + 2 * w + 1) * from_block * to_block.y};
+              masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair);
+            }
           }
         }
-      } else if (thread == 0) {
-        cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
+        cute::warpgroup_wait<1>();
+        cute::warpgroup_fence_operand(y);
+#pragma unroll
+        for (int v = 0; v < kTile / 2; ++v) y(v) *= decays.enter[v / 2 % 2];
+        cute::warpgroup_fence_operand(y);
+        cute::warpgroup_fence_operand(masked);
+        cute::warpgroup_arrive();
+        issue<false>(output_mma, masked, x_columns(_, _, _, 2 * stage + which), y);
+
+        // The new state goes out once all warps are done with the old one.
+        const std::int64_t token = task.first_token + task.template start_of<false>(p, i);
+        const int valid = valid_tokens(i);
+        ring.advance();
+        cute::warpgroup_wait<1>();
+        cute::warpgroup_fence_operand(state);
+        const float total = await_chunk(i + 1);
+        if (!kPositions && p.has_chunk_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
+        sync();
+#pragma unroll
+        for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
+
+        // The next chunk's scores run beside the end of this one.
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(y);
+        enter_chunk(i + 1, total);
+        if (p.D.data) {
+#pragma unroll
+          for (int j = 0; j < kTile / 16; ++j) {
+            std::uint32_t word[4];
+            at.load(tile_x, j, word);
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              const float2 D = load2(shared.D[which] + 16 * j + w / 2 * 8 + at.column);
+              float pair[2];
+              cuda::widen_word<NativeElement>(word[w], pair);
+              y(8 * j + 2 * w) += D.x * pair[0];
+              y(8 * j + 2 * w + 1) += D.y * pair[1];
+            }
+          }
+        }
+        shared.empty[stage].arrive();
+        char* tile_y = shared.y[which][slots.stage];
+        if (p.has_z) {
+          shared.z_full[which][slots.stage].wait(slots.parity);
+#pragma unroll
+          for (int j = 0; j < kTile / 16; ++j) {
+            std::uint32_t word[4];
+            at.load(tile_y, j, word);
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+              float pair[2];
+              cuda::widen_word<NativeElement>(word[w], pair);
+              y(8 * j + 2 * w) *= cuda::fast_silu(pair[0]);
+              y(8 * j + 2 * w + 1) *= cuda::fast_silu(pair[1]);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(scores);
+        cutlass::arch::fence_view_async_shared();
+        sync();
+        if (p.cu_seqlens && valid < kTile) {
+          const int row = thread / 2;
+          char* to = p.packed_y.data + (token + row) * p.packed_y.token + head * p.packed_y.head;
+          for (int unit = thread % 2 * 4; row < valid && unit < thread % 2 * 4 + 4; ++unit) {
+            const auto* elements = reinterpret_cast<const NativeElement*>(tile_y + unit_offset(row, unit));
+            for (int e = 0; e < 8; ++e) {
+              const int c = channel + 8 * unit + e;
+              if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
+            }
+          }
+        } else if (thread == 0) {
+          cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
+        }
+        if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
+          if (!kPositions && p.has_chunk_states) keep_state(i + 1);
+          cute::tma_store_arrive();
+          cute::tma_store_wait<1>();
+          if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
+        }
+        stored = true;
+        slots.advance();
       }
-      if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
-        if (!kPositions && p.has_chunk_states) keep_state(i + 1);
-        cute::tma_store_arrive();
-        cute::tma_store_wait<1>();
-        if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
-      }
-      stored = true;
-      slots.advance();
-    }
+    } while (kPositions && i < task.chunk_count);
 
     // ---- end
     if (tasks.part() + 1 < tasks.parts()) {
@@ -969,12 +1006,12 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
     if constexpr (kPositions) {
 #pragma unroll 1
-      for (bool outside : {false, true}) {  // the state at the end; zeros for positions outside of the sequence
+      for (int outside = 0; outside < 2; ++outside) {  // the state at the end; zeros for positions outside of the sequence
         const auto wanted = [&](std::int64_t position) {
           return outside ? position < 0 || position > task.length : position == task.length;
         };
         PositionsOfSequence(p.positions, task.sequence).take_if(wanted, [&](std::int64_t, std::int64_t entry) {
-          entry_at(entry).template store<true>(state);
+          entry_at(entry).template leave<NativeElement>(state);
         });
 #pragma unroll
         for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;

@@ -53,7 +53,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.pairs_per_group = static_cast<int>(plan.pairs_per_group), p.pairs = static_cast<int>(plan.pairs);
   auto* workspace = static_cast<char*>(args.workspace.data);
   const auto entries = workspace + plan.workspace_bytes();
-  p.positions = positions_of(args, d, entries);
+  p.positions = positions_of(args, d, entries, true);
   const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
   std::int64_t blocks = 0;
   const auto cut = [&](std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit) {
@@ -97,7 +97,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.turns = fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors);
   if (p.turns.parts > 1) {
     const PartBytes bytes(p.turns, Policy::kState);
-    char* parts = entries + aligned(entry_bytes(args, d));
+    char* parts = entries + aligned(entry_bytes(args, d, true));
     p.part_states = reinterpret_cast<float*>(parts), p.parts_done = reinterpret_cast<unsigned*>(parts + bytes.states);
     cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
@@ -108,7 +108,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   if constexpr (Policy::kTakesPositions)
     if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, true>;
   launch("ssd_scan_fused_kernel", kernel, shape, stream, p);
-  if (args.state_positions && !entries_in_place(args)) launch_position_states(args, d, entries, 1, stream);
+  if (args.state_positions && !entries_in_place(args, true)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},
                  stream, p, d.num_sequences);

@@ -142,14 +142,15 @@ inline StateView first_of_each(const Tensor& states) {
   return view;
 }
 
-// Whether the walks may leave states where the caller wants those at positions.
-inline bool entries_in_place(const Args& args) {
-  return args.position_states.dtype == DType::float32 && first_of_each(args.position_states).pairs;
+// Whether the walks may leave states where the caller wants those at positions; narrow ones only if nothing is added to them.
+inline bool entries_in_place(const Args& args, bool complete) {
+  const StateView first = first_of_each(args.position_states);
+  return first.pairs || (complete && first.words && first.dtype == args.x.dtype);
 }
 
 // Else they go to so much of the workspace.
-inline std::size_t entry_bytes(const Args& args, const Dims& dims) {
-  if (!args.state_positions || entries_in_place(args)) return 0;
+inline std::size_t entry_bytes(const Args& args, const Dims& dims, bool complete = false) {
+  if (!args.state_positions || entries_in_place(args, complete)) return 0;
   return sizeof(float) * dims.num_sequences * dims.npositions * dims.nheads * dims.headdim * dims.dstate;
 }
 
@@ -164,9 +165,9 @@ inline Positions positions_in(const Tensor& at, const Tensor& states) {
           states.stride[1] * size_of(states.dtype)};
 }
 
-inline Positions positions_of(const Args& args, const Dims& dims, void* workspace) {
+inline Positions positions_of(const Args& args, const Dims& dims, void* workspace, bool complete = false) {
   if (!args.state_positions || dims.npositions == 0) return {};
-  if (entries_in_place(args)) return positions_in(args.state_positions, args.position_states);
+  if (entries_in_place(args, complete)) return positions_in(args.state_positions, args.position_states);
   return positions_in(args.state_positions,
                       Tensor::contiguous(workspace, DType::float32,
                                          {dims.num_sequences, dims.npositions, dims.nheads, dims.headdim, dims.dstate}));

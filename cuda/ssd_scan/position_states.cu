@@ -115,7 +115,7 @@ void launch_position_states(const Args& args, const Dims& dims, void* entries, s
   p.states = first_of_each(args.position_states);
   p.state = args.position_states.stride[1] * size_of(args.position_states.dtype);
   p.chunk = chunk;
-  p.in_place = entries_in_place(args);
+  p.in_place = entries_in_place(args, false);
   p.row_tiles = divide_up(dims.headdim, kTile), p.column_tiles = divide_up(dims.dstate, kTile);
   const std::int64_t blocks = dims.num_sequences * dims.npositions * dims.nheads * p.row_tiles * p.column_tiles;
   if (blocks == 0) return;

@@ -70,7 +70,7 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
 std::size_t fused_workspace(const Args& args, const Dims& dims) {
   const FusedPlan plan = fused_plan_of(args, dims);
   const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), cuda::multiprocessors(args.x.device.index));
-  return plan.workspace_bytes() + aligned(entry_bytes(args, dims)) + PartBytes(turns, padded_dstate(args, dims)).sum();
+  return plan.workspace_bytes() + aligned(entry_bytes(args, dims, true)) + PartBytes(turns, padded_dstate(args, dims)).sum();
 }
 
 std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
@@ -124,6 +124,8 @@ std::string why_not_quadratic(const Args& args, const Dims& dims) {
   if (args.mode != SsdMode::quadratic) return "computes a sequence as one chunk";
   return why_not_dstate(dims, kMaxDstate);
 }
+
+std::size_t quadratic_workspace(const Args& args, const Dims& dims) { return entry_bytes(args, dims); }
 
 void quadratic(const Args& args, const Dims& dims, Stream stream) {
   with_policy<false>(args, dims, [&]<class P>(P) { launch_quadratic<P>(args, dims, stream); });
@@ -220,7 +222,7 @@ constexpr cuda::Row<Args, Dims> kForwardRows[] = {
      fused_segment_tokens},
 #endif
     {"recurrent", kReal, cuda::kSm80AndNewer, why_not_recurrent, no_workspace, launch_recurrent},
-    {"quadratic", kReal, cuda::kSm80AndNewer, why_not_quadratic, entry_bytes, quadratic},
+    {"quadratic", kReal, cuda::kSm80AndNewer, why_not_quadratic, quadratic_workspace, quadratic},
     {"general", kReal, cuda::kSm80AndNewer, why_not_general, general_workspace, general, general_segment_tokens},
 };
 constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
