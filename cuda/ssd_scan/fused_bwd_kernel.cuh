@@ -45,7 +45,7 @@ struct GradientSums {
   float strictly_below[kTile];       // sum_{i>j} W[i][j]
   float before[kTile / 16][kTile];   // sum_{j<i} W[i][j] dt[j], j of each warp of `combine`
   float diagonal[kTile];             // T[j][j]
-  float whole[2 * kWarpgroup / 32];  // <G,h>, of each warp that has dB or dC
+  float whole[kWarpgroup / 32];      // <G,h>, of each warp of `combine`
 };
 
 template <class Policy>
@@ -299,7 +299,7 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
       diagonal += sums.diagonal[i];
     }
 #pragma unroll
-    for (int w = 0; w < 2 * kWarpgroup / 32; ++w) whole = fmaf(steps.total, sums.whole[w], whole);
+    for (int w = 0; w < kWarpgroup / 32; ++w) whole = fmaf(steps.total, sums.whole[w], whole);
     shared.empty[ring.stage].arrive();
     shared.sums_empty[slots.stage].arrive();
     if ((p.part.first_item + item) % p.slices + 1 < p.slices) continue;
@@ -377,12 +377,12 @@ inline __device__ int sum_of_columns(float (&v)[16]) {
   return lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
 }
 
-// A thread's part of <G,h>, of which either warpgroup takes a half.
+// A thread's part of <G,h>.
 template <class NativeElement, int kTiles>
-__device__ float multiply_states(const void* states, const void* adjoints, int half, int thread) {
-  constexpr int kUnits = kTiles * kTileBytes / 16 / 2;  // of 8 elements, in a half
-  const auto* h = static_cast<const uint4*>(states) + half * kUnits;
-  const auto* G = static_cast<const uint4*>(adjoints) + half * kUnits;
+__device__ float multiply_states(const void* states, const void* adjoints, int thread) {
+  constexpr int kUnits = kTiles * kTileBytes / 16;  // of 8 elements
+  const auto* h = static_cast<const uint4*>(states);
+  const auto* G = static_cast<const uint4*>(adjoints);
   float sum[2] = {};
 #pragma unroll 1
   for (int i = 0; i < kUnits; i += kWarpgroup) {
@@ -458,24 +458,28 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   Ring<kStages> ring, ahead;  // ahead: of the item whose states are made this chunk's
   Ring<2> slots, other;
   // Each warpgroup has a tile of both states; where there is one, the second has what passes a chunk.
-  const auto pass_states = [&](bool is_first) {
-    const int stage = ahead.stage, tile = kTiles == 2 && !is_C;
-    auto& kept = is_first ? shared.states : shared.adjoints;
-    auto& passing = is_first ? shared.adjoints : shared.states;
-    auto& kept_exponents = is_first ? shared.state_exponents : shared.adjoint_exponents;
-    auto& passing_exponents = is_first ? shared.adjoint_exponents : shared.state_exponents;
+  const int own_tile = kTiles == 2 && !is_C;
+  const auto round_state = [&](bool is_first) {
+    const int stage = ahead.stage;
     shared.full[stage].wait(ahead.parity);
-    if (kTiles == 2 || is_C) round_kept<NativeElement>(kept[stage][tile], kept_exponents[stage][tile], at);
+    if (kTiles == 2 || is_C)
+      round_kept<NativeElement>((is_first ? shared.states : shared.adjoints)[stage][own_tile],
+                                (is_first ? shared.state_exponents : shared.adjoint_exponents)[stage][own_tile], at);
+  };
+  const auto pass_state = [&](bool is_first) {
+    const int stage = ahead.stage;
+    auto& passing = is_first ? shared.adjoints : shared.states;
+    auto& passing_exponents = is_first ? shared.adjoint_exponents : shared.state_exponents;
     if (kTiles == 2 || !is_C) {
       shared.other_full[other.stage].wait(other.parity);
       float unit[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        unit[r] = shared.other_steps[other.stage].total * unit_of(passing_exponents[stage][tile][at.row + 8 * r]);
+        unit[r] = shared.other_steps[other.stage].total * unit_of(passing_exponents[stage][own_tile][at.row + 8 * r]);
 #pragma unroll
       for (int j = 0; j < kTile / 16; ++j) {
         std::uint32_t word[4];
-        at.load(passing[stage][tile], j, word);
+        at.load(passing[stage][own_tile], j, word);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           float count[2];
@@ -485,12 +489,12 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       }
       cute::warpgroup_fence_operand(product);
       cute::warpgroup_arrive();
-      issue<false>(pass_mma, other_rows(_, _, _, other.stage), other_projection(_, _, _, tile), product);
+      issue<false>(pass_mma, other_rows(_, _, _, other.stage), other_projection(_, _, _, own_tile), product);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(product);
       shared.other_empty[other.stage].arrive();
 #pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(passing[stage][tile], j, product);
+      for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(passing[stage][own_tile], j, product);
     }
     cutlass::arch::fence_view_async_shared();
     shared.passed[stage].arrive();
@@ -500,7 +504,7 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
 #pragma unroll
     for (int v = 0; v < kTile / 2; ++v) sum0(v) = sum1(v) = 0.0f;
     shared.projections_full.wait(parity);
-    if (task.begin < task.end) pass_states(task.is_first());
+    if (task.begin < task.end) round_state(task.is_first()), pass_state(task.is_first());
     for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
       const int stage = ring.stage;
       shared.passed[stage].wait(ring.parity);
@@ -512,6 +516,7 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
         cute::warpgroup_fence_operand(product);
         cute::warpgroup_arrive();
         issue<true>(mma, rows(_, _, _, stage), states(_, _, _, stage * kTiles + tile), product);
+        if (tile == 0 && item + 1 < task.end) round_state(task.is_first());  // waits for no matmul
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(product);
 #pragma unroll
@@ -532,16 +537,13 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
         }
       };
       add_tile(0, sum0);
-      if (item + 1 < task.end) pass_states(task.is_first());
+      if (item + 1 < task.end) pass_state(task.is_first());
       if constexpr (kTiles == 2) add_tile(1, sum1);
-      const float whole =
-          sum_of_warp(multiply_states<NativeElement, kTiles>(shared.states[stage], shared.adjoints[stage], is_C, thread));
       shared.empty[stage].arrive();
 #pragma unroll
       for (int r = 0; r < 2; ++r) dot[r] = sum_of_row(dot[r]);
       shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
       GradientSums& found = shared.sums[slots.stage];
-      if (at.lane == 0) found.whole[(is_C ? kWarpgroup / 32 : 0) + at.warp] = whole;
       if (at.lane % 4 == 0)
 #pragma unroll
         for (int r = 0; r < 2; ++r) (is_C ? found.dot_C : found.dot_B)[tokens.row[r]] = dot[r];
@@ -692,8 +694,11 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         log_j[r] = steps.log_decay[token[r]], dt_j[r] = steps.dt[token[r]], to_end[r] = steps.to_end[token[r]];
+      const float whole =
+          sum_of_warp(multiply_states<NativeElement, Storage::kTiles>(shared.states[stage], shared.adjoints[stage], thread));
       shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
       GradientSums& sums = shared.sums[slots.stage];
+      if (at.lane == 0) sums.whole[at.warp] = whole;
       float strictly_below[2] = {};  // the sum of W over i > j
       float before[kTile / 4] = {};  // value 2 k + c: column 8 k + `column` + c
       cute::warpgroup_wait<1>();
@@ -812,17 +817,20 @@ __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(co
   const Tokens tokens(at, !is_C);
   const std::int64_t first = std::int64_t{slot} % p.chunks * kTile;
   char* const to = gradient.data + (p.first_batch + slot / p.chunks) * gradient.batch + group * gradient.group;
+  float4 sum[kCount / 4];
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) sum[i] = sums[(quarter * (kCount / 4) + i) * kWarpgroup];
+  for (int split = 1; split < p.splits; ++split)
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const float4 v = sums[split * step + (quarter * (kCount / 4) + i) * kWarpgroup];
+      sum[i].x += v.x, sum[i].y += v.y, sum[i].z += v.z, sum[i].w += v.w;
+    }
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
-    const int k = quarter * (kCount / 4) + i;
-    float4 sum = sums[k * kWarpgroup];
-    for (int split = 1; split < p.splits; ++split) {
-      const float4 v = sums[split * step + k * kWarpgroup];
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    const int column = 8 * k + at.column;
+    const int column = 8 * (quarter * (kCount / 4) + i) + at.column;
     if (column >= p.dstate) break;
-    const float pairs[2][2] = {{sum.x, sum.y}, {sum.z, sum.w}};
+    const float pairs[2][2] = {{sum[i].x, sum[i].y}, {sum[i].z, sum[i].w}};
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (first + tokens.row[r] < p.seqlen)

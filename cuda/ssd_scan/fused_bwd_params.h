@@ -12,6 +12,7 @@ struct alignas(16) WalkSteps {
   float weight[kFusedTile];  // of the chunk's tokens in what it leaves
   float total, unused[3];    // decay through the chunk
 };
+static_assert(sizeof(WalkSteps) == kFusedTile * sizeof(float) + 16, "or the plan counts something else");
 
 struct FusedBackwardParams {
   CUtensorMap x, dy, B, C, dB, dC;

@@ -154,18 +154,22 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
   }
 }
 
-// Two warps per slice: a row of its tile times the weight of that token.
+// Two warps per slice, or four where there is one: a row of its tile times the weight of that token.
 template <class Policy>
 __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
                             Ring<WalkStorage<Policy>::kStages>& ring) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kThreads = kWarpgroup / 2;
-  const int which = threadIdx.x % kWarpgroup / kThreads, thread = threadIdx.x % kThreads;
+  const bool single = p.items_of_walk == 1;
+  const int which = single ? 0 : threadIdx.x % kWarpgroup / kThreads;
   const bool present = task.has_item(p, which);
   for (int i = 0; i < task.chunks; ++i, ring.advance()) {
     shared.full[ring.stage].wait(ring.parity);
     if (present) {
-      weight_tile<NativeElement, kThreads, 8>(shared.rows[ring.stage][which], shared.steps[ring.stage][which], thread);
+      auto& rows = shared.rows[ring.stage][which];
+      const WalkSteps& steps = shared.steps[ring.stage][which];
+      if (single) weight_tile<NativeElement, kWarpgroup, 4>(rows, steps, threadIdx.x % kWarpgroup);
+      else weight_tile<NativeElement, kThreads, 8>(rows, steps, threadIdx.x % kThreads);
       cutlass::arch::fence_view_async_shared();
     }
     shared.weighted[ring.stage].arrive();
