@@ -120,12 +120,13 @@ struct Cursors {
 };
 
 // What the gradients of a thread's elements take from before the scan.
-template <class Policy, bool kAlongTokens, bool kEndsOnly>
+template <class Policy>
 struct Prepared {
   float x[kRun], dt[kRun], slope[kRun];       // slope: of dt
   float gradient[kRun], gate_gradient[kRun];  // dy silu(z), and dy silu'(z)
 
   // The tile is ready for the scan.
+  template <bool kAlongTokens, bool kEndsOnly>
   static __device__ void put(const BackwardParams& p, const Place& place, const Slot<kRun>& slot_dt, const Slot<kRun>& slot_x,
                              const Slot<kRun>& slot_z, const Slot<kRun>& slot_dy, const float* bias, int tokens, int channels,
                              float4* steps, float* gradients, const OwnFloats& slopes, const OwnFloats& gate_gradients) {
@@ -155,6 +156,7 @@ struct Prepared {
       slopes.put(slope);
     }
   }
+  template <bool kAlongTokens>
   __device__ void get(const BackwardParams& p, const Place& place, const Slot<kRun>& slot_x, const float4* steps,
                       const float* gradients, const OwnFloats& slopes, const OwnFloats& gate_gradients) {
     float u[kRun];
@@ -241,6 +243,10 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   __syncthreads();
 
   const Place place = place_of<Policy>(p.reach, p.reverse, thread);
+  const auto for_layout = [&](auto visit) {
+    if (place.along_tokens) visit.template operator()<true>();
+    else visit.template operator()<false>();
+  };
   const std::int64_t row = task.sequence * p.segments + task.segment;
   const std::int64_t place_of_channel = row * p.dim + task.channel + thread;
 
@@ -393,12 +399,10 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     for (std::int64_t token = last; token >= span.begin; token -= kTile) {
       const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
       wait_for_copies();
-      const auto prepare = [&]<bool kAlongTokens> {
-        Prepared<Policy, kAlongTokens, kEndsOnly>::put(p, place, slot_dt, slot_x, slot_z, slot_dy, bias, tokens, task.channels,
-                                                       steps, gradients, slopes, gate_gradients);
-      };
-      if (place.along_tokens) prepare.template operator()<true>();
-      else prepare.template operator()<false>();
+      for_layout([&]<bool kAlongTokens> {
+        Prepared<Policy>::template put<kAlongTokens, kEndsOnly>(p, place, slot_dt, slot_x, slot_z, slot_dy, bias, tokens,
+                                                                task.channels, steps, gradients, slopes, gate_gradients);
+      });
       projection.put(p, of_C ? tile_C : tile_B);
       __syncthreads();
 
@@ -470,30 +474,33 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
       if constexpr (kEndsOnly) {
         fetch_tile(token - kTile);
       } else {
-        const auto finish = [&]<bool kAlongTokens> {
-          Prepared<Policy, kAlongTokens, false> of;
-          of.get(p, place, slot_x, steps, gradients, slopes, gate_gradients);
-          char* to[3];
-          if (last_piece) places_of_tile(at_outputs, outputs, token, to);
-          fetch_tile(token - kTile);
-          float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
+        Prepared<Policy> of;
+        for_layout([&]<bool kAlongTokens> {
+          of.template get<kAlongTokens>(p, place, slot_x, steps, gradients, slopes, gate_gradients);
+        });
+        char* to[3];
+        if (last_piece) places_of_tile(at_outputs, outputs, token, to);
+        fetch_tile(token - kTile);
+        float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
+        for_layout([&]<bool kAlongTokens> {
 #pragma unroll(Policy::kKnown ? Memory::kWarps : 1)
           for (int w = 0; w < Memory::kWarps && w < scanners; ++w) {
             add_sums<kAlongTokens>(sums + w * 4 * Memory::kSums, place, y);
             add_pairs<kAlongTokens>(pairs + w * Memory::kPairs, place, du, dlog);
           }
-          if (!first_piece || !last_piece) {
-            const std::int64_t size = p.cu_seqlens ? p.seqlen * p.dim : p.sequences * p.seqlen * p.dim;
-            pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
-            pass_on(p.partial_steps, p, span, token, place, tokens, task, first_piece, last_piece, du);
-            pass_on(p.partial_steps + size, p, span, token, place, tokens, task, first_piece, last_piece, dlog);
-          }
-          if (!last_piece) return;
+        });
+        if (!first_piece || !last_piece) {
+          const std::int64_t size = p.cu_seqlens ? p.seqlen * p.dim : p.sequences * p.seqlen * p.dim;
+          pass_on(p.partial, p, span, token, place, tokens, task, first_piece, last_piece, y);
+          pass_on(p.partial_steps, p, span, token, place, tokens, task, first_piece, last_piece, du);
+          pass_on(p.partial_steps + size, p, span, token, place, tokens, task, first_piece, last_piece, dlog);
+        }
+        if (last_piece) {
           constexpr float kUnscale = 1.0f / kRateScale;
           float dx[kRun], ddt[kRun], dz[kRun], dD[kRun];
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            const float D = of_channel<kAlongTokens>(skip, place, i);
+            const float D = skip[place.channel_of(i)];
             dx[i] = fmaf(D, of.gradient[i], of.dt[i] * du[i]);
             ddt[i] = fmaf(of.x[i], du[i], dlog[i] * kUnscale) * of.slope[i];
             dz[i] = fmaf(D, of.x[i], y[i]) * of.gate_gradient[i];
@@ -503,9 +510,7 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
           if (p.ddt.data) store<Policy>(to[1], p, p.ddt, place, tokens, task.channels, ddt);
           if (p.dz.data) store<Policy>(to[2], p, p.dz, place, tokens, task.channels, dz);
           if (!Policy::kKnown || place.holds(0, tokens, task.channels)) total_D.add(dD), total_bias.add(ddt);
-        };
-        if (place.along_tokens) finish.template operator()<true>();
-        else finish.template operator()<false>();
+        }
       }
     }
 

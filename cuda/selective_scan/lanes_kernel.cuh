@@ -66,13 +66,9 @@ inline __device__ float* lanes_checkpoint_at(const Params& p, std::int64_t block
 }
 template <int states>
 __device__ void store_lane_states(float* to, const float (&h)[states]) {
-  if constexpr (states == 2) {
-    *reinterpret_cast<float2*>(to) = make_float2(h[0], h[1]);
-  } else {
 #pragma unroll
-    for (int k = 0; k < states; k += 4)
-      *reinterpret_cast<float4*>(to + k / 4 * 2 * kWarp * 4) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
-  }
+  for (int k = 0; k < states; k += 4)
+    *reinterpret_cast<float4*>(to + k / 4 * 2 * kWarp * 4) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
 }
 
 inline __device__ int lanes_slot(int channel) { return channel ^ (channel >> 3 & 7); }
@@ -320,9 +316,10 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
 #pragma unroll
       for (int pair = 0; pair < kAtOnce; pair += 2) {
         const int t = first + pair;
-        if (!kOutput && pair % kCheckpoint == 0) {
-          if (checkpoint) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
-          if (kFromZero && checkpoint_steps) *checkpoint_steps = total_dt, checkpoint_steps += checkpoint_step / kLaneStates;
+        if constexpr (!kOutput) {
+          if (checkpoint && pair % kCheckpoint == 0) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
+          if (kFromZero && checkpoint_steps && pair % kCheckpoint == 0)
+            *checkpoint_steps = total_dt, checkpoint_steps += checkpoint_step / kLaneStates;
         }
         const float4 step = *reinterpret_cast<const float4*>(from + t / 2 * Shape::kStepRow);
         float own_B[2][states], own_C[2][states];

@@ -6,7 +6,8 @@
 
 namespace statescan::selective_scan {
 
-// `params`: of a call that suits_lanes. Pass::output, or Pass::checkpoints or Pass::segments for the backward.
+// `params`: of a call that suits_lanes. Pass::output, or Pass::checkpoints or Pass::segments for the backward, both with 8
+// states a lane.
 template <class Policy, Pass kPass>
 void launch_lanes_pass(const Params& params, const LanesPlan& plan, Stream stream) {
   if (plan.links > 1) cuda::clear(params.turns, plan.tasks * sizeof(*params.turns), stream);
@@ -17,8 +18,8 @@ void launch_lanes_pass(const Params& params, const LanesPlan& plan, Stream strea
       cuda::launch("selective_scan_lanes_kernel", selective_scan_lanes_kernel<Policy, states, kPass>,
                    {blocks, kLaneThreads, Lanes<Policy, states>::kBytes}, stream, params);
   };
-  if (kPass == Pass::segments || plan.states == 8) launch.template operator()<8>();
-  else if constexpr (kPass != Pass::segments) launch.template operator()<2>();
+  if (kPass != Pass::output || plan.states == 8) launch.template operator()<8>();
+  else if constexpr (kPass == Pass::output) launch.template operator()<2>();
 }
 
 template <class Policy>

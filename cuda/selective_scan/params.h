@@ -14,7 +14,7 @@ struct View {
   char* data;
   DType dtype;
   std::int64_t row, token, channel, state;  // a row: of the batch, or a sequence's; a varying B or C has groups as channels
-  std::int64_t step;                        // from one token to the next in scan order
+  std::int64_t step = 0;                    // from one token to the next in scan order
 };
 
 inline View tokens_view(const Tensor& t, bool reverse) {  // [b,l,d]

@@ -136,16 +136,25 @@ struct LanesPlan {
   std::int64_t blocks_of_group, tasks, links, segments;
 };
 
+inline constexpr std::int64_t kEnoughLaneBlocks = 264;
+inline LanesPlan lanes_plan(const Inputs& args, const Dims& d, int states) {
+  LanesPlan plan{states, d.ngroups > 0 ? divide_up(d.dim / d.ngroups, lanes_width(states)) : 0, 0, 1, 1};
+  plan.tasks = d.num_sequences * d.ngroups * plan.blocks_of_group;
+  const std::int64_t tokens_of_link = states == 8 ? 256 : 1024;
+  if (!args.cu_seqlens && plan.tasks >= kEnoughLaneBlocks)
+    plan.links = std::max<std::int64_t>(divide_up(d.seqlen, tokens_of_link), 1);
+  return plan;
+}
 // H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000.
 inline LanesPlan lanes_plan(const Inputs& args, const Dims& d) {
-  constexpr std::int64_t kEnoughBlocks = 264;
-  const auto blocks_of = [&](int states) { return d.ngroups > 0 ? divide_up(d.dim / d.ngroups, lanes_width(states)) : 0; };
-  LanesPlan plan{d.num_sequences * d.ngroups * blocks_of(8) >= kEnoughBlocks ? 8 : 2, 0, 0, 1, 1};
-  plan.blocks_of_group = blocks_of(plan.states);
-  plan.tasks = d.num_sequences * d.ngroups * plan.blocks_of_group;
-  const std::int64_t tokens_of_link = plan.states == 8 ? 256 : 1024;
-  if (!args.cu_seqlens && plan.tasks >= kEnoughBlocks)
-    plan.links = std::max<std::int64_t>(divide_up(d.seqlen, tokens_of_link), 1);
+  const LanesPlan plan = lanes_plan(args, d, 8);
+  return plan.tasks >= kEnoughLaneBlocks ? plan : lanes_plan(args, d, 2);
+}
+// For the backward's checkpoints. Where it cuts sequences into segments, they are worked on side by side.
+inline LanesPlan checkpoints_plan(const BackwardArgs& args, const Dims& d) {
+  LanesPlan plan = lanes_plan(args, d, 8);
+  if (const std::int64_t cut = segments(d, args.batch_invariant); cut > 1)
+    plan.tasks *= cut, plan.segments = cut, plan.links = 1;
   return plan;
 }
 
@@ -173,14 +182,6 @@ inline bool wants_projections(const BackwardArgs& args, const Dims& d) {
 inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
   const std::int64_t tiles = args.cu_seqlens ? d.seqlen / kTile + d.num_sequences + 1 : d.batch * divide_up(d.seqlen, kTile);
   return tiles * (kTile / kCheckpoint);
-}
-
-// For the backward's checkpoints. Where it cuts sequences into segments, they are worked on side by side.
-inline LanesPlan checkpoints_plan(const BackwardArgs& args, const Dims& d) {
-  const std::int64_t cut = segments(d, args.batch_invariant);
-  if (cut == 1) return lanes_plan(args, d);
-  static_assert(lanes_width(8) == kChannels);
-  return {8, blocks_per_group(d), d.num_sequences * cut * d.ngroups * blocks_per_group(d), 1, cut};
 }
 
 struct BackwardScratch : Scratch {
