@@ -332,7 +332,7 @@ def test_state_in_place_in_segments(rng, dtype, nheads):
     """The last segment writes the final state where the initial one lies, and others begin at the same time."""
     inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=1990, nheads=nheads, ngroups=1, headdim=8, dstate=16)
     gpu, expected = DEVICES[1], cases.SSD_SCAN.expected(inputs, dt_softplus=True)
-    elsewhere = cases.SSD_SCAN.check(gpu, inputs, dt_softplus=True)
+    elsewhere = cases.SSD_SCAN.run(gpu, inputs, dt_softplus=True)
     for _ in range(3):
         on_device = {name: gpu.put(value) for name, value in inputs.items()}
         assert statescan.plan("ssd_scan", **on_device, dt_softplus=True).segment_tokens > 0
