@@ -693,12 +693,21 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
   }
 }
 
-// The output of a slice, chunk by chunk; kPositions: and its states at positions.
-template <class Policy, bool kPositions>
+// What the output kernel leaves beside y. Each has a kernel of its own: the loop has no registers for more, and a mere branch to
+// what a call does not want made it 6% slower.
+enum class Extra {
+  nothing,
+  kept_states,  // the state that enters each stretch
+  positions,    // the states there
+};
+
+// The output of a slice, chunk by chunk.
+template <class Policy, Extra kExtra>
 __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false>& shared, int which) {
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kState = Policy::kState, kStages = Policy::kStages, kStateValues = kState / 2;
+  constexpr bool kPositions = kExtra == Extra::positions;
   const int thread = threadIdx.x % kWarpgroup;
   const Fragment at(thread);
   auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which); };
@@ -778,7 +787,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       for (int k = 0; k < kState / kTile; ++k)
         cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], k * kTile, head, channel, static_cast<int>(row));
     };
-    if (!kPositions && p.has_chunk_states && thread == 0) {
+    if (kExtra == Extra::kept_states && thread == 0) {
       keep_state(0);
       cute::tma_store_arrive();
     }
@@ -926,7 +935,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(state);
         const float total = await_chunk(i + 1);
-        if (!kPositions && p.has_chunk_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
+        if (kExtra == Extra::kept_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
         sync();
 #pragma unroll
         for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
@@ -987,7 +996,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
           cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
         }
         if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
-          if (!kPositions && p.has_chunk_states) keep_state(i + 1);
+          if (kExtra == Extra::kept_states) keep_state(i + 1);
           cute::tma_store_arrive();
           cute::tma_store_wait<1>();
           if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
@@ -1023,9 +1032,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
 
 }  // namespace fused
 
-// kStateOnly: what each segment adds to the state, and its decay; no C, no y. kPositions: of y and states at positions, whose
-// registers the loop would lack otherwise.
-template <class Policy, bool kStateOnly, bool kPositions = false>
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y.
+template <class Policy, bool kStateOnly, fused::Extra kExtra = fused::Extra::nothing>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ FusedParams p) {
   using namespace fused;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -1059,7 +1067,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   } else {
     cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters>();
     if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
-    else compute_output<Policy, kPositions>(p, shared, warpgroup);
+    else compute_output<Policy, kExtra>(p, shared, warpgroup);
   }
 }
 

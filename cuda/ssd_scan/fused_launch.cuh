@@ -105,8 +105,10 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   const cuda::LaunchShape shape{blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)};
   const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
   auto kernel = ssd_scan_fused_kernel<Policy, false>;
-  if constexpr (Policy::kTakesPositions)
-    if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, true>;
+  if constexpr (Policy::kLeavesStates) {
+    if (p.has_chunk_states) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
+    if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
+  }
   launch("ssd_scan_fused_kernel", kernel, shape, stream, p);
   if (args.state_positions && !entries_in_place(args, true)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)

@@ -16,7 +16,7 @@ struct FusedPolicy {
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   // Chunks on their way: what fits beside the state and the output.
   static constexpr int kStages = kState == 128 ? 3 : 4;
-  static constexpr bool kTakesPositions = kState == 128;  // rare: one kernel for all dstate
+  static constexpr bool kLeavesStates = kState == 128;  // at positions or between stretches: rare, for all dstate
 };
 
 }  // namespace statescan::ssd_scan

@@ -31,7 +31,9 @@ FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   return plan;
 }
 
-int padded_dstate(const Args& args, const Dims& dims) { return dims.dstate <= 64 && !args.state_positions ? 64 : 128; }
+int padded_dstate(const Args& args, const Dims& dims) {
+  return dims.dstate <= 64 && !args.state_positions && !args.chunk_states ? 64 : 128;
+}
 
 // Why the bulk copy engine cannot move a tensor of the call, or "".
 std::string why_not_tma(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
