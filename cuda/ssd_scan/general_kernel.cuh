@@ -139,7 +139,7 @@ __device__ void compute_scores(const GeneralLayout<Policy>& shared, int stage, i
 template <class Policy>
 __device__ void multiply_state(Outputs<Policy>& y, const State<Policy>& state, const TileOfGroup<Policy>& sC,
                                const Steps<Policy::kChunk>& steps) {
-  constexpr int kTerms = Policy::kTermsOfState;
+  constexpr int kTerms = Policy::kTerms;
 #pragma unroll
   for (int k = 0; k < Policy::kDstate / 16; ++k) {
     Bits h[2][2][kTerms];  // of rows 0..7 and 8..15: b0 and b1

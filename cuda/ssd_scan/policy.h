@@ -16,11 +16,9 @@ struct Policy {
   static constexpr DType kDType = dtype;
   static constexpr int kDstate = dstate;  // columns of B, C and the state, zeros past the call's own
   static constexpr int kTermsOfInput = dtype == DType::float32 ? 3 : (dtype == DType::float16 ? 2 : 1);
-  // Terms of what the kernel computes and multiplies again: scores and weighted x, and the state in y. One term rounds to
-  // bfloat16. One rounding besides that of y itself stays within the accuracy gate, two would not in short sequences; it is
-  // saved where splitting takes longest, and the state itself keeps its digits.
+  // Terms of what the kernel computes and multiplies again: scores, weighted x, state. One term would round to bfloat16, and
+  // two roundings besides that of y reach the accuracy gate in short sequences.
   static constexpr int kTerms = dtype == DType::float32 ? 3 : 2;
-  static constexpr int kTermsOfState = dtype == DType::bfloat16 ? 1 : kTerms;
   // Tokens of a chunk. B, C and x of one, as terms, stay below 86 KiB: devices with 99 KiB a block (sm_86, sm_120) run all.
   static constexpr int kChunk = 64 / (dtype == DType::bfloat16 ? 1 : 2) / (dstate > 128 && dtype != DType::float16 ? 2 : 1);
   // Two heads of 64 rows share a block, and so B, C and C B^T. Three blocks of one head each on a multiprocessor, in fewer
