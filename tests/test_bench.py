@@ -128,6 +128,7 @@ def test_torch_overhead_covers_the_differentiable_ops():
     rows = torch_overhead.measure("cpu", rounds=1, loops=1, repeats=1)
     assert {f"{row['op']}_backward" for row in rows} == set(BACKWARD_OPS)
 
+
 @pytest.mark.parametrize(
     "op,sizes",
     (("ssd_scan", ("nheads=2", "headdim=8", "dstate=4")), ("selective_scan", ("dim=6", "dstate=3"))),

@@ -33,8 +33,8 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.x = cuda::tma_map(args.x), p.B = cuda::tma_map(args.B), p.C = cuda::tma_map(args.C), p.y = cuda::tma_map(args.y);
   p.has_z = static_cast<bool>(args.z);
   if (p.has_z) p.z = cuda::tma_map(args.z);
-  p.has_chunk_states = static_cast<bool>(args.chunk_states), p.stretches = d.nstretches;
-  if (p.has_chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
+  p.stretches = d.nstretches;
+  if (args.chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
   const std::int64_t dt_size = size_of(args.dt.dtype), y_size = size_of(args.y.dtype);
   p.dt = {static_cast<const char*>(args.dt.data), args.dt.dtype, args.dt.stride[0] * dt_size, args.dt.stride[1] * dt_size,
           args.dt.stride[2] * dt_size};
@@ -106,7 +106,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
   auto kernel = ssd_scan_fused_kernel<Policy, false>;
   if constexpr (Policy::kLeavesStates) {
-    if (p.has_chunk_states) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
+    if (args.chunk_states) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
     if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
   }
   launch("ssd_scan_fused_kernel", kernel, shape, stream, p);

@@ -34,7 +34,7 @@ struct FusedParams {
   Positions positions;
   OutputView packed_y;     // where boxes would write into the next sequence
   const void* cu_seqlens;  // null: sequence i is row i of the batch
-  bool cu_is_int64, dt_softplus, reverse, has_z, has_chunk_states;
+  bool cu_is_int64, dt_softplus, reverse, has_z;
   std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
