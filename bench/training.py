@@ -2,6 +2,9 @@
 
 ``python -m statescan.bench.bench_<op>_training`` runs each in a process of its own, so that its peak memory is its own, compares
 all gradients, and prints a table. Needs torch.
+
+Peak memory is that of one step beyond its inputs, and is measured twice: with y held until the gradients are there, as by an op
+behind this one that keeps its input, and with y given up before the backward starts.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from .harness import Benchmark
 GRADIENTS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")  # in the order in which the backward ops give them
 OURS = "statescan"  # the row that the others are compared with
 _SECONDS = ("median_s", "best_s", "kept_median_s", "kept_best_s", "cpu_s")
+_PEAKS = ("peak_bytes", "peak_without_y_bytes")
 AGREEMENT = 1e-4  # of float32 gradients, each rounded along its own way
 
 
@@ -52,22 +56,25 @@ def _differentiated(a: dict[str, np.ndarray]) -> list[str]:
     return [name for name in GRADIENTS if name in a]
 
 
-def _ours(op: str, a: dict[str, np.ndarray], dy: np.ndarray, kept: Mapping[str, str]) -> Callable[[], tuple[Any, ...]]:
+def _ours(op: str, a: dict[str, np.ndarray], dy: np.ndarray, kept: Mapping[str, str]) -> Callable[..., tuple[Any, ...]]:
     positional = [a[name] for name in ("x", "dt", "A", "B", "C")]
     keywords = {name: a[name] for name in ("D", "z", "dt_bias") if name in a} | {"dt_softplus": True}
     forward, backward = getattr(statescan, op), getattr(statescan, f"{op}_backward")
     asked = dict.fromkeys(kept, True)
 
-    def step() -> tuple[Any, ...]:
+    def step(keep_y: bool = True) -> tuple[Any, ...]:
         results = forward(*positional, **keywords, **asked)
         y, *states = results if kept else (results,)
+        del results
+        if not keep_y:
+            y = None
         gradients = backward(*positional, dy, **keywords, **dict(zip(kept.values(), states)))
         return y, *(g for name, g in zip(GRADIENTS, gradients) if name in a)
 
     return step
 
 
-def _autograd(peer: tuple[str, tuple[Any, ...]], a: dict[str, np.ndarray], dy: np.ndarray) -> Callable[[], tuple[Any, ...]]:
+def _autograd(peer: tuple[str, tuple[Any, ...]], a: dict[str, np.ndarray], dy: np.ndarray) -> Callable[..., tuple[Any, ...]]:
     import torch
 
     from . import peers
@@ -77,10 +84,12 @@ def _autograd(peer: tuple[str, tuple[Any, ...]], a: dict[str, np.ndarray], dy: n
     gradient = torch.from_numpy(dy)
     forward, arguments = getattr(peers, peer[0]), peer[1]
 
-    def step() -> tuple[Any, ...]:
+    def step(keep_y: bool = True) -> tuple[Any, ...]:
         y = forward(leaves, *arguments)
+        if not keep_y:
+            y.untyped_storage().resize_(0)  # autograd wants to know where it comes from, not what it is
         gradients = torch.autograd.grad(y, [leaves[name] for name in _differentiated(a)], gradient)
-        return y.detach().numpy(), *(g.numpy() for g in gradients)
+        return y.detach().numpy() if keep_y else None, *(g.numpy() for g in gradients)
 
     return step
 
@@ -109,8 +118,9 @@ def _times(step: Callable[[], Any], seconds: float) -> tuple[list[float], list[f
     return times, cpu_times
 
 
-def _measure(training: Training, implementation: str, sizes: dict[str, int], seconds: float, path: str) -> dict[str, Any]:
-    """In a process of its own: times, memory beyond the inputs; the results go to `path`."""
+def _measure(training: Training, implementation: str, sizes: dict[str, int], seconds: float, path: str | None) -> dict[str, Any]:
+    """In a process of its own: times, and memory beyond the inputs; the results go to `path`. Without a path only the memory, and
+    of a step that gives up y."""
     a = training.benchmark.inputs(sizes, np.random.default_rng(20260101))
     dy = np.random.default_rng(1).standard_normal(a["x"].shape, np.float32)
     if implementation in training.ours:
@@ -118,8 +128,11 @@ def _measure(training: Training, implementation: str, sizes: dict[str, int], sec
     else:
         step = _autograd(training.peers[implementation], a, dy)
     before = _peak_bytes()
-    results = step()
+    results = step(path is not None)
     peak = _peak_bytes() - before
+    outputs = sum(result.nbytes for result in results if result is not None)
+    if path is None:
+        return {"peak_without_y_bytes": peak, "outputs_without_y_bytes": outputs}
     np.savez(path, **dict(zip(("y", *_differentiated(a)), results)))
     del results
     times, cpu_times = _times(step, seconds / 2)
@@ -134,11 +147,12 @@ def _measure(training: Training, implementation: str, sizes: dict[str, int], sec
         "kept_best_s": min(kept_times),
         "cpu_s": statistics.median(cpu_times),
         "peak_bytes": peak,
+        "outputs_bytes": outputs,
     }
 
 
-def _in_a_process(module: str, implementation: str, arguments: list[str], path: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", module, "--one", implementation, "--path", path, *arguments]
+def _in_a_process(module: str, implementation: str, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", module, "--one", implementation, *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -165,21 +179,25 @@ def main(training: Training, module: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # Nothing is read before all have run: a process starts with the peak memory of the one that starts it.
         paths = {name: os.path.join(folder, f"{place}.npz") for place, name in enumerate((*training.ours, *training.peers))}
-        rows = {name: _in_a_process(module, name, shared, path) for name, path in paths.items()}
+        rows = {name: _in_a_process(module, name, [*shared, "--path", path]) for name, path in paths.items()}
+        for name, row in rows.items():
+            row |= _in_a_process(module, name, shared)
         expected, ours = dict(np.load(paths[OURS])), rows[OURS]
         for implementation, row in rows.items():
             mine, results = implementation == OURS, np.load(paths[implementation])
             apart = max(harness.relative_error(results[name].astype(float), expected[name].astype(float)) for name in expected)
             wrong |= apart > AGREEMENT
             lines.append((
-                implementation, *(f"{row[key] * 1e3:.3g}" for key in _SECONDS), f"{row['peak_bytes'] / 1e6:.4g}",
-                *(f"{row[key] / ours[key]:.3g}" for key in ("median_s", "kept_median_s", "kept_best_s", "peak_bytes")),
+                implementation, *(f"{row[key] * 1e3:.3g}" for key in _SECONDS), *(f"{row[key] / 1e6:.4g}" for key in _PEAKS),
+                *(f"{row[key] / ours[key]:.3g}" for key in ("median_s", "kept_median_s", "kept_best_s", *_PEAKS)),
                 "" if mine else f"{apart:.1e}",
             ))  # fmt: skip
     print(f"{sizes}, {args.threads} threads, {harness.cpu_name()}; {statescan.cpu_isa()}; commit {harness.commit()}")
     headers = (
-        "forward and backward", "ms", "best", "memory kept: ms", "best", "CPU ms", "peak MB",
-        "x ms", "x kept ms", "x kept best", "x memory", "apart from us",
+        "forward and backward", "ms", "best", "memory kept: ms", "best", "CPU ms", "peak MB", "without y",
+        "x ms", "x kept ms", "x kept best", "x peak", "x without y", "apart from us",
     )  # fmt: skip
+    floors = (ours["outputs_bytes"] / 1e6, ours["outputs_without_y_bytes"] / 1e6)
+    print("y and the gradients, which no step does without, are {:.4g} MB; the gradients alone {:.4g} MB".format(*floors))
     print(tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True))
     return int(wrong)
