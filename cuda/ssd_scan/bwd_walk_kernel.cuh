@@ -128,6 +128,10 @@ __device__ void keep_state(const WalkState<Policy>& state, char* to, const Backw
   }
 }
 
+// Where the loader of the steps and the walkers wait for each other: two places in the code, while __syncthreads() has to be one
+// that all threads of the block reach.
+inline __device__ void meet() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 // Of all segments but the last to be walked what they add to the state (`ends`), or the states themselves.
 template <class Policy>
 __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy::kDstate <= 128 ? 2 : 1)
@@ -179,8 +183,8 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy:
     if (first + 1 < updates) loader.load(chunk_at(first + 1) * kChunk, count_at(first + 1));
 #pragma unroll 1
     for (std::int64_t i = first; i < updates; ++i) {
-      if (kStages == 1) __syncthreads();
-      __syncthreads();
+      if (kStages == 1) meet();
+      meet();
       if (i + 1 < updates) log2_decay += loader.finish(shared.steps(i + 1));
       if (i + 2 < updates) loader.load(chunk_at(i + 2) * kChunk, count_at(i + 2));
     }
@@ -230,11 +234,11 @@ __global__ void __launch_bounds__(Policy::kWalkThreads, Policy::kAhead&& Policy:
     }
     if (i == updates) break;
     if constexpr (kStages == 1) {
-      __syncthreads();  // the tiles of the last chunk are read
+      meet();  // the tiles of the last chunk are read
       load(i);
     }
     cute::cp_async_wait<0>();
-    __syncthreads();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
+    meet();  // this chunk's tiles and steps are there, and nobody reads the last chunk's any more
     if (kStages > 1 && i + 1 < updates) load(i + 1);
     const auto& steps = shared.steps(i);
     add_chunk<Policy>(state, shared.rows(i), shared.group(i), strip * kRowsOfWarp, column, terms,
