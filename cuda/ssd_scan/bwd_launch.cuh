@@ -34,6 +34,7 @@ inline void launch_combine(const BackwardParams& p, StateView initial, int walk,
                               p.headdim,
                               p.dstate,
                               static_cast<std::uint32_t>(p.sequences.segments),
+                              1,
                               static_cast<std::uint32_t>(tiles)};
   cuda::launch("ssd_scan_segment_combine_kernel", ssd_scan_segment_combine_kernel,
                {p.sequences.count * p.heads_of_part() * tiles, kCombineThreads}, stream, combine);

@@ -20,7 +20,7 @@ inline __device__ std::int64_t first_slot(const Sequences& s, std::int64_t seque
 // A sequence as one segment.
 inline __device__ Walk whole_walk(const Sequences& s, std::int64_t sequence) {
   Sequences whole = s;
-  whole.segments = 1;
+  whole.segments = whole.pieces = 1;
   return walk_of(whole, sequence, 0);
 }
 

@@ -457,7 +457,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(c
   float D[2][2] = {};
   if (has_rows) {
     if (from.data) {
-      const std::int64_t at = p.start_per_segment ? task.sequence * p.tasks.segments + task.segment : task.sequence;
+      const std::int64_t at = p.starts > 0 ? task.sequence * p.starts + task.segment * p.sequences.pieces : task.sequence;
       load_state<Policy>(state, from, StatePlace(from, p, at, task.first_head + head, first_row), p.dstate);
     }
     load_D<Policy>(D, p, task.first_head + head, first_row);

@@ -40,9 +40,9 @@ inline Params main_params(const Args& args, const Dims& dims, const Segments& se
   Params p = params_of(args, dims, segments);
   p.y = token_view(args.y);
   p.positions = positions_of(args, dims, entries_of(args, dims, segments));
-  p.start_per_segment = segments.computed();
-  p.start = p.start_per_segment ? segment_states(SegmentWorkspace(args.workspace.data, dims, segments), dims, segments)
-                                : state_view(args.initial_state);
+  p.starts = segments.computed() ? segments.states() : 0;
+  p.start = p.starts > 0 ? segment_states(SegmentWorkspace(args.workspace.data, dims, segments), dims, segments)
+                          : state_view(args.initial_state);
   if (segments.handed_on) {
     const SegmentWorkspace workspace(args.workspace.data, dims, segments);
     p.handed_on = segment_states(workspace, dims, segments), p.done = workspace.done;

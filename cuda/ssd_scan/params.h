@@ -39,7 +39,9 @@ struct Sequences {
   std::int64_t stride;
   std::int64_t count, seqlen;
   bool reverse;
-  std::int64_t segments, chunk;  // of each sequence; segments begin on multiples of a chunk
+  std::int64_t segments;  // of each sequence
+  std::int64_t pieces;    // of a segment
+  std::int64_t chunk;     // tokens; segments and pieces begin on multiples of it
 };
 
 // state_positions [num_sequences, count], and where the walks leave states for them (positions.cuh).
@@ -77,7 +79,7 @@ struct Params {
   bool dt_softplus;
   float dt_min, dt_max;
   StateView start, final_state;  // start: of the first segment, or of every segment, then per segment
-  bool start_per_segment;
+  std::int64_t starts;  // of a sequence, one for each piece, where each segment has its own; else 0
   StateView handed_on;  // of each sequence, from segment to segment
   unsigned* done;       // segments that have handed theirs on, of each (sequence, tile); null: they are not
   Positions positions;
@@ -180,11 +182,10 @@ inline KeptStates kept_states(const Tensor& states, bool packed) {
   return {first, states.stride[1] * size_of(states.dtype)};
 }
 
-// States in the workspace: one for each (sequence, segment), or for each sequence.
+// States in the workspace: one for each (sequence, piece of a segment), or for each sequence.
 inline StateView segment_states(const SegmentWorkspace& workspace, const Dims& dims, const Segments& segments) {
-  return state_view(Tensor::contiguous(
-      workspace.states, DType::float32,
-      {dims.num_sequences * (segments.handed_on ? 1 : segments.count), dims.nheads, dims.headdim, dims.dstate}));
+  return state_view(Tensor::contiguous(workspace.states, DType::float32,
+                                       {dims.num_sequences * segments.states(), dims.nheads, dims.headdim, dims.dstate}));
 }
 
 inline Sequences sequences_of(const Inputs& in, const Dims& dims, const Segments& segments) {
@@ -196,6 +197,7 @@ inline Sequences sequences_of(const Inputs& in, const Dims& dims, const Segments
           dims.seqlen,
           in.reverse,
           segments.count,
+          segments.pieces,
           segments.chunk};
 }
 

@@ -1,8 +1,8 @@
 // ssd_scan, states without y: those that segments of a sequence start from (plan.h), or those that the caller asks for
 // Math     states:  u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a segment, and s[last] itself
 //                   or h = exp(s[last]) h + u over a whole sequence, from its initial state
-//          combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes the place of u[k]
-// Shapes   u, h [num_sequences, segments, h, p, n] float32
+//          combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes u[k]'s place where a segment starts
+// Shapes   u, h [num_sequences, pieces of segments, h, p, n] float32
 // Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h
 // Launch   states: a block for each (sequence, segment, tile of heads); combine: a thread for each element of h
 // Numerics as the main pass
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
   const int warp = threadIdx.x / 32;
   const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
 
-  const std::int64_t at = task.sequence * p.sequences.segments + task.segment;
+  const std::int64_t at = p.starts > 0 ? task.sequence * p.starts + task.segment : task.sequence;
   State<Policy> state{};
   if (has_rows && p.start.data)
     load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
@@ -108,7 +108,7 @@ struct CombineParams {
   float* states;
   const float* log2_decay;
   std::int64_t nheads, headdim, dstate;
-  std::uint32_t segments, tiles;  // tiles: blocks for a head
+  std::uint32_t pieces, pieces_of_segment, tiles;  // pieces: of a sequence; tiles: blocks for a head
 };
 
 inline constexpr int kCombineThreads = 256;
@@ -123,23 +123,25 @@ inline __global__ void __launch_bounds__(kCombineThreads) ssd_scan_segment_combi
     state = cuda::load_element(t.data + sequence * t.sequence + head * t.head + i / p.dstate * t.row + i % p.dstate * t.column,
                                t.dtype);
   const std::int64_t step = p.nheads * size;
-  float* states = p.states + (sequence * p.segments * p.nheads + head) * size + i;
-  const float* log2_decay = p.log2_decay + sequence * p.segments * p.nheads + head;
-  // The loads of several segments are on their way together.
+  float* states = p.states + (sequence * p.pieces * p.nheads + head) * size + i;
+  const float* log2_decay = p.log2_decay + sequence * p.pieces * p.nheads + head;
+  // The loads of several pieces are on their way together.
   constexpr int kAhead = 8;
+  std::uint32_t of_segment = 0;
 #pragma unroll 1
-  for (std::uint32_t first = 0; first < p.segments; first += kAhead) {
+  for (std::uint32_t first = 0; first < p.pieces; first += kAhead) {
     float update[kAhead], decay[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const bool inside = first + k + 1 < p.segments;
+      const bool inside = first + k + 1 < p.pieces;
       update[k] = inside ? states[(first + k) * step] : 0.0f;
       decay[k] = inside ? log2_decay[(first + k) * p.nheads] : 0.0f;
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      if (first + k >= p.segments) break;
-      states[(first + k) * step] = state;
+      if (first + k >= p.pieces) break;
+      if (of_segment == 0) states[(first + k) * step] = state;  // only segments start from a state
+      if (++of_segment == p.pieces_of_segment) of_segment = 0;
       state = fmaf(exp2_fast(decay[k]), state, update[k]);
     }
   }

@@ -35,7 +35,8 @@ inline __device__ Walk walk_of(const Sequences& s, std::int64_t sequence, std::i
     last = sequence == s.count ? s.seqlen : boundary(s, sequence + 1);
   }
   const std::int64_t length = last > first ? last - first : 0;
-  const std::int64_t chunks = (length + s.chunk - 1) / s.chunk, each = (chunks + s.segments - 1) / s.segments * s.chunk;
+  const std::int64_t chunks = (length + s.chunk - 1) / s.chunk, pieces = s.segments * s.pieces;
+  const std::int64_t each = (chunks + pieces - 1) / pieces * s.pieces * s.chunk;
   const std::int64_t begin = min(segment * each, length), end = min(begin + each, length);
   return {batch, s.reverse ? last - 1 - begin : first + begin, end - begin, s.reverse ? -1 : 1, begin};
 }
