@@ -35,14 +35,14 @@ struct Tiling {
   std::int64_t units = 0;       // of a sequence
 };
 
-// Up to kHeads heads share C B^T, unless a sequence then has fewer units than kUnits, which feed the threads of a small batch;
-// with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
-inline Tiling cut_units(const ssd_scan::Dims& d, std::int64_t chunk) {
-  constexpr std::int64_t kHeads = 8, kUnits = 8, kColumns = 32;
+// Up to `most_heads` heads share their tiles of B and C, unless a sequence then has fewer units than kUnits, which feed the
+// threads of a small batch; with fewer heads than that, headdim is cut as well, into pieces of at least kColumns.
+inline Tiling cut_units(const ssd_scan::Dims& d, std::int64_t chunk, std::int64_t most_heads = 8) {
+  constexpr std::int64_t kUnits = 8, kColumns = 32;
   Tiling t{.chunk = chunk};
   if (d.nheads == 0 || d.headdim == 0) return t;
   const std::int64_t group_heads = d.nheads / d.ngroups;
-  t.heads = least(group_heads, most(1, least(kHeads, d.nheads / kUnits)));
+  t.heads = least(group_heads, most(1, least(most_heads, d.nheads / kUnits)));
   t.head_blocks = ceil_div(group_heads, t.heads);
   const std::int64_t wanted = most(1, least(ceil_div(kUnits, d.ngroups * t.head_blocks), d.headdim / kColumns));
   t.columns = ceil_div(ceil_div(d.headdim, wanted), kColumns) * kColumns;
