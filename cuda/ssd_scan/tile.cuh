@@ -39,7 +39,9 @@ class TileLoader {
       }
       return;
     }
-#pragma unroll
+    // Rare in bfloat16: one row after the other, for a loop that the instruction cache holds.
+    constexpr int kAtOnce = Policy::kDType == DType::bfloat16 ? 1 : kRows;
+#pragma unroll kAtOnce
     for (int k = 0; k < kRows; ++k, from += kStep * step) {
       const int row = first + k * kStep;
       float v[8];
