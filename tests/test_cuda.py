@@ -75,6 +75,9 @@ def test_every_row_is_reachable(rng):
     ):
         scan = {name: DEVICES[1].put(value) for name, value in cases.ssd_scan(rng, **sizes).items()}
         assert statescan.plan("ssd_scan", **scan, ssd_mode=mode)[:2] == ("cuda", row)
+        del scan["initial_state"]
+        short = row.replace("fused", "short")
+        assert statescan.plan("ssd_scan", **scan, ssd_mode=mode)[:2] == ("cuda", short)
 
 
 @needs_gpu
@@ -323,6 +326,34 @@ def test_blocks_that_take_many_tasks(rng, lengths, reverse):
     plan = statescan.plan("ssd_scan", **{name: gpu.put(value) for name, value in (inputs | options).items()})
     assert plan.kernel == "fused_bfloat16" and plan.segment_tokens == 0
     cases.SSD_SCAN.check(gpu, inputs, **options)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "batch,seqlen,nheads,ngroups,headdim,dstate",
+    (
+        (3, 128, 7, 1, 64, 128),
+        (12, 100, 20, 5, 40, 72),  # some packets a block
+        (2, 65, 4, 2, 200, 104),  # slices of heads, of which the last is in part absent
+        (1, 128, 300, 1, 8, 16),  # packets of two slices
+        (300, 3, 2, 2, 16, 128),
+    ),
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_short_sequences_without_states(rng, dtype, batch, seqlen, nheads, ngroups, headdim, dstate):
+    """They have a kernel of their own, which rounds elsewhere than the one that walks."""
+    gpu, options = DEVICES[1], dict(dt_softplus=True)
+    shape = dict(batch=batch, seqlen=seqlen, nheads=nheads, ngroups=ngroups, headdim=headdim, dstate=dstate)
+    for omit in (("initial_state",), ("initial_state", "D", "z", "dt_bias")):
+        inputs = cases.ssd_scan(rng, dtype, **shape, omit=omit)
+        on_device = {name: gpu.put(value) for name, value in inputs.items()}
+        assert statescan.plan("ssd_scan", **on_device, **options)[1:] == (f"short_{dtype}", 0, 0)
+        got, expected = gpu.get(statescan.ssd_scan(**on_device, **options)), cases.SSD_SCAN.expected(inputs, **options)["y"]
+        walked = gpu.get(statescan.ssd_scan(**on_device, **options, batch_invariant=True))
+        assert_accurate(got, expected, "y", dtype, reachable=[exact(walked)])
+        assert_same_bits(gpu.get(statescan.ssd_scan(**on_device, **options)), got, "y again")
+        alone = {name: value[:1] if cases.SSD_SCAN.has_rows(name, inputs[name]) else value for name, value in on_device.items()}
+        assert_same_bits(gpu.get(statescan.ssd_scan(**alone, **options)), got[:1], "y of row 0")
 
 
 @needs_gpu

@@ -35,9 +35,8 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   if (p.has_z) p.z = cuda::tma_map(args.z);
   p.stretches = d.nstretches;
   if (args.chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
-  const std::int64_t dt_size = size_of(args.dt.dtype), y_size = size_of(args.y.dtype);
-  p.dt = {static_cast<const char*>(args.dt.data), args.dt.dtype, args.dt.stride[0] * dt_size, args.dt.stride[1] * dt_size,
-          args.dt.stride[2] * dt_size};
+  const std::int64_t y_size = size_of(args.y.dtype);
+  p.dt = step_view(args.dt);
   p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
   p.initial_state = state_view(args.initial_state), p.final_state = state_view(args.final_state);
   p.packed_y = {static_cast<char*>(args.y.data), args.y.stride[1] * y_size, args.y.stride[2] * y_size};

@@ -118,6 +118,11 @@ inline TokenView token_view(const Tensor& t) {
           t.stride[2] * size,         t.stride[3] * size, cuda::why_not_runs("", t, 3, 8).empty()};
 }
 
+inline StepView step_view(const Tensor& t) {
+  const std::int64_t size = size_of(t.dtype);
+  return {static_cast<const char*>(t.data), t.dtype, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
+}
+
 inline HeadView head_view(const Tensor& t) {
   if (!t) return {};
   return {static_cast<const char*>(t.data), t.stride[0] * 4, t.ndim == 2 ? t.stride[1] * 4 : 0};
@@ -207,9 +212,7 @@ inline Params params_of(const Inputs& in, const Dims& dims, const Segments& segm
   p.sequences = sequences_of(in, dims, segments);
   p.nheads = dims.nheads, p.headdim = dims.headdim, p.dstate = dims.dstate;
   p.x = token_view(in.x), p.B = token_view(in.B), p.C = token_view(in.C), p.z = token_view(in.z);
-  const std::int64_t size = size_of(in.dt.dtype);
-  p.dt = {static_cast<const char*>(in.dt.data), in.dt.dtype, in.dt.stride[0] * size, in.dt.stride[1] * size,
-          in.dt.stride[2] * size};
+  p.dt = step_view(in.dt);
   p.A = head_view(in.A), p.D = head_view(in.D), p.dt_bias = head_view(in.dt_bias);
   p.dt_softplus = in.dt_softplus;
   p.dt_min = static_cast<float>(in.dt_min), p.dt_max = static_cast<float>(in.dt_max);

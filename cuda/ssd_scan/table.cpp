@@ -9,11 +9,15 @@
 #include "fused_plan.h"
 #include "general_launch.h"
 #include "recurrent.h"
+#include "short_plan.h"
 
 namespace statescan::ssd_scan {
 
 template <class Policy>
 void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, Stream stream);
+
+template <class Policy>
+void launch_short(const Args& args, const Dims& dims, Stream stream);
 
 template <class Policy>
 void launch_fused_backward(const BackwardArgs& args, const Dims& dims, const FusedBackwardPlan& plan, Stream stream);
@@ -66,6 +70,24 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   if (dims.seqlen > kMost || plan.pairs * plan.segments * dims.num_sequences > kMost - kMultiprocessors)
     return "counts tokens, and pairs of heads in all segments, in 32 bits";
   return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"z", &args.z}, {"y", &args.y}});
+}
+
+// One row of a batch as one chunk, without states. Longer ones, packings and calls with a state round in other places, so that
+// batch_invariant leaves all of them to the kernel that walks.
+std::string why_not_short(const Args& args, const Dims& dims) {
+  if (args.batch_invariant) return "rounds in other places than sequences of any length and packings do";
+  if (dims.seqlen > kShortTokens)
+    return "takes sequences of up to " + std::to_string(kShortTokens) + " tokens, got " + std::to_string(dims.seqlen);
+  if (args.cu_seqlens) return "takes no cu_seqlens";
+  if (args.reverse) return "does not go in reverse";
+  if (args.initial_state || args.final_state || args.state_positions || args.chunk_states)
+    return "begins with zeros and leaves no state";
+  return why_not_fused(args, dims);
+}
+
+template <DType dtype>
+void run_short(const Args& args, const Dims& dims, Stream stream) {
+  launch_short<FusedPolicy<dtype, 128>>(args, dims, stream);
 }
 
 // The segments' states, those at positions, and those between parts.
@@ -218,6 +240,8 @@ void run_fused_backward(const BackwardArgs& args, const Dims& dims, Stream strea
 
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
+    {"short_float16", just(DType::float16), cuda::kSm90Only, why_not_short, no_workspace, run_short<DType::float16>},
+    {"short_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_short, no_workspace, run_short<DType::bfloat16>},
     {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::float16>,
      fused_segment_tokens},
     {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused, fused_workspace, run_fused<DType::bfloat16>,

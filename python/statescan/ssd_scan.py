@@ -73,8 +73,9 @@ def ssd_scan(
         the states at them, [num_sequences, npositions, nheads, headdim, dstate], come next: (y, states) or
         (y, final_state, states). With save_states (or chunk_states_out) chunk_states comes last, in the dtype of x:
         [batch, ceil(seqlen/256), nheads, headdim, dstate]; with cu_seqlens [1, seqlen//256 + num_sequences, ...], where sequence i
-        has its stretch k in row cu_seqlens[i]//256 + i + k, and other rows hold nothing. The other results do not
-        depend on state_positions; with save_states another kernel may serve the call (see plan), and they agree to rounding.
+        has its stretch k in row cu_seqlens[i]//256 + i + k, and other rows hold nothing. The other results
+        agree to rounding with those of a call that asks for less, which another kernel may serve (see plan): so without states
+        (short sequences) and with save_states.
 
     Raises:
         ValueError: a shape, stride, size, index or device does not fit; the message names the argument.
