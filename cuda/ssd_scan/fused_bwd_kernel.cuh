@@ -35,7 +35,7 @@ struct alignas(16) GradientSteps {
   float leave[kTile];   // dt[j] exp(s[end] - s[j])
   float to_end[kTile];  // exp(s[end] - s[j])
   float slope[kTile];   // of the step with respect to dt before bias, softplus and limit
-  float total, unused[3];
+  float total, D, unused[2];
 };
 
 // What the warpgroups find of an item, for ddt.
@@ -156,15 +156,17 @@ __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& 
     }
     __syncwarp();
   };
+  // An item's rows are weighted before the next are asked for: their place is that of the item before, whose end would be
+  // waited for.
   load(task.begin, ring);
   for (int item = task.begin; item < task.end; ++item) {
-    const int slot = ring.stage, parity = ring.parity;
-    ring.advance();
-    load(item + 1, ring);
-    shared.other_loaded[slot].wait(parity);
-    weight_tile<NativeElement, 32, 1>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
+    const int slot = ring.stage;
+    shared.other_loaded[slot].wait(ring.parity);
+    weight_tile<NativeElement, 32, 2>(shared.other_rows[slot], shared.other_steps[slot], threadIdx.x % 32);
     cutlass::arch::fence_view_async_shared();
     shared.other_full[slot].arrive();
+    ring.advance();
+    load(item + 1, ring);
   }
 }
 
@@ -205,21 +207,24 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
   const int lane = threadIdx.x % 32;
   // Raw steps of the items to come: a load from memory takes about as long as an item.
   struct Raw {
-    float A, bias;
+    float A, bias, D;
     std::uint32_t bits[2];
   };
   constexpr int kAhead = 3;
   Raw next[kAhead] = {};
   const auto fetch = [&](int item, Raw& raw) {
     if (item >= task.end) return;
-    const StepReader reader(p, task.batch, task.head_of(p, item));
+    const int head = task.head_of(p, item);
+    const StepReader reader(p, task.batch, head);
     raw.A = reader.A, raw.bias = reader.bias;
+    raw.D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
     reader.fetch(p, task.chunk, raw.bits);
   };
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) fetch(task.begin + k, next[k]);
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
     const LaneSteps s = scan_steps(p, task.chunk, next[0].A, next[0].bias, next[0].bits);
+    const float D = next[0].D;
 #pragma unroll
     for (int k = 0; k < kAhead - 1; ++k) next[k] = next[k + 1];
     fetch(item + kAhead, next[kAhead - 1]);
@@ -237,7 +242,7 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
     store2(steps.leave, lane, s.dt[0] * to_end[0], s.dt[1] * to_end[1]);
     store2(steps.to_end, lane, to_end[0], to_end[1]);
     store2(steps.slope, lane, slope[0], slope[1]);
-    if (lane == 0) steps.total = fast_exp2(s.total);
+    if (lane == 0) steps.total = fast_exp2(s.total), steps.D = D;
     shared.full[ring.stage].arrive();
   }
 }
@@ -377,26 +382,29 @@ inline __device__ int sum_of_columns(float (&v)[16]) {
   return lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
 }
 
-// A thread's part of <G,h>.
+// A warp's part of <G,h>: what its 16 rows of both have on the diagonal of h G^T, on the lanes that `has_diagonal`. Products of
+// tensor cores whose other sums are left, an eighth of the instructions that multiplying takes.
 template <class NativeElement, int kTiles>
-__device__ float multiply_states(const void* states, const void* adjoints, int thread) {
-  constexpr int kUnits = kTiles * kTileBytes / 16;  // of 8 elements
-  const auto* h = static_cast<const uint4*>(states);
-  const auto* G = static_cast<const uint4*>(adjoints);
-  float sum[2] = {};
-#pragma unroll 1
-  for (int i = 0; i < kUnits; i += kWarpgroup) {
-    const uint4 a = h[i + thread], b = G[i + thread];
-    const std::uint32_t words[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+__device__ float multiply_states(const char (*states)[kTileBytes], const char (*adjoints)[kTileBytes], const Fragment& at) {
+  using Multiply = std::conditional_t<std::is_same_v<NativeElement, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                                      cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  float sum[2][2][4] = {};  // of odd and even steps, so that one needn't wait for the other; rows 0 to 7 and 8 to 15 of G
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      float u[2], v[2];
-      cuda::widen_word<NativeElement>(words[0][w], u);
-      cuda::widen_word<NativeElement>(words[1][w], v);
-      sum[0] = fmaf(u[0], v[0], sum[0]), sum[1] = fmaf(u[1], v[1], sum[1]);
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int j = 0; j < kTile / 16; ++j) {
+      std::uint32_t h[4], G[4];
+      at.load(states[tile], j, h);
+      at.load(adjoints[tile], j, G);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float(&c)[4] = sum[j % 2][r];
+        Multiply::fma(c[0], c[1], c[2], c[3], h[0], h[1], h[2], h[3], G[r], G[r + 2], c[0], c[1], c[2], c[3]);
+      }
     }
-  }
-  return sum[0] + sum[1];
+  const bool odd = at.lane / 4 % 2;
+  const auto own = [&](const float (&c)[2][4]) { return odd ? c[0][1] + c[1][3] : c[0][0] + c[1][2]; };
+  return own(sum[0]) + own(sum[1]);
 }
 
 // Where float4 k of a thread of the warpgroup that has dB or dC of a chunk lies: k * kWarpgroup + thread from here. Sums of
@@ -694,8 +702,8 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         log_j[r] = steps.log_decay[token[r]], dt_j[r] = steps.dt[token[r]], to_end[r] = steps.to_end[token[r]];
-      const float whole =
-          sum_of_warp(multiply_states<NativeElement, Storage::kTiles>(shared.states[stage], shared.adjoints[stage], thread));
+      const float product = multiply_states<NativeElement, Storage::kTiles>(shared.states[stage], shared.adjoints[stage], at);
+      const float whole = sum_of_warp(has_diagonal ? product : 0.0f);
       shared.sums_empty[slots.stage].wait(slots.parity ^ 1);
       GradientSums& sums = shared.sums[slots.stage];
       if (at.lane == 0) sums.whole[at.warp] = whole;
@@ -751,22 +759,24 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       }
       shared.sums_full[slots.stage].arrive();
       const int head = task.head_of(p, item), channel = task.channel_of(p, item);
-      const float D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
+      std::uint32_t g_words[kTile / 16][4];
+#pragma unroll
+      for (int b = 0; b < kTile / 16; ++b) tokens.in_order.load(shared.g[stage], b, g_words[b]);
+      const float D = steps.D;
       char* const tile = shared.dx;
       if (item == task.begin) shared.weights_empty.wait(parity ^ 1);
       else if (at.lane == 0) cute::tma_store_wait<0>();  // the one before has left it
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_fence_operand(masked);
+      shared.empty[stage].arrive();
       __syncwarp();
 #pragma unroll
       for (int b = 0; b < kTile / 16; ++b) {
-        std::uint32_t word[4];
-        tokens.in_order.load(shared.g[stage], b, word);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           float pair[2];
-          cuda::widen_word<NativeElement>(word[w], pair);
+          cuda::widen_word<NativeElement>(g_words[b][w], pair);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int v = 8 * b + 2 * w + c;
@@ -776,7 +786,6 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         }
         at.store<NativeElement>(tile, b, dx);
       }
-      shared.empty[stage].arrive();
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (p.has_dx && at.lane == 0) {
