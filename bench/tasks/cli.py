@@ -15,6 +15,7 @@ TASKS = ("selective_copying", "mqar")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, metavar="TASK", help=f"only these: {', '.join(TASKS)}")
     parser.add_argument("--steps", type=_positive, default=1000, metavar="N", help="of training (default: 1000)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, metavar="RATE", help="the highest (default: 0.01)")
     parser.add_argument("--seed", type=int, default=0, help="of data and initial values (default: 0)")
     parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
     parser.add_argument("--json", metavar="FILE", help="write the curves")
@@ -52,7 +53,7 @@ def _train(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from . import training
 
-    settings = training.Settings(steps=args.steps, seed=args.seed)
+    settings = training.Settings(steps=args.steps, learning_rate=args.learning_rate, seed=args.seed)
     runs = []
     for name in args.task or TASKS:
         task = importlib.import_module(f".{name}", __package__)
