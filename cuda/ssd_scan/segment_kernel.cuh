@@ -20,15 +20,22 @@ struct SegmentLayout {
 
   static constexpr int kStageBytes = Group::kBytes + Rows::kBytes;
 
-  static constexpr int bytes(int stages, int heads) { return stages * kStageBytes + heads * 2 * sizeof(ChunkSteps); }
+  // Chunks whose steps are found at once, each by a warp: by a warp or two for every chunk, they held up all the others.
+  static __host__ __device__ constexpr int ahead(int heads) { return heads > Policy::kWarps / 4 ? 2 : 4; }
+  static_assert(2 * Policy::kMaxHeads <= Policy::kWarps);
+
+  static constexpr int bytes(int stages, int heads) {
+    return stages * kStageBytes + heads * 2 * ahead(heads) * sizeof(ChunkSteps);
+  }
 
   char* base;
   int stages, heads;
 
   __device__ Group B(int i) const { return {reinterpret_cast<std::uint16_t*>(base + i * kStageBytes)}; }
   __device__ Rows x(int i) const { return {reinterpret_cast<std::uint16_t*>(base + i * kStageBytes + Group::kBytes)}; }
-  __device__ ChunkSteps& steps(int which, int head) const {
-    return reinterpret_cast<ChunkSteps*>(base + stages * kStageBytes)[which * heads + head];
+  // Of a chunk: of those found last or of those in use.
+  __device__ ChunkSteps& steps(int chunk, int head) const {
+    return reinterpret_cast<ChunkSteps*>(base + stages * kStageBytes)[(chunk & (2 * ahead(heads) - 1)) * heads + head];
   }
 };
 
@@ -58,19 +65,24 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
     load_x.load(shared.x(stage), start, count_at(start));
     cute::cp_async_fence();
   };
-  StepLoader<kChunk> step_loader(p, walk, task.first_head + min(warp, task.heads - 1));
-  const bool has_steps = warp < task.heads;
-  double log2_decay = 0;
+  // A warp finds the steps of one head, in every so many chunks.
+  const int ahead = shared.ahead(shared.heads), steps_head = warp % task.heads, steps_chunk = warp / task.heads;
+  const bool has_steps = steps_chunk < ahead;
+  StepLoader<kChunk> step_loader(p, walk, task.first_head + steps_head);
+  const auto load_steps = [&](std::int64_t start) {
+    step_loader.load(start + steps_chunk * kChunk, count_at(start + steps_chunk * kChunk));
+  };
+  double log2_decay = 0;  // of the warp's chunks
   if (has_steps && walk.length > 0) {
-    step_loader.load(0, count_at(0));
-    log2_decay = step_loader.finish(shared.steps(0, warp));
-    step_loader.load(kChunk, count_at(kChunk));
+    load_steps(0);
+    log2_decay = step_loader.finish(shared.steps(steps_chunk, steps_head));
+    load_steps(ahead * kChunk);
   }
   if (walk.length > 0) load(0, 0);
 
-  int stage = 0, which = 0;
+  int stage = 0, chunk = 0;
 #pragma unroll 1
-  for (std::int64_t start = 0;; start += kChunk) {
+  for (std::int64_t start = 0;; start += kChunk, ++chunk) {
     const std::int64_t before = walk.before + min(start, walk.length);
     if (has_rows)
       leave_states<Policy>(state, positions, before, before + (start < walk.length ? count_at(start) : 1), start < walk.length,
@@ -80,27 +92,32 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
     cute::cp_async_wait<0>();
     __syncthreads();
     if (stages > 1 && !is_last) load(1 - stage, start + kChunk);
-    if (has_steps && !is_last) {
-      log2_decay += step_loader.finish(shared.steps(1 - which, warp));
-      step_loader.load(start + 2 * kChunk, count_at(start + 2 * kChunk));
+    if (has_steps && (chunk & (ahead - 1)) == 0 && start + ahead * kChunk < walk.length) {
+      log2_decay += step_loader.finish(shared.steps(chunk + ahead + steps_chunk, steps_head));
+      load_steps(start + 2 * ahead * kChunk);
     }
     if (has_rows) {
       Columns<Policy> x;
       load_columns<Policy>(x, shared.x(stage), warp);
-      update_state<Policy>(state, x, shared.B(stage), shared.steps(which, head));
+      update_state<Policy>(state, x, shared.B(stage), shared.steps(chunk, head));
     }
     if (stages == 1 && !is_last) {
       __syncthreads();
       load(0, start + kChunk);
     }
     if (stages > 1) stage = 1 - stage;
-    which = 1 - which;
   }
 
   if (has_rows && p.final_state.data)
     store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
-  if (has_steps && p.log2_decay && (warp > 0 || task.first_slot == 0) && lane_id() == 0)  // the tile with a head's first rows
+  if (!p.log2_decay) return;
+  __shared__ double decays[Policy::kWarps];
+  if (lane_id() == 0) decays[warp] = log2_decay;
+  __syncthreads();
+  if (warp < task.heads && (warp > 0 || task.first_slot == 0) && lane_id() == 0) {  // the tile with a head's first rows
+    for (int i = 1; i < ahead; ++i) log2_decay += decays[i * task.heads + warp];
     p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
+  }
 }
 
 struct CombineParams {
