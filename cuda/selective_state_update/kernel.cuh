@@ -3,9 +3,8 @@
 // Shapes   Mamba-1 state [slots,d,n], A [d,n]; Mamba-2 state [slots,h,p,n], A [h]; x [b,t,..] and B, C [b,t,g,n] or [d,n]
 // Traffic  read and write the state once for all tokens: 2*b*h*p*n (2*b*d*n) elements; floor: that over 3.0 TB/s. B and C are
 //          read again for every 4 rows, from the caches
-// Launch   one axis of tiles x batch blocks of 64 threads; a team of lanes, at most a warp, takes 4 rows (1 or 2 long ones),
-// each
-//          lane four 16-byte runs of states
+// Launch   one axis of tiles x batch blocks of 64 to 320 threads; a team of lanes, at most a warp, takes 4 rows (1 or 2 long
+//          ones), each lane four 16-byte runs of states
 // Numerics float32; states stay in registers from token to token. A lane adds up its states in order, the lanes of a team as a
 //          tree that depends on dstate alone
 #pragma once
@@ -115,7 +114,7 @@ __device__ void advance(float* state, const float* decay, float u, const float* 
 
 // kOneToken: no addresses are kept for a next token, which takes a quarter of the registers off.
 template <class Policy, int kRunsOfRow, bool kOneToken>
-__global__ void __launch_bounds__(Policy::kThreads, kRunsOfRow == 1 ? 0 : 4)
+__global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow == 1 ? 0 : 4)
     selective_state_update_kernel(const __grid_constant__ Params p) {
   constexpr int kRows = Policy::kRuns / kRunsOfRow, kRun = Policy::kRun, kParts = Policy::kParts, kValues = kRun * kParts;
   constexpr bool kMamba1 = Policy::kForm == Form::mamba1, kVector = Policy::kAccess == Access::vector;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 
@@ -16,9 +17,12 @@ void launch_rows(Params params, const Dims& dims, std::int64_t bands, Stream str
   const std::int64_t units_of_band = divide_up(params.band_rows, kRows), units = units_of_band * bands;
   params.units = static_cast<std::uint32_t>(units);
   params.units_of_band = static_cast<std::uint32_t>(units_of_band);
-  params.tiles = static_cast<std::uint32_t>(divide_up(units, Policy::kThreads / params.lanes));
+  constexpr std::int64_t kLeastWarps = Policy::kLeastThreads / kWarp, kMostWarps = most_threads<Policy>(kRunsOfRow) / kWarp;
+  const std::int64_t warps = divide_up(dims.batch * units * params.lanes, kWarp);
+  const int threads = static_cast<int>(std::clamp(divide_up(warps, kMultiprocessors), kLeastWarps, kMostWarps)) * kWarp;
+  params.tiles = static_cast<std::uint32_t>(divide_up(units, threads / params.lanes));
   cuda::launch("selective_state_update_kernel", selective_state_update_kernel<Policy, kRunsOfRow, kOneToken>,
-               {.blocks = dims.batch * params.tiles, .threads = Policy::kThreads, .early = true}, stream, params);
+               {.blocks = dims.batch * params.tiles, .threads = threads, .early = true}, stream, params);
 }
 
 template <class Policy>
