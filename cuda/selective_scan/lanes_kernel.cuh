@@ -26,18 +26,25 @@ struct Lanes {
   static constexpr int kTokens = kThreads * kRun / kWidth;               // of a tile
   static constexpr int kOfWarp = kWarp / kLanes;                         // channels of a warp
   // Shared memory in floats. Steps lie as [pair of tokens][channel] of {dt, u, dt, u}, y as [token][channel], with rows that
-  // begin on another bank each.
-  static constexpr int kStepRow = 4 * kWidth + 4, kSumRow = kWidth + kWarp / kLanes;
-  static constexpr int kSteps = kTokens / 2 * kStepRow, kSums = kTokens * kSumRow;
-  // B and C: [token][state], or [pair of tokens][pair of states] of four.
+  // begin on another bank each, and so do every eight tokens, those of a thread along the tokens.
+  static constexpr int kStepRow = 4 * kWidth + 4, kSumRow = kWidth + kWarp / kLanes, kSkew = 4;
+  static constexpr int kSteps = kTokens / 2 * kStepRow + kTokens / kRun * kSkew,
+                       kSums = kTokens * kSumRow + kTokens / kRun * kSkew;
+  // B and C as floats, [token][state] each. With 2 states a lane, which are bound by shared memory, 16-bit as they come: both
+  // of two states and two tokens in one word, of three tiles since nothing is left to make ready.
   static constexpr bool kPaired = states == 2;
-  static constexpr int kProjectionRow = kPaired ? 36 : 16;
-  static constexpr int kProjection = kPaired ? kTokens / 2 * kProjectionRow + 4 : kTokens * kProjectionRow;  // of B or C
+  static constexpr int kProjection =
+      kPaired ? kTokens / 2 * kLanes * 4 : kTokens * kLaneStates;  // of one tile, of B or C alone
+  static constexpr int kProjections = kPaired ? 3 : 4;
   static constexpr int kValues = kTokens * 2 * kLaneStates / kThreads;  // of B or C that a thread moves
-  static constexpr int kRawWords = (kValues + 7) / 8;                   // of 16 bytes
-  static constexpr int kSlot = kThreads * 4;                            // one word of each thread
-  static constexpr int kSlots = 3 + 1 + 1 + kRawWords;                  // x of three tiles, dt, z, B and C
-  static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums + 2 * kProjection) + 2 * kWidth;
+  static constexpr int kSlot = kThreads * 4;                            // one word of 16 bytes of each thread
+  static constexpr int kSlots = 3 + 1 + 1 + (kPaired ? 0 : 1);          // x of three tiles, dt, z, B and C as they come
+  static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums) + kProjections * kProjection + 2 * kWidth;
+  static_assert(kPaired || kValues <= 8);
+
+  // Where the steps of an even token begin, and y of one.
+  static constexpr __device__ int step_at(int token) { return token / 2 * kStepRow + token / kRun * kSkew; }
+  static constexpr __device__ int sum_at(int token) { return token * kSumRow + token / kRun * kSkew; }
   static constexpr int kBytes = 4 * kFloats;
 };
 
@@ -112,7 +119,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     return at;
   };
   float *const steps = take(2 * Shape::kSteps), *const sums = take(2 * Shape::kSums);
-  float *const tile_B = take(2 * Shape::kProjection), *const tile_C = take(2 * Shape::kProjection);
+  float* const tile_BC = take(Shape::kProjections * Shape::kProjection);
   float *const bias = take(kWidth), *const skip = take(kWidth);
   for (int c = thread; c < kWidth; c += kThreads) {
     const auto value = [&](const View& t) {
@@ -152,12 +159,15 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const char* at_z = place_at(p, p.z, span, place, span.begin, task.channel);
   const char* at_dy = kFromZero ? place_at(p, p.dy, span, place, span.begin, task.channel) : nullptr;
   char* at_y = place_at(p, p.y, span, place, span.begin, task.channel);
-  // B and C: each thread has the same number of values, of one token (of two, where they lie in pairs).
-  constexpr int kValues = Shape::kPaired ? Shape::kValues / 2 : Shape::kValues, kOfToken = 2 * kLaneStates / kValues;
-  const int raw_token = thread / kOfToken * (Shape::kPaired ? 2 : 1), raw_value = thread % kOfToken * kValues;
-  const View& raw_view = raw_value < kLaneStates ? p.B : p.C;
+  // B and C: each thread has the same number of values of each of its tokens, one of which, or pairs of states far apart.
+  constexpr bool kPaired = Shape::kPaired;
+  constexpr int kValues = kPaired ? 2 : Shape::kValues, kOfToken = 2 * kLaneStates / kValues;
+  const bool raw_is_C = kPaired ? lane & 1 : thread % kOfToken >= kOfToken / 2;
+  const int raw_token = kPaired ? 2 * warp + lane / 2 % 2 : thread / kOfToken;
+  const int raw_state = kPaired ? lane / 4 * 2 : thread % (kOfToken / 2) * kValues;
+  const View& raw_view = raw_is_C ? p.C : p.B;
   const char* at_raw = row_at(p, raw_view, span, span.begin) + raw_token * raw_view.step + task.group * raw_view.channel +
-                       raw_value % kLaneStates * raw_view.state;
+                       raw_state * raw_view.state;
   const auto tokens_from = [&](std::int64_t token) {
     return static_cast<int>(max(std::int64_t{0}, min(span.end - token, std::int64_t{kTokens})));
   };
@@ -171,12 +181,13 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
         at_dy += kTokens * p.dy.step, at_z += kTokens * p.z.step;
       }
       fetch<Policy>(slot_x_of(turn), at_x, p, p.x, place, tokens, task.channels);
-      if constexpr (Shape::kPaired) {
+      if constexpr (kPaired) {
+        constexpr int kApart = 2 * kThreads / kWarp;
+        float* const to = tile_BC + turn * Shape::kProjection + warp * kWarp + lane;
+        const char* from = at_raw;
 #pragma unroll
-        for (int w = 0; w < kValues / 8; ++w) {
-          copy_async<16>(raw + 2 * w * kThreads, at_raw + 16 * w, raw_token < tokens);
-          copy_async<16>(raw + (2 * w + 1) * kThreads, at_raw + raw_view.step + 16 * w, raw_token + 1 < tokens);
-        }
+        for (int t = 0; t < kTokens; t += kApart, from += kApart * raw_view.step)
+          copy_async<4>(to + t / 2 * kWarp, from, raw_token + t < tokens);
       } else {
         copy_async<2 * kValues>(raw, at_raw, raw_token < tokens);
       }
@@ -201,11 +212,11 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     float* const to = sums + half * Shape::kSums;
     if constexpr (kAlongTokens) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) to[place.token_of(i) * Shape::kSumRow + place.channel] = dr[i];
+      for (int i = 0; i < kRun; ++i) to[Shape::sum_at(place.token_of(i)) + place.channel] = dr[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kRun; i += 4)
-        *reinterpret_cast<float4*>(to + place.token * Shape::kSumRow + place.channel + i) =
+        *reinterpret_cast<float4*>(to + Shape::sum_at(place.token) + place.channel + i) =
             make_float4(dr[i], dr[i + 1], dr[i + 2], dr[i + 3]);
     }
   };
@@ -236,32 +247,20 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       float* const at = to + 4 * lanes_slot(place.channel);
 #pragma unroll
       for (int i = 0; i < kRun; i += 2) {
-        *reinterpret_cast<float4*>(at + place.token_of(i) / 2 * Shape::kStepRow) =
+        *reinterpret_cast<float4*>(at + Shape::step_at(place.token_of(i))) =
             p.reverse ? make_float4(dt[i + 1], u[i + 1], dt[i], u[i]) : make_float4(dt[i], u[i], dt[i + 1], u[i + 1]);
       }
     } else {
-      float* const at = to + place.token / 2 * Shape::kStepRow + place.token % 2 * 2;
+      float* const at = to + Shape::step_at(place.token) + place.token % 2 * 2;
 #pragma unroll
       for (int i = 0; i < kRun; ++i)
         *reinterpret_cast<float2*>(at + 4 * lanes_slot(place.channel + i)) = make_float2(dt[i], u[i]);
     }
     if constexpr (kFromZero) put_gradients(half);
-    float* const tile = (raw_value < kLaneStates ? tile_B : tile_C) + half * Shape::kProjection;
-    if constexpr (Shape::kPaired) {
-#pragma unroll
-      for (int w = 0; w < kValues / 8; ++w) {
-        float first[8], second[8];
-        Slot<8>{raw + 2 * w * kThreads, kThreads}.widen(Policy::kElement, first);
-        Slot<8>{raw + (2 * w + 1) * kThreads, kThreads}.widen(Policy::kElement, second);
-        float* const at = tile + raw_token / 2 * Shape::kProjectionRow + (raw_value % kLaneStates + 8 * w) * 2;
-#pragma unroll
-        for (int i = 0; i < 8; i += 2)
-          *reinterpret_cast<float4*>(at + 2 * i) = make_float4(first[i], first[i + 1], second[i], second[i + 1]);
-      }
-    } else {
+    if constexpr (!kPaired) {
       float values[kValues];
       Slot<kValues>{raw, kThreads}.widen(Policy::kElement, values);
-      float* const at = tile + raw_token * Shape::kProjectionRow + raw_value % kLaneStates;
+      float* const at = tile_BC + (2 * half + raw_is_C) * Shape::kProjection + raw_token * kLaneStates + raw_state;
 #pragma unroll
       for (int i = 0; i < kValues; i += 4)
         *reinterpret_cast<float4*>(at + i) = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const std::int64_t checkpoint_step =
       std::int64_t{p.groups} * ((p.group_channels + kChannels - 1) / kChannels) * kChannels * kLaneStates;
   float *checkpoint = nullptr, *checkpoint_steps = nullptr;
-  if (!kOutput && is_owner) {
+  if constexpr (!kOutput) {  // of all channels of a block: those that do not exist stay zero
     const std::int64_t block = lanes_checkpoint_block(p, span, task, channel);
     const int of_block = static_cast<int>((channel - task.group * p.group_channels) % kChannels);
     checkpoint = lanes_checkpoint_at(p, block, of_block, part * states);
@@ -282,10 +281,10 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
 #pragma unroll
   for (int k = 0; k < states; ++k) product[k] = 1.0f;
   const int sum_token = part;  // of each kLanes tokens, the one whose y the lane ends with
-  const auto scan_tile = [&](int half, int tokens) {
+  const auto scan_tile = [&](int turn, int half, int tokens) {
     const float* const from = steps + half * Shape::kSteps + 4 * lanes_slot(own);
-    const float* const B = tile_B + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
-    const float* const C = tile_C + half * Shape::kProjection + part * (Shape::kPaired ? 4 : states);
+    const float* const B = tile_BC + (kPaired ? turn : 2 * half) * Shape::kProjection + part * (kPaired ? 4 : states);
+    const float* const C = B + Shape::kProjection;  // where it is apart
     float* const to = sums + half * Shape::kSums + own;
     constexpr int kAtOnce = states == 8 ? 8 : 16;
     // y of some tokens, of which each lane has a part.
@@ -303,11 +302,11 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
             left[k] = kept + __shfl_xor_sync(0xffffffffu, given, width * kFirstDistance);
           }
         }
-        to[(first + group + sum_token) * Shape::kSumRow] = left[0];
+        to[Shape::sum_at(first + group) + sum_token * Shape::kSumRow] = left[0];
       }
     };
     // Where there are few warps, tokens are put while the next are worked out: a store holds up the loads after it.
-    constexpr bool kLate = kOutput && Shape::kPaired;
+    constexpr bool kLate = kOutput && kPaired;
     float before[kAtOnce];
 #pragma unroll(states == 2 ? kTokens / kAtOnce : 1)
     for (int first = 0; first < kTokens; first += kAtOnce) {
@@ -317,28 +316,30 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
       for (int pair = 0; pair < kAtOnce; pair += 2) {
         const int t = first + pair;
         if constexpr (!kOutput) {
-          if (checkpoint && pair % kCheckpoint == 0) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
+          if (pair % kCheckpoint == 0) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
           if (kFromZero && checkpoint_steps && pair % kCheckpoint == 0)
             *checkpoint_steps = total_dt, checkpoint_steps += checkpoint_step / kLaneStates;
         }
-        const float4 step = *reinterpret_cast<const float4*>(from + t / 2 * Shape::kStepRow);
+        const float4 step = *reinterpret_cast<const float4*>(from + Shape::step_at(t));
         float own_B[2][states], own_C[2][states];
-        const auto read = [&](const float* tile, float (&values)[2][states]) {
-          if constexpr (Shape::kPaired) {
-            const float4 v = *reinterpret_cast<const float4*>(tile + t / 2 * Shape::kProjectionRow);
-            values[0][0] = v.x, values[0][1] = v.y, values[1][0] = v.z, values[1][1] = v.w;
-          } else {
+        if constexpr (kPaired) {
+          using Element = typename cuda::ElementOf<Policy::kElement>::type;
+          const uint4 v = *reinterpret_cast<const uint4*>(B + t / 2 * (kLanes * 4));
+          cuda::widen_word<Element>(v.x, own_B[0]), cuda::widen_word<Element>(v.y, own_C[0]);
+          cuda::widen_word<Element>(v.z, own_B[1]), cuda::widen_word<Element>(v.w, own_C[1]);
+        } else {
+          const auto read = [&](const float* tile, float (&values)[2][states]) {
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
               for (int k = 0; k < states; k += 4) {
-                const float4 v = *reinterpret_cast<const float4*>(tile + (t + j) * Shape::kProjectionRow + k);
+                const float4 v = *reinterpret_cast<const float4*>(tile + (t + j) * kLaneStates + k);
                 values[j][k] = v.x, values[j][k + 1] = v.y, values[j][k + 2] = v.z, values[j][k + 3] = v.w;
               }
-          }
-        };
-        read(B, own_B);
-        if constexpr (kOutput || kFromZero) read(C, own_C);
+          };
+          read(B, own_B);
+          if constexpr (kOutput || kFromZero) read(C, own_C);
+        }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float dt = j == 0 ? step.x : step.z, u = j == 0 ? step.y : step.w;
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
             advance<Arithmetic::fast>(&h[k], decay, u, &own_B[j][k]);
             if constexpr (kFromZero) {
               product[k] *= decay.factor[0];
-              adjoint[k] = fmaf(product[k], own_C[j][k] * to[(t + j) * Shape::kSumRow], adjoint[k]);
+              adjoint[k] = fmaf(product[k], own_C[j][k] * to[Shape::sum_at(t) + j * Shape::kSumRow], adjoint[k]);
             }
           }
           if constexpr (kFromZero) total_dt += dt;
@@ -371,11 +372,11 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     const float* const from = sums + half * Shape::kSums;
     if constexpr (kAlongTokens) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) y[i] = from[place.token_of(i) * Shape::kSumRow + place.channel];
+      for (int i = 0; i < kRun; ++i) y[i] = from[Shape::sum_at(place.token_of(i)) + place.channel];
     } else {
 #pragma unroll
       for (int i = 0; i < kRun; i += 4) {
-        const float4 v = *reinterpret_cast<const float4*>(from + place.token * Shape::kSumRow + place.channel + i);
+        const float4 v = *reinterpret_cast<const float4*>(from + Shape::sum_at(place.token) + place.channel + i);
         y[i] = v.x, y[i + 1] = v.y, y[i + 2] = v.z, y[i + 3] = v.w;
       }
     }
@@ -413,7 +414,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     fetch_inputs(before, tokens_from(token + 2 * kTokens));
     fetch_gate(tokens_from(token));
     commit_copies();
-    scan_tile(half, tokens_from(token));
+    scan_tile(turn, half, tokens_from(token));
     turn = after, half ^= 1;
   }
 
