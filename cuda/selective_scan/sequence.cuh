@@ -62,8 +62,11 @@ inline __device__ Span link_of(const Span& s, std::uint32_t link, std::uint32_t 
 inline __device__ void wait_for_turn(const std::uint32_t* done, std::uint32_t count) {
   if (threadIdx.x == 0) {
     std::uint32_t value;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-    while (value != count);
+    while (true) {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+      if (value == count) break;
+      __nanosleep(100);  // the multiprocessor's other blocks need the issue slots
+    }
   }
   __syncthreads();
 }
