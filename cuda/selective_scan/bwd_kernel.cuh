@@ -4,11 +4,9 @@
 // Shapes   as the forward; complex gradients are dL/dRe + i dL/dIm, so factors are conjugated
 // Traffic  read x, dt, z, dy, write dx, ddt, dz: 7*b*l*d elements; checkpoints, a state every 8 tokens, written and read:
 //          b*l*d*n bytes; sums of dB and dC over 64 channels, written and read: b*l*d*n/4 bytes
-//          b8 l2048 d5120 n16 bf16: 2.9 GB, 0.95 ms at 3.0 TB/s. 2 exp2 a state beside 5 an element: 0.84 ms of the special-
-//          function units of an H100; 23 instructions a state beside those of the checkpoints: 1.1 ms of issue
 // Launch   one axis of links x sequences x segments x blocks; a block: 64 channels, 128 threads, a warp for 4 states of them.
 //          It walks its tiles from the last to the first, from a checkpoint 8 tokens (2 of a complex A) forward into registers
-//          and back. Checkpoints of a usual call in segments come as if each started from zero: a start adds what it has become
+//          and back. Calls whose tensors are known have a kernel of their own, bwd_known_kernel.cuh
 // Numerics float32, fixed order. dB and dC: over the lanes of a warp (beside bfloat16 x by the tensor cores, cut to 11 bits),
 //          then over the blocks in order, by another launch; dA, dD and ddt_bias: over a segment, then over segments and
 //          sequences in order
@@ -69,9 +67,8 @@ struct BackwardStorage {
   static constexpr int kTotals = kRuns * 2 * kRun / 4;
   static constexpr bool kHasCursors = Policy::kWords == 1;  // there is no room for them beside float32
   static constexpr int kCursors = kHasCursors ? kRuns * 7 * sizeof(char*) / 16 : 0;
-  static constexpr int kCheckpointSteps = Policy::kKnown ? kTile / kCheckpoint * kChannels / 4 : 0;
   static constexpr int kShared =
-      kTile * kChannels / 2 + kTile * kChannels / 4 + 2 * kChannels / 4 + kFetched + kTotals + kCursors + kCheckpointSteps;
+      kTile * kChannels / 2 + kTile * kChannels / 4 + 2 * kChannels / 4 + kFetched + kTotals + kCursors;
   static constexpr int kSums = kTile * kChannels / 4, kPairs = kTile * kChannels / 2;
   static constexpr int kStarts = (kTile / kCheckpoint + kCheckpoint / kSub - 1) * LaneStates<Policy>::kWords * kWarp;
   static constexpr int kOwn = 2 * Storage<Policy>::kProjection + Storage<Policy>::kRaw + 2 * Storage<Policy>::kFixed;
@@ -219,7 +216,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   const View* const outputs[] = {&p.dx, &p.ddt, &p.dz};
   const Cursors<4> at_inputs{reinterpret_cast<char**>(take(Memory::kCursors)) + thread};
   const Cursors<3> at_outputs{at_inputs.at + 4 * kRuns};
-  uint4* const checkpoint_steps = take(Memory::kCheckpointSteps);
   float* const sums =
       reinterpret_cast<float*>(take(kEndsOnly ? 0 : Memory::kWarps * Memory::kSums));  // of y, [warp][token][channel]
   float4* const pairs =
@@ -296,7 +292,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
     };
     const std::int64_t fours = (p.dstate + kStates - 1) / kStates, checkpoint_step = std::int64_t{p.blocks} * fours * kStart;
     const float4* checkpoint = kEndsOnly ? nullptr : checkpoint_at<Policy>(p, span, task, last, state);
-    const bool from_zero = Policy::kKnown && !kEndsOnly && p.checkpoint_steps;
     const auto fetch_tile = [&](std::int64_t token) {
       if (token >= span.begin) {
         const int tokens = static_cast<int>(span.end - token < kTile ? span.end - token : kTile);
@@ -312,13 +307,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
           for (int i = 0; i < kTile / kCheckpoint; ++i)
             LaneStates<Policy>::fetch(starts + i * kStart, checkpoint + i * checkpoint_step);
           checkpoint -= kTile / kCheckpoint * checkpoint_step;
-        }
-        if (from_zero && thread < Memory::kCheckpointSteps) {
-          const int i = thread / (kChannels / 4);
-          const std::int64_t index = (checkpoint_number(p, span, task, token) + i) * p.blocks + task.block;
-          copy_async<16>(checkpoint_steps + thread,
-                         reinterpret_cast<const char*>(p.checkpoint_steps + index * kChannels + thread % (kChannels / 4) * 4),
-                         true);
         }
       }
       commit_copies();
@@ -358,32 +346,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
         }
       }
       return of_checkpoint == 0 ? checkpoint : between + of_checkpoint * kStart;
-    };
-    // Checkpoints that know nothing of their segment's start get what that has become by then.
-    float4* const start =
-        reinterpret_cast<float4*>(p.starts) + ((row * p.blocks + task.block) * fours + state / kStates) * kStart + lane;
-    if (from_zero && scans && link == 0) {
-      float h[2][kValues];
-      load_states<Policy>(p.initial_state, task.sequence, task, state, states, h);
-#pragma unroll 1
-      for (std::int64_t before = 0; before < task.segment; ++before)
-        cross_segment<Policy>(p, p.ends, task.sequence * ends + before, task, state, states, rate, h);
-      LaneStates<Policy>::store(start, h);
-    }
-    const auto add_starts = [&] {
-      float first[2][kValues], h[2][kValues];
-      LaneStates<Policy>::load(start, first);
-#pragma unroll 1
-      for (int i = 0; i < kTile / kCheckpoint; ++i) {
-        const float2 dt = reinterpret_cast<const float2*>(checkpoint_steps + i * (kChannels / 4))[lane];
-        LaneStates<Policy>::load(starts + i * kStart, h);
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-#pragma unroll
-          for (int v = 0; v < kValues; ++v)  // a growth beyond what a float holds is of states that are zero, or lost
-            h[c][v] = fmaf(cuda::fast_exp2(fminf((c == 0 ? dt.x : dt.y) * rate[c][v], 126.0f)), first[c][v], h[c][v]);
-        LaneStates<Policy>::store(starts + i * kStart, h);
-      }
     };
     Totals<Policy> totals;
     if (link > 0) {
@@ -428,9 +390,6 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
         }
       }
       if (!kEndsOnly && scans) {
-        if constexpr (Policy::kKnown) {
-          if (from_zero) add_starts();
-        }
         // Back, kSub tokens at a time.
 #pragma unroll 1
         for (int sub = kSubTiles - 1; sub >= 0; --sub) {
@@ -483,7 +442,7 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
         fetch_tile(token - kTile);
         float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
         for_layout([&]<bool kAlongTokens> {
-#pragma unroll(Policy::kKnown ? Memory::kWarps : 1)
+#pragma unroll 1
           for (int w = 0; w < Memory::kWarps && w < scanners; ++w) {
             add_sums<kAlongTokens>(sums + w * 4 * Memory::kSums, place, y);
             add_pairs<kAlongTokens>(pairs + w * Memory::kPairs, place, du, dlog);
@@ -509,7 +468,7 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
           if (p.dx.data) store<Policy>(to[0], p, p.dx, place, tokens, task.channels, dx);
           if (p.ddt.data) store<Policy>(to[1], p, p.ddt, place, tokens, task.channels, ddt);
           if (p.dz.data) store<Policy>(to[2], p, p.dz, place, tokens, task.channels, dz);
-          if (!Policy::kKnown || place.holds(0, tokens, task.channels)) total_D.add(dD), total_bias.add(ddt);
+          total_D.add(dD), total_bias.add(ddt);
         }
       }
     }

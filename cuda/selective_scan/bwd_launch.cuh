@@ -1,6 +1,6 @@
 #pragma once
 
-#include "bwd_kernel.cuh"
+#include "bwd_known_kernel.cuh"
 #include "bwd_sums.cuh"
 #include "fwd_launch.cuh"
 #include "lanes_launch.cuh"
@@ -46,9 +46,15 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   if (params.links > 1) cuda::clear(params.turns, kBackwardPasses * turns_of(args, dims) * sizeof(*params.turns), stream);
   launch_checkpoints<Policy>(args, dims, params, stream);
   params.turns += 2 * turns_of(args, dims);
-  if (blocks > 0)
+  if constexpr (Policy::kKnown) {
+    using Shape = KnownBackward<Policy>;
+    if (blocks > 0)
+      cuda::launch("selective_scan_known_backward_kernel", selective_scan_known_backward_kernel<Policy>,
+                   {blocks * params.links, Shape::kThreads, Shape::kBytes}, stream, params);
+  } else if (blocks > 0) {
     cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>,
                  {blocks * params.links, kRuns, BackwardStorage<Policy>::kBytes}, stream, params);
+  }
 
   const std::int64_t tokens = dims.batch * dims.seqlen;
   const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
