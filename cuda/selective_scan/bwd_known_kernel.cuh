@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
         if (from_zero) {
           float first[2][kStates], h[2][kStates];
           LaneStates<Policy>::load(start, first);
-#pragma unroll 1
+#pragma unroll
           for (int i = 0; i < Shape::kSubs; ++i) {
             const float2 dt = *reinterpret_cast<const float2*>(checkpoint_steps + i * kChannels + own);
             LaneStates<Policy>::load(own_starts + i * kStart, h);
@@ -476,15 +476,20 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
       }
       char *const at_dx = at_cursor(kDx), *const at_ddt = at_cursor(kDdt), *const at_dz = at_cursor(kDz);
       char* const at_projections = at_cursor(kProjections);
-      fetch_tile(tile - 1);
-      float y[kRun], du[kRun], dlog[kRun];
-      mine.get(sums, y), mine.get(pairs, du, dlog);
+      // Along the channels some sums are on their way before the copies of the next tile, which loads do not pass: H100, b8,
+      // 2298 us instead of 2350. Along the tokens, where they are single floats, copies go first: 2364 instead of 2394.
+      constexpr int kEarlyFours = kAlongTokens ? 0 : 2;
+      float y[kRun] = {}, du[kRun] = {}, dlog[kRun] = {};
 #pragma unroll
-      for (int f = 1; f < Shape::kFours; ++f) {
+      for (int f = 0; f < Shape::kFours; ++f) {
+        if (f == kEarlyFours) fetch_tile(tile - 1);
         float more[kRun], more_du[kRun], more_dlog[kRun];
         mine.get(sums + f * Shape::kElements, more), mine.get(pairs + f * Shape::kElements, more_du, more_dlog);
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) y[i] += more[i], du[i] += more_du[i], dlog[i] += more_dlog[i];
+        for (int i = 0; i < kRun; ++i) {
+          y[i] = f == 0 ? more[i] : y[i] + more[i];
+          du[i] = f == 0 ? more_du[i] : du[i] + more_du[i], dlog[i] = f == 0 ? more_dlog[i] : dlog[i] + more_dlog[i];
+        }
       }
       if (p.projections) {  // four values of a token for each thread
         constexpr unsigned kValues = Shape::kFours * kReduced;
