@@ -359,6 +359,7 @@ __device__ void compute_output(const ShortParams& p, SharedStorage<Policy>& shar
         }
       }
     }
+    shared.empty[stage].arrive();
     char* tile_y = shared.y[half][slots.stage];
     char* rows_y = tile_y - half * kTileBytes;  // as if it began with the sequence
     if (p.has_z) {
@@ -385,7 +386,6 @@ __device__ void compute_output(const ShortParams& p, SharedStorage<Policy>& shar
     }
     sync();
     if (thread == 0) {
-      shared.empty[stage].arrive();
       cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, half * kTile, slice.sequence());
       cute::tma_store_arrive();
     }
@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_short_kernel(con
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
     for (int stage = 0; stage < kStages; ++stage) {
       shared.full[stage].init(1 + 32);  // the tiles and the steps
-      shared.empty[stage].init(2);
+      shared.empty[stage].init(2 * kWarpgroup);
     }
     shared.packet_full.init(1), shared.packet_empty.init(2 * kWarpgroup);
     for (int half = 0; half < 2; ++half)
