@@ -543,6 +543,96 @@ def test_fused_backward_of_ssd_scan(rng, dtype, keeps_states, sizes):
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (dict(), dict(seqlen=64), dict(seqlen=190, headdim=80, nheads=7, ngroups=1, dstate=24), dict(batch=70, seqlen=130, nheads=4)),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_ssd_scan_in_reverse(rng, dtype, sizes):
+    """As of the tokens turned round: chunks are cut elsewhere, so the bits differ."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, omit=("z",), **sizes)
+    options = dict(dt_softplus=True, reverse=True)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs, **options).kernel == f"fused_{dtype}"
+    op.check(gpu, made, **options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("lengths,reverse", ((None, False), ([129, 70, 0, 101], True)))
+@pytest.mark.parametrize("sizes", (dict(), dict(headdim=80, nheads=5, ngroups=1, dstate=24)), ids=str)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_ssd_scan_with_D_per_channel(rng, dtype, sizes, lengths, reverse):
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, omit=("z",), batch=1 if lengths else 2, seqlen=300, sequences=len(lengths or [0, 0]), **sizes)
+    made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
+    options = dict(dt_softplus=True, reverse=reverse) | ({"cu_seqlens": np.cumsum([0, *lengths])} if lengths else {})
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
+    first = op.check(gpu, made, **options)
+    for name, again in op.run(gpu, made, **options).items():
+        if again is not None:
+            assert_same_bits(again, first[name], name)
+
+
+PACKED = ([300, 190, 64], [63, 64, 65, 1, 0, 400, 127, 128, 129], [0, 0, 1000, 0], [700], [1, 2, 3, 257, 0, 191])
+
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", (dict(), dict(headdim=80, nheads=9, ngroups=1, dstate=40), dict(nheads=24, ngroups=1)), ids=str)
+@pytest.mark.parametrize("lengths", PACKED, ids=str)
+@pytest.mark.parametrize("dtype,reverse", (("float16", True), ("bfloat16", False), ("bfloat16", True)))
+def test_fused_backward_of_packed_ssd_scan(rng, dtype, reverse, lengths, sizes):
+    """Sequences end anywhere in a chunk; what follows the last is NaN and reaches no gradient."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    used, sizes = sum(lengths), dict(nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, omit=("z",), batch=1, seqlen=used + 70, sequences=len(lengths), **sizes)
+    for name, value in made.items():
+        if value is not None and op.has_tokens(name, value):
+            value[:, used:] = np.nan
+    options = dict(dt_softplus=True, reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
+    got = op.check(gpu, made, **options)
+    for name in ("dx", "ddt", "dB", "dC"):
+        assert not np.any(got[name][:, used:]), f"{name} is not zero past the last packed token"
+    for _ in range(3):
+        for name, again in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
+            if again is not None:
+                assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+def test_fused_backward_of_packed_ssd_scan_is_that_of_each_sequence(rng, reverse):
+    """With batch_invariant in every bit, whatever lies in the sequences beside it; kept states change nothing then."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    lengths = [64, 1, 190, 0, 129, 500]
+    bounds = np.cumsum([0, *lengths])
+    made = op.inputs(rng, "bfloat16", omit=("z",), batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=24, ngroups=2,
+                     headdim=64, dstate=128)  # fmt: skip
+    options = dict(dt_softplus=True, batch_invariant=True, reverse=reverse)
+    packed = op.run(gpu, made, cu_seqlens=bounds, **options)
+    states = (*op.carried, *op.carried.values())
+    for s, (first, last) in enumerate(zip(bounds[:-1], bounds[1:])):
+        if last - first < 64:
+            continue
+        alone = op.tokens(made, slice(first, last)) | {name: made[name][s : s + 1] for name in states}
+        spoiled = {name: np.full_like(v, np.nan) if op.has_tokens(name, v) else v for name, v in made.items() if v is not None}
+        for name, value in spoiled.items():
+            if op.has_tokens(name, value):
+                value[:, first:last] = made[name][:, first:last]
+        alone, beside = op.run(gpu, alone, **options), op.run(gpu, spoiled, cu_seqlens=bounds, **options)
+        for name in ("dx", "ddt", "dB", "dC", "dinitial_state"):
+            part = np.s_[s : s + 1] if name[1:] in states else np.s_[:, first:last]
+            assert_same_bits(packed[name][part], alone[name], f"{name} of sequence {s}")
+            assert_same_bits(beside[name][part], alone[name], f"{name} of sequence {s} beside NaN")
+
+
+@needs_gpu
 @pytest.mark.parametrize("dstate", (64, 128))
 def test_segments_of_ssd_scan_give_the_same_bits_again(dstate):
     """The state pass of many heads and segments, whose matmuls share the tensor cores."""

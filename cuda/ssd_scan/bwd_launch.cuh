@@ -8,20 +8,6 @@
 
 namespace statescan::ssd_scan {
 
-inline void launch_clear(const BackwardParams& p, const BackwardArgs& args, const Dims& d, Stream stream) {
-  const ClearParams params{p.sequences,
-                           {p.dx, p.dz, p.dB, p.dC},
-                           {d.nheads, d.nheads, d.ngroups, d.ngroups},
-                           {d.headdim, d.headdim, d.dstate, d.dstate},
-                           p.ddt,
-                           d.nheads,
-                           args.x.dtype};
-  constexpr std::int64_t kMostBlocks = 1024;
-  if (d.seqlen > 0)
-    cuda::launch("ssd_scan_backward_clear_kernel", ssd_scan_backward_clear_kernel,
-                 {std::min(d.seqlen, kMostBlocks), kSumThreads}, stream, params);
-}
-
 // What the segments of a walk add to the state becomes the state that they start from.
 inline void launch_combine(const BackwardParams& p, StateView initial, int walk, Stream stream) {
   const std::int64_t size = p.headdim * p.dstate, tiles = divide_up(size, kCombineThreads);
@@ -87,7 +73,7 @@ void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
                      {chunk_sum(params.dA_shares, args.dA, 1), chunk_sum(params.ddt_bias_shares, args.ddt_bias, 1),
                       chunk_sum(params.dD_shares, args.dD, args.dD.ndim == 2 ? 1 : d.headdim)}},
                     stream);
-  if (args.cu_seqlens) launch_clear(params, args, d, stream);
+  if (args.cu_seqlens) launch_clear(params.sequences, args, d, stream);
 }
 
 }  // namespace statescan::ssd_scan

@@ -34,6 +34,12 @@ struct BackwardParams : Params {
   STATESCAN_HOST_DEVICE std::int64_t ends_of_walk() const { return sequences.count * sequences.segments * heads_of_part(); }
 };
 
+inline MutableStepView mutable_step_view(const Tensor& t) {
+  if (!t) return {};
+  const std::int64_t size = size_of(t.dtype);
+  return {static_cast<char*>(t.data), t.dtype, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
+}
+
 inline BackwardParams backward_params(const BackwardArgs& args, const Dims& d, const BackwardPlan& plan) {
   BackwardParams p{};
   static_cast<Params&>(p) =
@@ -45,11 +51,7 @@ inline BackwardParams backward_params(const BackwardArgs& args, const Dims& d, c
   p.columns = plan.columns;
   p.dy = token_view(args.dy), p.dx = token_view(args.dx), p.dz = token_view(args.dz);
   p.dB = token_view(args.dB), p.dC = token_view(args.dC);
-  if (args.ddt) {
-    const std::int64_t size = size_of(args.ddt.dtype);
-    p.ddt = {static_cast<char*>(args.ddt.data), args.ddt.dtype, args.ddt.stride[0] * size, args.ddt.stride[1] * size,
-             args.ddt.stride[2] * size};
-  }
+  p.ddt = mutable_step_view(args.ddt);
   p.dfinal_state = state_view(args.dfinal_state), p.dinitial_state = state_view(args.dinitial_state);
   const BackwardScratch scratch(args, d, plan);
   float* const memory = static_cast<float*>(args.workspace.data);

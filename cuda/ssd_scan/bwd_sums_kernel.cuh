@@ -45,7 +45,8 @@ struct ChunkSum {
 
 struct ChunkSumParams {
   Sequences sequences;
-  ChunkSum sums[3];  // of dA, ddt_bias and dD; no columns: not wanted
+  ChunkSum sums[3];        // of dA, ddt_bias and dD; no columns: not wanted
+  const unsigned* chunks;  // of packed sequences, where the shares of one lie behind those of another; null: by slots
 };
 
 // Math     to[column] = sum over sequences, their chunks and `inner`
@@ -64,15 +65,15 @@ inline __global__ void __launch_bounds__(kChunkSumThreads)
   const ChunkSum& s = p.sums[which];
   const unsigned warp = threadIdx.x / 32;
   const std::int64_t column = tile * 32 + lane_id();
-  const bool inside = column < s.columns, packed = p.sequences.cu_seqlens != nullptr;
+  const bool inside = column < s.columns, by_slots = p.sequences.cu_seqlens && !p.chunks;
   const std::int64_t slot_step = s.columns * s.inner;
   const auto inner = static_cast<std::uint32_t>(s.inner);
   float sum = 0;
-  std::uint32_t before = 0;  // shares of the sequences before this one; rows of a batch count as one
-  for (std::int64_t i = 0; i < (packed ? p.sequences.count : 1); ++i) {
-    const std::int64_t chunks = chunks_of(p.sequences, i) * (packed ? 1 : p.sequences.count);
+  std::uint32_t before = 0;  // shares of the sequences before this one; what lies without gaps counts as one
+  for (std::int64_t i = 0; i < (by_slots ? p.sequences.count : 1); ++i) {
+    const std::int64_t chunks = p.chunks ? *p.chunks : chunks_of(p.sequences, i) * (by_slots ? 1 : p.sequences.count);
     const auto count = static_cast<std::uint32_t>(chunks) * inner;
-    const float* from = s.shares + (packed ? first_slot(p.sequences, i) : 0) * slot_step + column * inner;
+    const float* from = s.shares + (by_slots ? first_slot(p.sequences, i) : 0) * slot_step + column * inner;
     if (inside)
 #pragma unroll 8
       for (std::uint32_t k = (warp - before) % kWarps; k < count; k += kWarps) sum += from[k / inner * slot_step + k % inner];

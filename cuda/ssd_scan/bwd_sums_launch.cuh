@@ -35,4 +35,18 @@ inline void launch_chunk_sums(const ChunkSumParams& params, Stream stream) {
     cuda::launch("ssd_scan_backward_chunk_sums_kernel", ssd_scan_backward_chunk_sums_kernel, shape, stream, params);
 }
 
+inline void launch_clear(const Sequences& sequences, const BackwardArgs& args, const Dims& d, Stream stream) {
+  const ClearParams params{sequences,
+                           {token_view(args.dx), token_view(args.dz), token_view(args.dB), token_view(args.dC)},
+                           {d.nheads, d.nheads, d.ngroups, d.ngroups},
+                           {d.headdim, d.headdim, d.dstate, d.dstate},
+                           mutable_step_view(args.ddt),
+                           d.nheads,
+                           args.x.dtype};
+  constexpr std::int64_t kMostBlocks = 1024;
+  if (d.seqlen > 0)
+    cuda::launch("ssd_scan_backward_clear_kernel", ssd_scan_backward_clear_kernel,
+                 {std::min(d.seqlen, kMostBlocks), kSumThreads}, stream, params);
+}
+
 }  // namespace statescan::ssd_scan

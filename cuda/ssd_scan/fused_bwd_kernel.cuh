@@ -28,11 +28,23 @@ namespace fused {
 
 inline constexpr int kGradientWarpgroups = 4;
 
+// Packed sequences, reverse and a D for each channel have a kernel of their own: that this one asks for them makes the others
+// 5% slower.
+template <class Base, bool rare>
+struct GradientPolicy : Base {
+  static constexpr bool kRare = rare;
+};
+
+template <class Policy>
+__device__ bool goes_in_reverse(const FusedBackwardParams& p) {
+  return Policy::kRare && p.sequences.reverse;
+}
+
 // Of one item, prepared by a warp.
 struct alignas(16) GradientSteps {
   float log_decay[kTile], dt[kTile];
-  float enter[kTile];   // exp(s[i])
-  float leave[kTile];   // dt[j] exp(s[end] - s[j])
+  float enter[kTile];  // exp(s[i])
+  float leave[kTile];  // dt[j] exp(s[end] - s[j]); where that is rare, and there is no room beside it, D of the item's channels
   float to_end[kTile];  // exp(s[end] - s[j])
   float slope[kTile];   // of the step with respect to dt before bias, softplus and limit
   float total, D, unused[2];
@@ -69,17 +81,23 @@ struct GradientStorage {
 
 // A chunk, a group, and some of its items of the part.
 struct GradientTask {
-  int batch, chunk, slot, group, group_of_part, split, begin, end;  // slot: chunk of the part
-  int pair;                                                         // of the part's
+  Span span;
+  int chunk, slot, group, group_of_part, split, begin, end;  // chunk: of the sequence; slot: of the part
+  int pair;                                                  // of the part's
 
-  __device__ GradientTask(const FusedBackwardParams& p, unsigned index) {
+  __device__ GradientTask(const FusedBackwardParams& p, unsigned index, bool may_be_packed, bool reverse) {
     split = static_cast<int>(index % static_cast<unsigned>(p.splits));
     index /= static_cast<unsigned>(p.splits);
     group_of_part = static_cast<int>(index % static_cast<unsigned>(p.part.groups));
     slot = static_cast<int>(index / static_cast<unsigned>(p.part.groups));
     group = p.part.first_group + group_of_part;
-    batch = p.part.first_batch + slot / p.chunks, chunk = slot % p.chunks;
-    pair = slot / p.chunks * p.pairs + chunk / 2;
+    if (may_be_packed && p.ends) {
+      const PackedChunk place = p.packed_chunks[slot];
+      span = {place.sequence, 0, place.first, place.length, reverse}, chunk = place.chunk;
+    } else {
+      span = Span::row(p, p.part.first_batch + slot / p.chunks, reverse), chunk = slot % p.chunks;
+    }
+    pair = span.pair_of(p, may_be_packed, chunk);
     const int heads = p.part.items / p.slices, each = (heads + p.splits - 1) / p.splits;
     begin = min(split * each, heads) * p.slices;
     end = min((split + 1) * each, heads) * p.slices;
@@ -92,18 +110,20 @@ struct GradientTask {
     return (p.part.first_item + item) % p.slices * kTile;
   }
   __device__ int kept_of(const FusedBackwardParams& p, int item) const { return group_of_part * p.part.items + item; }
-  __device__ std::int64_t first_token() const { return std::int64_t{chunk} * kTile; }
+  __device__ int first_token() const { return span.token_of(chunk); }
   // Of a pair: the first has h, and its G from the second; the second has G, and its h from the first.
   __device__ bool is_first() const { return chunk % 2 == 0; }
   __device__ int other_chunk() const { return chunk ^ 1; }
 };
 
 // Calls `visit` with each task of the block and the parity of the barriers that it passes once.
-template <class Visit>
+template <class Policy, class Visit>
 __device__ void for_each_task(const FusedBackwardParams& p, Visit visit) {
   int parity = 0;
+  const unsigned tasks = Policy::kRare && p.ends ? p.tasks / p.slots * *p.packed_count : p.tasks;
 #pragma unroll 1
-  for (unsigned index = blockIdx.x; index < p.tasks; index += gridDim.x, parity ^= 1) visit(GradientTask(p, index), parity);
+  for (unsigned index = blockIdx.x; index < tasks; index += gridDim.x, parity ^= 1)
+    visit(GradientTask(p, index, Policy::kRare, goes_in_reverse<Policy>(p)), parity);
 }
 
 // ---- the warps that load and finish ----------------------------------------------------------------------------------------
@@ -113,26 +133,40 @@ __device__ void for_each_task(const FusedBackwardParams& p, Visit visit) {
 // back.
 inline __device__ int dealt_eight(int eight) { return eight % 2 == 0 ? eight / 2 : 7 - eight / 2; }
 
-inline __device__ void load_dealt_tile(const CUtensorMap& map, Barrier& barrier, char* tile, int column, int slab, int token,
-                                       int batch) {
+// The rows of a tile, dealt or in their order, from boxes of eight tokens.
+inline __device__ void load_eights(const CUtensorMap& map, Barrier& barrier, char* tile, int column, int slab, int token,
+                                   int batch, bool dealt, bool reverse) {
 #pragma unroll 1
   for (int eight = 0; eight < kTile / 8; ++eight)
-    load_tile(map, barrier, tile + eight * (kTileBytes / 8), column, slab, token + 8 * dealt_eight(eight), batch);
+    load_tile(map, barrier, tile + eight * (kTileBytes / 8), column, slab,
+              token + memory_of_row(reverse, 8 * (dealt ? dealt_eight(eight) : eight)), batch);
+}
+
+// The same in their order, in one box where that is memory's.
+inline __device__ void load_rows(const CUtensorMap& map, const CUtensorMap& eights, Barrier& barrier, char* tile, int column,
+                                 int slab, int token, int batch, bool reverse) {
+  if (reverse) load_eights(eights, barrier, tile, column, slab, token, batch, false, true);
+  else load_tile(map, barrier, tile, column, slab, token, batch);
 }
 
 template <class Policy>
 __device__ void load_projections(const FusedBackwardParams& p, const GradientTask& task, int parity,
                                  GradientStorage<Policy>& shared) {
   constexpr int kTiles = GradientStorage<Policy>::kTiles;
-  const int token = static_cast<int>(task.first_token());
+  const int token = task.first_token(), batch = task.span.batch;
+  const bool reverse = task.span.reverse;
+  const TokenMaps& maps =
+      task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::B_eights, &TokenMaps::C, &TokenMaps::C_eights);
+  CUtensorMap TokenMaps::* const other = task.is_first() ? &TokenMaps::C : &TokenMaps::B;
+  const TokenMaps& others = task.span.template maps_of<Policy::kRare>(p, task.other_chunk(), other);
   shared.projections_empty.wait(parity ^ 1);
   shared.projections_full.arrive_and_expect_tx(3 * kTiles * kTileBytes);
 #pragma unroll
   for (int k = 0; k < kTiles; ++k) {
-    load_dealt_tile(p.dealt_B, shared.projections_full, shared.B[k], k * kTile, task.group, token, task.batch);
-    load_tile(p.C, shared.projections_full, shared.C[k], k * kTile, task.group, token, task.batch);
-    load_tile(task.is_first() ? p.C : p.B, shared.projections_full, shared.other_projection[k], k * kTile, task.group,
-              task.other_chunk() * kTile, task.batch);
+    load_eights(maps.B_eights, shared.projections_full, shared.B[k], k * kTile, task.group, token, batch, true, reverse);
+    load_rows(maps.C, maps.C_eights, shared.projections_full, shared.C[k], k * kTile, task.group, token, batch, reverse);
+    load_tile(others.*other, shared.projections_full, shared.other_projection[k], k * kTile, task.group,
+              task.span.token_of(task.other_chunk()), batch);
   }
 }
 
@@ -141,14 +175,17 @@ template <class Policy>
 __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                               Ring<2>& ring) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  CUtensorMap TokenMaps::* const rows = task.is_first() ? &TokenMaps::dy : &TokenMaps::x;
+  const CUtensorMap& map = task.span.template maps_of<Policy::kRare>(p, task.other_chunk(), rows).*rows;
+  const int token = task.span.token_of(task.other_chunk());
   const auto load = [&](int item, const Ring<2>& to) {
     if (item >= task.end) return;
     shared.other_empty[to.stage].wait(to.parity ^ 1);
     if (cute::elect_one_sync()) {
       Barrier& loaded = shared.other_loaded[to.stage];
       loaded.arrive_and_expect_tx(kTileBytes + sizeof(WalkSteps));
-      load_tile(task.is_first() ? p.dy : p.x, loaded, shared.other_rows[to.stage], task.channel_of(p, item),
-                task.head_of(p, item), task.other_chunk() * kTile, task.batch);
+      load_tile(map, loaded, shared.other_rows[to.stage], task.channel_of(p, item), task.head_of(p, item), token,
+                task.span.batch);
       const WalkSteps* const steps = task.is_first() ? p.second_steps : p.first_steps;
       cute::SM90_BULK_COPY_G2S::copy(steps + std::int64_t{task.pair} * p.kept_items + task.kept_of(p, item),
                                      reinterpret_cast<std::uint64_t*>(&loaded), &shared.other_steps[to.stage],
@@ -177,15 +214,18 @@ template <class Policy>
 __device__ void load_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                            GradientRing<Policy>& ring) {
   using Storage = GradientStorage<Policy>;
-  const int token = static_cast<int>(task.first_token());
+  const int token = task.first_token(), batch = task.span.batch;
+  const bool reverse = task.span.reverse;
+  const TokenMaps& maps =
+      task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::x_eights, &TokenMaps::dy, &TokenMaps::dy_eights);
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
     const int stage = ring.stage, head = task.head_of(p, item), channel = task.channel_of(p, item),
               kept = task.kept_of(p, item);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
     full.arrive_and_expect_tx((2 + 2 * Storage::kTiles) * kTileBytes + 2 * Storage::kTiles * kTile);
-    load_dealt_tile(p.dealt_x, full, shared.x[stage], channel, head, token, task.batch);
-    load_tile(p.dy, full, shared.g[stage], channel, head, token, task.batch);
+    load_eights(maps.x_eights, full, shared.x[stage], channel, head, token, batch, true, reverse);
+    load_rows(maps.dy, maps.dy_eights, full, shared.g[stage], channel, head, token, batch, reverse);
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
       load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
@@ -215,20 +255,29 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
   const auto fetch = [&](int item, Raw& raw) {
     if (item >= task.end) return;
     const int head = task.head_of(p, item);
-    const StepReader reader(p, task.batch, head);
+    const StepReader reader(p, task.span, head);
     raw.A = reader.A, raw.bias = reader.bias;
-    raw.D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
-    reader.fetch(p, task.chunk, raw.bits);
+    if constexpr (!Policy::kRare) raw.D = p.D.data ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head) : 0.0f;
+    reader.fetch(p, task.span, task.chunk, raw.bits);
   };
 #pragma unroll
   for (int k = 0; k < kAhead; ++k) fetch(task.begin + k, next[k]);
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
-    const LaneSteps s = scan_steps(p, task.chunk, next[0].A, next[0].bias, next[0].bits);
-    const float D = next[0].D;
+    const LaneSteps s = scan_steps(p, task.span, task.chunk, next[0].A, next[0].bias, next[0].bits);
+    const float D_of_head = next[0].D;
 #pragma unroll
     for (int k = 0; k < kAhead - 1; ++k) next[k] = next[k + 1];
     fetch(item + kAhead, next[kAhead - 1]);
+    const bool reverse = task.span.reverse;
     float to_end[2], slope[2];
+    [[maybe_unused]] float D[2] = {};
+    if constexpr (Policy::kRare) {
+      const int channel = task.channel_of(p, item) + 2 * lane;
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (p.D.data && channel + k < p.headdim)
+          D[k] = *reinterpret_cast<const float*>(p.D.data + task.head_of(p, item) * p.D.head + (channel + k) * p.D.column);
+    }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       to_end[k] = fast_exp2(s.total - s.log_decay[k]);
@@ -236,13 +285,15 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
     }
     shared.empty[ring.stage].wait(ring.parity ^ 1);
     GradientSteps& steps = shared.steps[ring.stage];
-    store2(steps.log_decay, lane, s.log_decay[0], s.log_decay[1]);
-    store2(steps.dt, lane, s.dt[0], s.dt[1]);
-    store2(steps.enter, lane, fast_exp2(s.log_decay[0]), fast_exp2(s.log_decay[1]));
-    store2(steps.leave, lane, s.dt[0] * to_end[0], s.dt[1] * to_end[1]);
-    store2(steps.to_end, lane, to_end[0], to_end[1]);
-    store2(steps.slope, lane, slope[0], slope[1]);
-    if (lane == 0) steps.total = fast_exp2(s.total), steps.D = D;
+    const auto store = [&](float* to, float a, float b) { store_steps(to, to_row(reverse, 2 * lane), a, b, reverse); };
+    store(steps.log_decay, s.log_decay[0], s.log_decay[1]);
+    store(steps.dt, s.dt[0], s.dt[1]);
+    store(steps.enter, fast_exp2(s.log_decay[0]), fast_exp2(s.log_decay[1]));
+    if constexpr (Policy::kRare) store2(steps.leave, lane, D[0], D[1]);
+    else store(steps.leave, s.dt[0] * to_end[0], s.dt[1] * to_end[1]);
+    store(steps.to_end, to_end[0], to_end[1]);
+    store(steps.slope, slope[0], slope[1]);
+    if (lane == 0) steps.total = fast_exp2(s.total), steps.D = D_of_head;
     shared.full[ring.stage].arrive();
   }
 }
@@ -278,14 +329,42 @@ inline __device__ void sum_from(const float (&v)[2], float (&sum)[2]) {
   sum[0] = v[0] + sum[1];
 }
 
+// Over the chunk's tokens, x g of a lane's two channels. Rows of x are dealt.
+template <class NativeElement>
+__device__ float2 sum_of_products(const char* x, const char* g, int lane) {
+  float2 sum = {};
+#pragma unroll 1
+  for (int eight = 0; eight < kTile / 8; ++eight)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int column = unit_offset(i, lane / 4) + lane % 4 * 4;
+      float a[2], b[2];
+      cuda::widen_word<NativeElement>(*reinterpret_cast<const std::uint32_t*>(x + eight * (kTileBytes / 8) + column), a);
+      cuda::widen_word<NativeElement>(
+          *reinterpret_cast<const std::uint32_t*>(g + dealt_eight(eight) * (kTileBytes / 8) + column), b);
+      sum.x = fmaf(a[0], b[0], sum.x), sum.y = fmaf(a[1], b[1], sum.y);
+    }
+  return sum;
+}
+
 // One warp: ddt, and the chunk's shares of dA, ddt_bias and dD. The slices of a head add up.
 template <class Policy>
 __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                              GradientRing<Policy>& ring, Ring<2>& slots) {
   const int lane = threadIdx.x % 32;
+  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   float direct[2] = {}, earlier[2] = {}, later[2] = {}, diagonal = 0, whole = 0;
+  // Of shares. Packed sequences make one row.
+  const auto place_of = [&](int head) { return (std::int64_t{p.part.first_batch} * p.chunks + task.slot) * p.nheads + head; };
   for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
     shared.full[ring.stage].wait(ring.parity);
+    if (Policy::kRare && p.D_per_channel) {
+      const float2 dD = sum_of_products<NativeElement>(shared.x[ring.stage], shared.g[ring.stage], lane);
+      const int channel = task.channel_of(p, item) + 2 * lane;
+      float* const to = p.dD_shares + place_of(task.head_of(p, item)) * p.headdim + channel;
+      if (channel < p.headdim) to[0] = dD.x;
+      if (channel + 1 < p.headdim) to[1] = dD.y;
+    }
     shared.sums_full[slots.stage].wait(slots.parity);
     const GradientSteps& steps = shared.steps[ring.stage];
     const GradientSums& sums = shared.sums[slots.stage];
@@ -311,23 +390,32 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
 
     const int head = task.head_of(p, item);
     const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head);
+    if (task.span.reverse) {  // from rows to the order of the scan
+      const auto turn = [&](float (&v)[2]) {
+        const float first = __shfl_xor_sync(~0u, v[1], 3);
+        v[1] = __shfl_xor_sync(~0u, v[0], 3), v[0] = first;
+      };
+      turn(dt), turn(slope), turn(direct), turn(earlier), turn(later);
+    }
     float before[2], from[2], dA = 0, ddt_bias = 0;
     sum_before(earlier, before);
     sum_from(later, from);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const float ddtA = whole + before[k] + from[k], ddt = fmaf(A, ddtA, direct[k]) * slope[k];
-      const std::int64_t token = task.first_token() + 2 * lane + k;
+      const int token = token_of_lane(task.span, task.chunk, k);
       dA = fmaf(dt[k], ddtA, dA);
-      if (token >= p.seqlen) continue;
+      if (token >= task.span.length) continue;
       ddt_bias += ddt;
       if (p.ddt)
-        cuda::store_element(p.ddt + task.batch * p.ddt_batch + token * p.ddt_token + head * p.ddt_head, p.ddt_dtype, ddt);
+        cuda::store_element(p.ddt + task.span.batch * p.ddt_batch + (task.span.first + token) * p.ddt_token + head * p.ddt_head,
+                            p.ddt_dtype, ddt);
     }
     dA = sum_of_warp(dA), ddt_bias = sum_of_warp(ddt_bias), diagonal = sum_of_warp(diagonal);
     if (lane == 0) {
-      const std::int64_t share = (std::int64_t{task.batch} * p.chunks + task.chunk) * p.nheads + head;
-      p.dA_shares[share] = dA, p.ddt_bias_shares[share] = ddt_bias, p.dD_shares[share] = diagonal;
+      const std::int64_t share = place_of(head);
+      p.dA_shares[share] = dA, p.ddt_bias_shares[share] = ddt_bias;
+      if (!Policy::kRare || !p.D_per_channel) p.dD_shares[share] = diagonal;
     }
     direct[0] = direct[1] = earlier[0] = earlier[1] = later[0] = later[1] = diagonal = whole = 0;
   }
@@ -398,7 +486,7 @@ __device__ float multiply_states(const char (*states)[kTileBytes], const char (*
       at.load(adjoints[tile], j, G);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float(&c)[4] = sum[j % 2][r];
+        float (&c)[4] = sum[j % 2][r];
         Multiply::fma(c[0], c[1], c[2], c[3], h[0], h[1], h[2], h[3], G[r], G[r + 2], c[0], c[1], c[2], c[3]);
       }
     }
@@ -412,7 +500,7 @@ __device__ float multiply_states(const char (*states)[kTileBytes], const char (*
 // as can be.
 template <int kState>
 __device__ std::int64_t kept_sums(const FusedBackwardParams& p, int split, int slot, int group) {
-  const std::int64_t block = (std::int64_t{split} * p.part.batches * p.chunks + slot) * p.ngroups + group;
+  const std::int64_t block = (std::int64_t{split} * p.slots + slot) * p.ngroups + group;
   return block * (kState / 8 * kWarpgroup);
 }
 
@@ -508,7 +596,7 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
     shared.passed[stage].arrive();
     ahead.advance(), other.advance();
   };
-  for_each_task(p, [&](const GradientTask& task, int parity) {
+  for_each_task<Policy>(p, [&](const GradientTask& task, int parity) {
 #pragma unroll
     for (int v = 0; v < kTile / 2; ++v) sum0(v) = sum1(v) = 0.0f;
     shared.projections_full.wait(parity);
@@ -519,7 +607,11 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       const GradientSteps& steps = shared.steps[stage];
       float dot[2] = {}, scale[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) scale[r] = (is_C ? steps.enter : steps.leave)[tokens.row[r]];
+      for (int r = 0; r < 2; ++r) {
+        const int row = tokens.row[r];
+        if constexpr (Policy::kRare) scale[r] = is_C ? steps.enter[row] : steps.dt[row] * steps.to_end[row];
+        else scale[r] = (is_C ? steps.enter : steps.leave)[row];
+      }
       const auto add_tile = [&](int tile, auto& sum) {
         cute::warpgroup_fence_operand(product);
         cute::warpgroup_arrive();
@@ -606,20 +698,24 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       keep(sum0, 0);
       if constexpr (kTiles == 2) keep(sum1, 1);
     } else if (is_wanted) {
-      // Out by way of the tiles of B and C, once both warpgroups are through with them.
+      // Out by way of the tiles of B and C, once both warpgroups are through with them, as they lie in memory.
       if (p.has_dB && p.has_dC) cutlass::arch::NamedBarrier::sync(2 * kWarpgroup, 2);
+      else if (Policy::kRare) cutlass::arch::NamedBarrier::sync(kWarpgroup, 3 + is_C);
+      Fragment in_memory = tokens.in_order;
+      if (task.span.reverse) in_memory.row_unit ^= 56 * 128;
 #pragma unroll
       for (int j = 0; j < kTile / 16; ++j) {
-        tokens.in_order.store<NativeElement>(tiles[0], j, sum0);
-        if constexpr (kTiles == 2) tokens.in_order.store<NativeElement>(tiles[1], j, sum1);
+        in_memory.store<NativeElement>(tiles[0], j, sum0);
+        if constexpr (kTiles == 2) in_memory.store<NativeElement>(tiles[1], j, sum1);
       }
       cutlass::arch::fence_view_async_shared();
       cutlass::arch::NamedBarrier::sync(kWarpgroup, 3 + is_C);
       if (thread == 0) {
+        CUtensorMap TokenMaps::* const to = is_C ? &TokenMaps::dC : &TokenMaps::dB;
+        const CUtensorMap& map = task.span.template maps_of<Policy::kRare>(p, task.chunk, to).*to;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
-          cute::SM90_TMA_STORE_4D::copy(is_C ? &p.dC : &p.dB, tiles[tile], tile * kTile, task.group,
-                                        static_cast<int>(task.first_token()), task.batch);
+          cute::SM90_TMA_STORE_4D::copy(&map, tiles[tile], tile * kTile, task.group, task.first_token(), task.span.batch);
         cute::tma_store_arrive();
         cute::tma_store_wait<0>();
       }
@@ -640,8 +736,11 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
   const Fragment at(thread);
   const Tokens tokens(at, true);
   const int (&token)[2] = tokens.row;
-  // Value 4 k + 2 r + c is of i - j = 8 k + c - diagonal[r]. What is i < j of all warps is left out: r = 1, k < 4.
-  const int diagonal[2] = {token[0] - at.column, token[1] - at.column};
+  // Value 4 k + 2 r + c is of tokens of which the scan meets i so many after j: 8 k - limit[r][c]. What is i < j of all warps
+  // is left out: r = 1, k < 4.
+  const bool reverse = goes_in_reverse<Policy>(p);
+  const auto limit_of = [&](int r, int c) { return to_row(reverse, token[r]) - to_row(reverse, at.column + c); };
+  const int limit[2][2] = {{limit_of(0, 0), limit_of(0, 1)}, {limit_of(1, 0), limit_of(1, 1)}};
   constexpr auto is_none = [](int k, int r) { return r == 1 && k < 4; };
   constexpr auto is_all = [](int k, int r) { return r == 0 && k >= 4; };
   // A row's value on the diagonal, for the thread of its four that has it.
@@ -676,8 +775,10 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
 
   Ring<kStages> ring;
   Ring<2> slots;
-  for_each_task(p, [&](const GradientTask& task, int parity) {
+  for_each_task<Policy>(p, [&](const GradientTask& task, int parity) {
     shared.projections_full.wait(parity);
+    const int first_token = task.first_token();
+    const CUtensorMap& dx_map = task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::dx_eights).dx_eights;
     cute::warpgroup_fence_operand(scores);
     cute::warpgroup_arrive();
     issue<true>(rows_mma, B_rows(_, _, _, 0), C_rows(_, _, _, 0), scores);
@@ -726,7 +827,8 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
           for (int c = 0; c < 2; ++c) {
             const int v = 4 * k + 2 * r + c;
             const float L = fast_exp2((c == 0 ? log_i.x : log_i.y) - log_j[r]);
-            const bool reaches = is_all(k, r) || 8 * k + c >= diagonal[r], is_later = is_all(k, r) || 8 * k + c > diagonal[r];
+            const int place = Policy::kRare ? 8 * k : 8 * k + c, &least = limit[r][Policy::kRare ? c : 0];
+            const bool reaches = is_all(k, r) || place >= least, is_later = is_all(k, r) || place > least;
             const float weight = reaches ? pairs(v) * L : 0.0f;  // what lies before j may be anything
             masked_scores[c] = reaches ? scores(v) * L : 0.0f;
             const float W = is_later ? scores(v) * weight : 0.0f;
@@ -762,14 +864,14 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       std::uint32_t g_words[kTile / 16][4];
 #pragma unroll
       for (int b = 0; b < kTile / 16; ++b) tokens.in_order.load(shared.g[stage], b, g_words[b]);
-      const float D = steps.D;
+      const float D_of_head = steps.D;
       char* const tile = shared.dx;
       if (item == task.begin) shared.weights_empty.wait(parity ^ 1);
       else if (at.lane == 0) cute::tma_store_wait<0>();  // the one before has left it
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_fence_operand(masked);
-      shared.empty[stage].arrive();
+      if constexpr (!Policy::kRare) shared.empty[stage].arrive();
       __syncwarp();
 #pragma unroll
       for (int b = 0; b < kTile / 16; ++b) {
@@ -777,22 +879,25 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         for (int w = 0; w < 4; ++w) {
           float pair[2];
           cuda::widen_word<NativeElement>(g_words[b][w], pair);
+          float2 D = {D_of_head, D_of_head};
+          if constexpr (Policy::kRare) D = load2(steps.leave + 16 * b + w / 2 * 8 + at.column);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int v = 8 * b + 2 * w + c;
             dx(v) *= dt_j[w % 2];
-            if (p.D.data) dx(v) = fmaf(D, pair[c], dx(v));
+            if (p.D.data) dx(v) = fmaf(c == 0 ? D.x : D.y, pair[c], dx(v));
           }
         }
         at.store<NativeElement>(tile, b, dx);
       }
+      if constexpr (Policy::kRare) shared.empty[stage].arrive();  // D is in the steps
       cutlass::arch::fence_view_async_shared();
       __syncwarp();
       if (p.has_dx && at.lane == 0) {
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          cute::SM90_TMA_STORE_4D::copy(&p.dealt_dx, tile + (2 * at.warp + r) * (kTileBytes / 8), channel, head,
-                                        static_cast<int>(task.first_token()) + token[r], task.batch);
+          cute::SM90_TMA_STORE_4D::copy(&dx_map, tile + (2 * at.warp + r) * (kTileBytes / 8), channel, head,
+                                        first_token + memory_of_row(reverse, token[r]), task.span.batch);
         cute::tma_store_arrive();
       }
     }
@@ -824,8 +929,16 @@ __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(co
   const float4* const sums =
       (is_C ? p.dC_sums : p.dB_sums) + (std::int64_t{slot} * p.ngroups + group) * kCount * kWarpgroup + threadIdx.x;
   const Tokens tokens(at, !is_C);
-  const std::int64_t first = std::int64_t{slot} % p.chunks * kTile;
-  char* const to = gradient.data + (p.first_batch + slot / p.chunks) * gradient.batch + group * gradient.group;
+  PackedChunk chunk{0, 0, static_cast<int>(p.seqlen), slot % p.chunks};
+  char* to = gradient.data + group * gradient.group;
+  if (p.packed_chunks) {
+    if (static_cast<unsigned>(slot) >= *p.packed_count) return;
+    chunk = p.packed_chunks[slot];
+  } else {
+    to += (p.first_batch + slot / p.chunks) * gradient.batch;
+  }
+  const int place = p.reverse ? (chunk.length - 1) / kTile - chunk.chunk : chunk.chunk;
+  const std::int64_t first = chunk.first + place * kTile, end = chunk.first + chunk.length;
   float4 sum[kCount / 4];
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) sum[i] = sums[(quarter * (kCount / 4) + i) * kWarpgroup];
@@ -842,8 +955,8 @@ __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(co
     const float pairs[2][2] = {{sum[i].x, sum[i].y}, {sum[i].z, sum[i].w}};
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (first + tokens.row[r] < p.seqlen)
-        *reinterpret_cast<std::uint32_t*>(to + (first + tokens.row[r]) * gradient.token + column * sizeof(NativeElement)) =
+      if (const std::int64_t token = first + memory_of_row(p.reverse, tokens.row[r]); token < end)
+        *reinterpret_cast<std::uint32_t*>(to + token * gradient.token + column * sizeof(NativeElement)) =
             cuda::narrow_word<NativeElement>(pairs[r]);
   }
 }
@@ -898,16 +1011,16 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
       switch (cutlass::canonical_warp_idx_sync() % 4) {
         case 0:
           if (cute::elect_one_sync())
-            for_each_task(p, [&](const GradientTask& task, int) { load_items<Policy>(p, task, shared, ring); });
+            for_each_task<Policy>(p, [&](const GradientTask& task, int) { load_items<Policy>(p, task, shared, ring); });
           break;
         case 1:
-          for_each_task(p, [&](const GradientTask& task, int) { prepare_items<Policy>(p, task, shared, ring); });
+          for_each_task<Policy>(p, [&](const GradientTask& task, int) { prepare_items<Policy>(p, task, shared, ring); });
           break;
         case 2:
-          for_each_task(p, [&](const GradientTask& task, int) { finish_steps<Policy>(p, task, shared, ring, slots); });
+          for_each_task<Policy>(p, [&](const GradientTask& task, int) { finish_steps<Policy>(p, task, shared, ring, slots); });
           break;
         case 3:
-          for_each_task(p, [&](const GradientTask& task, int parity) {
+          for_each_task<Policy>(p, [&](const GradientTask& task, int parity) {
             if (cute::elect_one_sync()) load_projections<Policy>(p, task, parity, shared);
             __syncwarp();
             weight_others<Policy>(p, task, shared, slots);

@@ -12,18 +12,24 @@ namespace statescan::ssd_scan {
 template <class Policy>
 void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedBackwardPlan& plan, Stream stream) {
   FusedBackwardParams p{};
-  p.x = cuda::tma_map(args.x), p.dy = cuda::tma_map(args.dy);
-  p.has_dx = static_cast<bool>(args.dx);
-  if (p.has_dx) p.dealt_dx = cuda::tma_map(args.dx, 8);
-  p.B = cuda::tma_map(args.B), p.C = cuda::tma_map(args.C);
-  p.dealt_x = cuda::tma_map(args.x, 8), p.dealt_B = cuda::tma_map(args.B, 8);
+  p.has_dx = static_cast<bool>(args.dx), p.has_dB = static_cast<bool>(args.dB), p.has_dC = static_cast<bool>(args.dC);
+  p.maps.x = cuda::tma_map(args.x), p.maps.dy = cuda::tma_map(args.dy);
+  p.maps.B = cuda::tma_map(args.B), p.maps.C = cuda::tma_map(args.C);
+  p.maps.x_eights = cuda::tma_map(args.x, 8), p.maps.dy_eights = cuda::tma_map(args.dy, 8);
+  p.maps.B_eights = cuda::tma_map(args.B, 8), p.maps.C_eights = cuda::tma_map(args.C, 8);
+  if (p.has_dx) p.maps.dx_eights = cuda::tma_map(args.dx, 8);
+  if (p.has_dB) p.maps.dB = cuda::tma_map(args.dB);
+  if (p.has_dC) p.maps.dC = cuda::tma_map(args.dC);
+  const bool packed = static_cast<bool>(args.cu_seqlens);
+  p.sequences = sequences_of(args, d, {.chunk = kFusedTile});
   const std::int64_t dt_size = size_of(args.dt.dtype);
   p.dt = {static_cast<const char*>(args.dt.data), args.dt.dtype, args.dt.stride[0] * dt_size, args.dt.stride[1] * dt_size,
           args.dt.stride[2] * dt_size};
   p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
   p.initial_state = state_view(args.initial_state), p.dfinal_state = state_view(args.dfinal_state);
   p.dinitial_state = state_view(args.dinitial_state);
-  p.has_chunk_states = static_cast<bool>(args.chunk_states);
+  // Others are made again: the walks of the adjoints are as long anyway.
+  p.has_chunk_states = args.chunk_states && !packed && !args.reverse;
   if (p.has_chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
   p.stretches = p.has_chunk_states ? static_cast<unsigned>(d.nstretches) : 1;
   if (args.ddt) {
@@ -31,17 +37,13 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     p.ddt = static_cast<char*>(args.ddt.data), p.ddt_dtype = args.ddt.dtype;
     p.ddt_batch = args.ddt.stride[0] * size, p.ddt_token = args.ddt.stride[1] * size, p.ddt_head = args.ddt.stride[2] * size;
   }
-  p.dt_softplus = args.dt_softplus;
+  p.dt_softplus = args.dt_softplus, p.D_per_channel = d.D_per_channel;
   p.dt_min = static_cast<float>(args.dt_min), p.dt_max = static_cast<float>(args.dt_max);
-  p.seqlen = d.seqlen;
-  p.batch = static_cast<int>(d.batch), p.nheads = static_cast<int>(d.nheads), p.headdim = static_cast<int>(d.headdim);
+  p.nheads = static_cast<int>(d.nheads), p.headdim = static_cast<int>(d.headdim);
   p.ngroups = static_cast<int>(d.ngroups), p.dstate = static_cast<int>(d.dstate), p.chunks = static_cast<int>(plan.chunks);
   p.pairs = static_cast<int>(plan.pairs);
   p.slices = static_cast<int>(plan.slices), p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
   p.splits = static_cast<int>(plan.splits);
-  p.has_dB = static_cast<bool>(args.dB), p.has_dC = static_cast<bool>(args.dC);
-  if (p.has_dB) p.dB = cuda::tma_map(args.dB);
-  if (p.has_dC) p.dC = cuda::tma_map(args.dC);
 
   auto* memory = static_cast<char*>(args.workspace.data);
   const auto take = [&](std::size_t bytes) {
@@ -58,8 +60,13 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     p.dB_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
     p.dC_sums = reinterpret_cast<float4*>(take(plan.sums_bytes));
   }
-  for (float** shares : {&p.dA_shares, &p.ddt_bias_shares, &p.dD_shares})
-    *shares = reinterpret_cast<float*>(take(plan.shares_bytes));
+  for (float** shares : {&p.dA_shares, &p.ddt_bias_shares}) *shares = reinterpret_cast<float*>(take(plan.shares_bytes));
+  p.dD_shares = reinterpret_cast<float*>(take(plan.D_shares_bytes));
+  if (packed) {
+    p.packed_chunks = reinterpret_cast<PackedChunk*>(take(plan.packed_chunks_bytes));
+    p.packed_count = reinterpret_cast<unsigned*>(take(plan.packed_order_bytes)), p.packed_order = p.packed_count + 1;
+    p.ends = reinterpret_cast<TokenMaps*>(take(plan.ends_bytes));
+  }
 
   const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
   // A kernel's blocks take their places while the one ahead of it ends; the first of all has a stranger ahead of it.
@@ -74,10 +81,16 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     const std::int64_t size = size_of(t.dtype);
     return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
   };
+  if (packed) {
+    p.slots = static_cast<unsigned>(plan.slots);
+    launch("ssd_scan_fused_packed_kernel", fused::ssd_scan_fused_packed_kernel, divide_up(d.num_sequences, fused::kPackedWarps),
+           32 * fused::kPackedWarps, 0, p);
+  }
   for (std::int64_t i = 0; i < plan.parts; ++i) {
     p.part = plan.part(d, i);
     p.keeps_sums = plan.splits > 1 || !p.part.is_last;
     const std::int64_t slots = p.part.batches * plan.chunks, items = p.part.total();
+    const std::int64_t sequences = packed ? d.num_sequences : p.part.batches;
     const auto kept = [&](void* data) {  // [pairs, rows, items, states], as boxes of rows and states find them
       const std::int64_t pairs = p.part.batches * plan.pairs;
       Tensor t = Tensor::contiguous(data, args.x.dtype, {pairs, items, kFusedTile, Policy::kState}, args.x.device);
@@ -86,29 +99,35 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     };
     p.kept_items = static_cast<int>(items);
     p.states = kept(states), p.adjoints = kept(adjoints);
-    p.items_of_walk = items_of_walk(p.part.batches * items);
+    p.slots = static_cast<unsigned>(slots);
+    p.items_of_walk = items_of_walk(sequences * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
-    p.walks = static_cast<unsigned>(p.part.batches * p.walks_per_group * p.part.groups);
+    p.walks = static_cast<unsigned>(sequences * p.walks_per_group * p.part.groups);
     launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
            std::min(std::int64_t{p.walks} * (1 + p.stretches), multiprocessors), 128 * fused::kWalkWarpgroups,
            sizeof(fused::WalkStorage<Policy>), p);
     p.tasks = static_cast<unsigned>(slots * p.part.groups * plan.splits);
-    launch("ssd_scan_fused_gradient_kernel", ssd_scan_fused_gradient_kernel<Policy>,
-           std::min(std::int64_t{p.tasks}, multiprocessors), 128 * fused::kGradientWarpgroups,
-           sizeof(fused::GradientStorage<Policy>), p);
+    using Plain = fused::GradientPolicy<Policy, false>;
+    auto kernel = ssd_scan_fused_gradient_kernel<Plain>;
+    if constexpr (Policy::kState == 128)
+      if (packed || args.reverse || d.D_per_channel)
+        kernel = ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, true>>;
+    launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors),
+           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<Plain>), p);
     if (plan.splits == 1 || !p.part.ends_batches) continue;
     const FusedSplitSumParams sums{
-        p.dB_sums, p.dC_sums, gradient(args.dB), gradient(args.dC), d.seqlen, p.part.first_batch, static_cast<int>(slots),
-        p.chunks,  p.ngroups, p.splits,          p.dstate};
+        p.dB_sums, p.dC_sums,          gradient(args.dB),       gradient(args.dC), p.packed_chunks, p.packed_count,
+        d.seqlen,  p.part.first_batch, static_cast<int>(slots), p.chunks,          p.ngroups,       p.splits,
+        p.dstate,  args.reverse};
     launch("ssd_scan_fused_split_sum_kernel", fused::ssd_scan_fused_split_sum_kernel<Policy>, 8 * slots * d.ngroups,
            fused::kWarpgroup, 0, sums);
   }
-  Sequences sequences{};
-  sequences.count = d.batch, sequences.seqlen = d.seqlen, sequences.segments = 1, sequences.chunk = kFusedTile;
-  launch_chunk_sums({sequences,
-                     {chunk_sum(p.dA_shares, args.dA, 1), chunk_sum(p.ddt_bias_shares, args.ddt_bias, 1),
-                      chunk_sum(p.dD_shares, args.dD, 1)}},
-                    stream);
+  launch_chunk_sums(
+      {p.sequences,
+       {chunk_sum(p.dA_shares, args.dA, 1), chunk_sum(p.ddt_bias_shares, args.ddt_bias, 1), chunk_sum(p.dD_shares, args.dD, 1)},
+       p.packed_count},
+      stream);
+  if (packed) launch_clear(p.sequences, args, d, stream);
 }
 
 }  // namespace statescan::ssd_scan

@@ -14,9 +14,26 @@ struct alignas(16) WalkSteps {
 };
 static_assert(sizeof(WalkSteps) == kFusedTile * sizeof(float) + 16, "or the plan counts something else");
 
-struct FusedBackwardParams {
+// Of the tensors that move in boxes of tokens.
+struct TokenMaps {
   CUtensorMap x, dy, B, C, dB, dC;
-  CUtensorMap dealt_x, dealt_dx, dealt_B;  // in boxes of eight tokens
+  CUtensorMap x_eights, dy_eights, dx_eights, B_eights, C_eights;  // in boxes of eight tokens
+};
+
+// A chunk of a packed sequence that begins with token `first`.
+struct alignas(16) PackedChunk {
+  int sequence, first, length, chunk;
+};
+static_assert(sizeof(TokenMaps) == kTokenMapsBytes && sizeof(PackedChunk) == kPackedChunkBytes);
+
+struct FusedBackwardParams {
+  TokenMaps maps;
+  Sequences sequences;
+  // Of packed sequences, or null: their chunks one after the other, how many these are, the sequences from the longest to the
+  // shortest, and maps that end where each of them does.
+  PackedChunk* packed_chunks;
+  unsigned *packed_count, *packed_order;
+  TokenMaps* ends;
   CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
   std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
   WalkSteps *first_steps, *second_steps;  // [pairs, items] of the part: of the chunks that the main kernel passes again
@@ -28,10 +45,10 @@ struct FusedBackwardParams {
   char* ddt;  // null: not wanted
   DType ddt_dtype;
   std::int64_t ddt_batch, ddt_token, ddt_head;  // strides in bytes
-  bool dt_softplus, has_dx, has_dB, has_dC;
+  bool dt_softplus, has_dx, has_dB, has_dC, D_per_channel;
   float dt_min, dt_max;
-  std::int64_t seqlen;
-  int batch, nheads, headdim, ngroups, dstate, chunks, pairs;  // pairs of chunks: the last may lack its second
+  int nheads, headdim, ngroups, dstate;
+  int chunks, pairs;  // of a row of the batch, where it is not packed; the last pair may lack its second chunk
   int slices, heads_per_group;
   FusedPart part;
   int kept_items;  // of all groups of the part
@@ -39,10 +56,11 @@ struct FusedBackwardParams {
   unsigned walks;                                  // of one direction: groups of items x sequences
   unsigned stretches;                              // that the forward direction is cut into: 1 without chunk_states
   int items_of_walk, walks_per_group;              // items: 1 or 2
-  unsigned tasks;                                  // of the main kernel: chunks of all sequences x groups of the part x splits
+  unsigned slots;                                  // of the part: chunks of its sequences, as many as there can be
+  unsigned tasks;                                  // of the main kernel: slots x groups of the part x splits
   float4 *dB_sums, *dC_sums;                       // of splits and pieces (kept_sums)
   bool keeps_sums;                                 // this part leaves them, else it writes dB and dC
-  float *dA_shares, *ddt_bias_shares, *dD_shares;  // [slots,h]
+  float *dA_shares, *ddt_bias_shares, *dD_shares;  // [slots,h], dD [slots,h,p] too
 };
 
 // [b,l,g,n] of 16-bit elements, contiguous along n; strides in bytes.
@@ -54,8 +72,11 @@ struct GradientView {
 struct FusedSplitSumParams {
   const float4 *dB_sums, *dC_sums;
   GradientView dB, dC;
+  const PackedChunk* packed_chunks;  // null: not packed
+  const unsigned* packed_count;
   std::int64_t seqlen;
   int first_batch, slots, chunks, ngroups, splits, dstate;  // slots: of the part
+  bool reverse;
 };
 
 }  // namespace statescan::ssd_scan

@@ -26,17 +26,19 @@ struct FusedPart {
 
 struct FusedBackwardPlan {
   std::int64_t slices;         // of 64 channels, of a head
-  std::int64_t chunks, slots;  // of a sequence; of all
-  std::int64_t pairs;          // of chunks, of a sequence
+  std::int64_t chunks, slots;  // of a row of the batch; of all. Of a packed row, what its sequences need at most
+  std::int64_t pairs;          // of chunks, of a row
   std::int64_t group_items;    // slices of all heads of a group
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
   std::int64_t splits;  // blocks that share the items of a piece
   bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
-  // Of the workspace: of shares three, of the rest two each.
+  // Of the workspace: two each, but for D, and one each.
   std::size_t states_bytes, exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
+  std::size_t D_shares_bytes, packed_chunks_bytes, packed_order_bytes, ends_bytes;
 
   constexpr std::size_t workspace_bytes() const {
-    return 2 * (states_bytes + exponents_bytes + steps_bytes + sums_bytes) + 3 * shares_bytes;
+    return 2 * (states_bytes + exponents_bytes + steps_bytes + sums_bytes + shares_bytes) + D_shares_bytes +
+           packed_chunks_bytes + packed_order_bytes + ends_bytes;
   }
 
   constexpr FusedPart part(const Dims& d, std::int64_t i) const {
@@ -55,12 +57,15 @@ struct FusedBackwardPlan {
   }
 };
 
+// Of the kernels' PackedChunk and TokenMaps.
+inline constexpr std::size_t kPackedChunkBytes = 16, kTokenMapsBytes = 11 * 128;
+
 // Slices whose states a block of the walks takes together, of so many in all sequences: two share B or C, one where that leaves
 // multiprocessors without work.
 constexpr int items_of_walk(std::int64_t items) { return 2 * items <= kMultiprocessors ? 1 : 2; }
 
 // The parts and splits that make the estimated time least, of those whose memory is in bounds. Times in us, of an H100.
-constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invariant) {
+constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant) {
   constexpr double kMostMemory = 1.45;  // what is kept between the kernels, in units of x
   constexpr std::int64_t kMostSplits = 8, kMoreParts = 3;
   constexpr double kLaunch = 2.0, kSplitSum = 4.0;
@@ -69,17 +74,22 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
   constexpr double kBytes = 2.9e6 / kMultiprocessors;  // that a multiprocessor has of the memory in one us, when all are busy
   FusedBackwardPlan plan{};
   plan.slices = divide_up(d.headdim, kFusedTile);
-  plan.chunks = divide_up(d.seqlen, kFusedTile), plan.slots = d.batch * plan.chunks;
-  plan.pairs = divide_up(plan.chunks, std::int64_t{2});
+  const std::int64_t sequences = packed ? std::max<std::int64_t>(d.num_sequences, 1) : 1;  // of a row
+  plan.chunks = packed ? d.seqlen / kFusedTile + sequences : divide_up(d.seqlen, kFusedTile);
+  plan.pairs = packed ? d.seqlen / (2 * kFusedTile) + sequences : divide_up(plan.chunks, std::int64_t{2});
+  plan.slots = d.batch * plan.chunks;
+  const std::int64_t expected = packed ? d.seqlen / kFusedTile + sequences / 2 : plan.chunks;  // chunks of a row
   const std::int64_t heads = d.nheads / d.ngroups;
   plan.group_items = heads * plan.slices;
-  const std::int64_t columns = divide_up(d.dstate, kFusedTile) * kFusedTile, state = 2 * kFusedTile * columns;
+  const std::int64_t columns = padded_dstate, state = 2 * kFusedTile * columns;
   const std::int64_t steps = kFusedTile * sizeof(float) + 16;
   const std::int64_t tile = 2 * kFusedTile * kFusedTile, sums_of_task = 8 * kFusedTile * columns;
-  // Of a sequence: what bounds the memory, what an item keeps, the sums of dB and dC of a split.
-  const double bound = kMostMemory * 2.0 * static_cast<double>(d.seqlen * d.nheads * d.headdim);
-  const double kept = 2.0 * static_cast<double>(plan.pairs * (state + columns + steps));
-  const double sums = static_cast<double>(plan.chunks * d.ngroups * sums_of_task);
+  // Of a row: what bounds the memory, what an item keeps, the sums of dB and dC of a split.
+  // With batch_invariant that of a pair of whole chunks: how heads are cut must not depend on what is packed together.
+  const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
+  const double bound = kMostMemory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
+  const double kept = 2.0 * static_cast<double>((batch_invariant ? 1 : plan.pairs) * (state + columns + steps));
+  const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
   const auto kernel = [](std::int64_t tasks, double start, std::int64_t steps, double step, std::int64_t bytes) {
@@ -96,13 +106,13 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
     const bool in_memory = splits > 1 || pieces > 1;
     const double memory = kept * static_cast<double>(groups * items) + (in_memory ? sums * static_cast<double>(splits) : 0.0);
     if (least >= 0 && memory * static_cast<double>(batches) > bound * static_cast<double>(d.batch)) return;
-    const int together = items_of_walk(batches * groups * items);
-    const double walks = kernel(2 * batches * groups * divide_up(items, together), kWalkStart, plan.chunks,
-                                kWalkStep * together, together * (tile + state / 2));
+    const int together = items_of_walk(batches * sequences * groups * items);
+    const double walks = kernel(2 * batches * sequences * groups * divide_up(items, together), kWalkStart,
+                                divide_up(expected, sequences), kWalkStep * together, together * (tile + state / 2));
     // A task's sums go to the workspace, and come back but for those of the first piece.
     const double passes = in_memory ? 2.0 * static_cast<double>(pieces - 1) / static_cast<double>(pieces) + (splits > 1) : 0.0;
     const double gradients =
-        kernel(batches * plan.chunks * groups * splits, kTaskEnds + passes * static_cast<double>(sums_of_task) / kBytes,
+        kernel(batches * expected * groups * splits, kTaskEnds + passes * static_cast<double>(sums_of_task) / kBytes,
                divide_up(items / plan.slices, splits) * plan.slices, kItem, 3 * tile + state);
     const double split_sum = kSplitSum + static_cast<double>(splits * batches) * sums / (kBytes * kMultiprocessors);
     const double time =
@@ -143,7 +153,14 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, bool batch_invari
   if (plan.sums_in_memory)
     plan.sums_bytes = static_cast<std::size_t>(plan.splits * slots_of_part * d.ngroups * sums_of_task / 2);
   plan.shares_bytes = sizeof(float) * static_cast<std::size_t>(plan.slots * d.nheads);
-  for (std::size_t* bytes : {&plan.exponents_bytes, &plan.steps_bytes, &plan.sums_bytes, &plan.shares_bytes})
+  plan.D_shares_bytes = plan.shares_bytes * static_cast<std::size_t>(d.D_per_channel ? d.headdim : 1);
+  if (packed) {
+    plan.packed_chunks_bytes = kPackedChunkBytes * static_cast<std::size_t>(plan.slots);
+    plan.packed_order_bytes = sizeof(unsigned) * static_cast<std::size_t>(1 + sequences);  // after the count of chunks
+    plan.ends_bytes = kTokenMapsBytes * static_cast<std::size_t>(sequences);
+  }
+  for (std::size_t* bytes : {&plan.exponents_bytes, &plan.steps_bytes, &plan.sums_bytes, &plan.shares_bytes,
+                             &plan.D_shares_bytes, &plan.packed_chunks_bytes, &plan.packed_order_bytes, &plan.ends_bytes})
     *bytes = (*bytes + 255) / 256 * 256;
   return plan;
 }

@@ -1,48 +1,50 @@
 // The step sizes of a chunk in the fused backward, by one warp: two tokens a lane.
 #pragma once
 
-#include "../common/early.cuh"
-#include "fused_bwd_params.h"
-#include "fused_kernel.cuh"
+#include "fused_bwd_span.cuh"
 
 namespace statescan::ssd_scan::fused {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 
-// Of tokens 2 lane and 2 lane + 1. Logarithms are to base 2, from the chunk's start through the token.
+// Of tokens 2 lane and 2 lane + 1 of the scan. Logarithms are to base 2, from the chunk's start through the token.
 struct LaneSteps {
   float raw[2], free[2], dt[2], log_decay[2], total;  // raw: with its bias; free: before it is limited
 };
 
+// Of the sequence, in memory.
+inline __device__ int token_of_lane(const Span& span, int chunk, int k) {
+  return span.place_of(chunk) * kTile + to_memory(span.reverse, 2 * (threadIdx.x % 32) + k);
+}
+
 struct StepReader {
   float A, bias;
-  const char* from;  // token 0 of the sequence
+  const char* from;  // the first token of the sequence
 
-  __device__ StepReader(const FusedBackwardParams& p, int batch, int head)
+  __device__ StepReader(const FusedBackwardParams& p, const Span& span, int head)
       : A(*reinterpret_cast<const float*>(p.A.data + head * p.A.head) * kLog2e),
         bias(p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f),
-        from(p.dt.data + batch * p.dt.batch + head * p.dt.head) {}
+        from(p.dt.data + span.batch * p.dt.batch + span.first * p.dt.token + head * p.dt.head) {}
 
-  __device__ void fetch(const FusedBackwardParams& p, int chunk, std::uint32_t (&bits)[2]) const {
-    const std::int64_t token = std::int64_t{chunk} * kTile + 2 * (threadIdx.x % 32);
+  __device__ void fetch(const FusedBackwardParams& p, const Span& span, int chunk, std::uint32_t (&bits)[2]) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k)
-      if (token + k < p.seqlen) bits[k] = cuda::load_bits(from + (token + k) * p.dt.token, p.dt.dtype);
+      if (const std::int64_t token = token_of_lane(span, chunk, k); token < span.length)
+        bits[k] = cuda::load_bits(from + token * p.dt.token, p.dt.dtype);
   }
 };
 
 // Tokens past the end take a step of zero.
-inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, int chunk, float A, float bias,
+inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, const Span& span, int chunk, float A, float bias,
                                        const std::uint32_t (&bits)[2]) {
   const int lane = threadIdx.x % 32;
-  const std::int64_t token = std::int64_t{chunk} * kTile + 2 * lane;
   LaneSteps s;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const float value = cuda::widen_bits(bits[k], p.dt.dtype);
     s.raw[k] = value + bias;
     s.free[k] = p.dt_softplus ? cuda::fast_softplus(s.raw[k]) : s.raw[k];
-    s.dt[k] = token + k < p.seqlen ? clamp(s.free[k], p.dt_min, p.dt_max) : 0.0f;
+    s.dt[k] = token_of_lane(span, chunk, k) < span.length ? clamp(s.free[k], p.dt_min, p.dt_max) : 0.0f;
   }
   const float own[2] = {s.dt[0] * A, s.dt[1] * A};
   float before = own[0] + own[1];
@@ -59,17 +61,22 @@ inline __device__ LaneSteps scan_steps(const FusedBackwardParams& p, int chunk, 
   return s;
 }
 
-inline __device__ void store2(float* to, int lane, float a, float b) {
-  reinterpret_cast<float2*>(to)[lane] = make_float2(a, b);
+inline __device__ void store2(float* to, int pair, float a, float b) {
+  reinterpret_cast<float2*>(to)[pair] = make_float2(a, b);
 }
 
-// By the warp that has these steps.
-inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool backward) {
+// The same of tokens i and i + 1 of the scan, to where `place` has i: the two lie in this order there, or the other way round.
+inline __device__ void store_steps(float* to, int place, float a, float b, bool reverse) {
+  store2(to, place / 2, reverse ? b : a, reverse ? a : b);
+}
+
+// By the warp that has these steps, in the order of memory.
+inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool backward, bool reverse) {
   float weight[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k) weight[k] = backward ? fast_exp2(s.log_decay[k]) : s.dt[k] * fast_exp2(s.total - s.log_decay[k]);
   const int lane = threadIdx.x % 32;
-  store2(to.weight, lane, weight[0], weight[1]);
+  store_steps(to.weight, to_memory(reverse, 2 * lane), weight[0], weight[1], reverse);
   if (lane == 0) to.total = fast_exp2(s.total);
 }
 

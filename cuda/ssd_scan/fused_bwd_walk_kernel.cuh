@@ -39,24 +39,29 @@ struct WalkStorage {
 
 struct WalkTask {
   bool backward;
-  int batch, group, first_item;  // item: within the part's items of the group
-  int batch_of_part, group_of_part;
+  Span span;
+  int group, first_item;  // item: within the part's items of the group
+  int group_of_part;
   int stretch, begin, chunks;  // forward, chunks from `begin` on
 
   __device__ WalkTask(const FusedBackwardParams& p, unsigned index) {
-    backward = index < p.walks;
-    const unsigned walk = index % p.walks;
-    stretch = backward ? 0 : static_cast<int>(index / p.walks) - 1;
+    const auto of_sequence = static_cast<unsigned>(p.walks_per_group * p.part.groups);
+    const unsigned sequences = p.walks / of_sequence, sequence = index / of_sequence;  // over and over again
+    const int tile = static_cast<int>(index % of_sequence);
+    if (p.ends) {
+      backward = sequence % 2 == 0, stretch = 0;
+      span = Span::packed(p, static_cast<int>(p.packed_order[sequence / 2]), p.sequences.reverse);
+    } else {
+      backward = sequence < sequences, stretch = backward ? 0 : static_cast<int>(sequence / sequences) - 1;
+      span = Span::row(p, p.part.first_batch + static_cast<int>(sequence % sequences), p.sequences.reverse);
+    }
     // Backward, the second of a pair comes even where the sequence has ended: nothing is in it.
-    const int of_stretch = p.has_chunk_states ? kChunksOfStretch : p.chunks;
+    const int all = (span.length + kTile - 1) / kTile, of_stretch = p.has_chunk_states ? kChunksOfStretch : all;
     begin = stretch * of_stretch;
-    chunks = backward ? 2 * p.pairs : min(of_stretch, p.chunks - begin);
-    const int of_batch = static_cast<int>(walk % static_cast<unsigned>(p.walks_per_group * p.part.groups));
-    batch_of_part = static_cast<int>(walk / static_cast<unsigned>(p.walks_per_group * p.part.groups));
-    batch = p.part.first_batch + batch_of_part;
-    group_of_part = of_batch / p.walks_per_group;
+    chunks = backward ? (all + 1) / 2 * 2 : min(of_stretch, all - begin);
+    group_of_part = tile / p.walks_per_group;
     group = p.part.first_group + group_of_part;
-    first_item = of_batch % p.walks_per_group * p.items_of_walk;
+    first_item = tile % p.walks_per_group * p.items_of_walk;
   }
 
   __device__ bool has_item(const FusedBackwardParams& p, int which) const {
@@ -70,7 +75,7 @@ struct WalkTask {
   }
   __device__ int chunk_of(int i) const { return backward ? chunks - 1 - i : begin + i; }
   // Where the part keeps it.
-  __device__ int pair_of(const FusedBackwardParams& p, int i) const { return batch_of_part * p.pairs + chunk_of(i) / 2; }
+  __device__ int pair_of(const FusedBackwardParams& p, int i) const { return span.pair_of(p, true, chunk_of(i)); }
   __device__ int kept_of(const FusedBackwardParams& p, int which) const {
     return group_of_part * p.part.items + first_item + which;
   }
@@ -78,21 +83,23 @@ struct WalkTask {
 };
 
 // Calls `visit` with each task of the block. Those backward come first; where they are for less than half of the blocks, the
-// others share the rest.
+// others share the rest. Of packed sequences the longest come first, and blocks take turns from the first to the last and back.
 template <class Visit>
 __device__ void for_each_walk(const FusedBackwardParams& p, Visit visit) {
-  const bool apart = 2 * p.walks <= gridDim.x;
+  const bool apart = !p.ends && 2 * p.walks <= gridDim.x;
   const unsigned end = apart && blockIdx.x < p.walks ? p.walks : p.walks * (1 + p.stretches);
+  const unsigned turn = apart ? gridDim.x - p.walks : gridDim.x;
+  unsigned step = p.ends ? 2 * (gridDim.x - blockIdx.x) - 1 : turn;
 #pragma unroll 1
-  for (unsigned index = blockIdx.x; index < end; index += apart ? gridDim.x - p.walks : gridDim.x) visit(WalkTask(p, index));
+  for (unsigned index = blockIdx.x; index < end; index += step, step = 2 * turn - step) visit(WalkTask(p, index));
 }
 
 template <class Policy>
 __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
                           Ring<WalkStorage<Policy>::kStages>& ring, Ring<1>& entry) {
   constexpr int kTiles = WalkStorage<Policy>::kTiles;
-  const CUtensorMap& rows = task.backward ? p.dy : p.x;
-  const CUtensorMap& projection = task.backward ? p.C : p.B;
+  CUtensorMap TokenMaps::* const rows = task.backward ? &TokenMaps::dy : &TokenMaps::x;
+  CUtensorMap TokenMaps::* const projection = task.backward ? &TokenMaps::C : &TokenMaps::B;
   const int slices = task.has_item(p, 1) ? 2 : 1;
   if (task.enters_stretch(p)) {
     shared.entry_empty.wait(entry.parity ^ 1);
@@ -101,19 +108,21 @@ __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, Wa
 #pragma unroll
       for (int k = 0; k < kTiles; ++k)
         load_tile(p.chunk_states, shared.entry_full, shared.entry[which][k], k * kTile, task.head_of(p, which),
-                  task.channel_of(p, which), task.batch * static_cast<int>(p.stretches) + task.stretch);
+                  task.channel_of(p, which), task.span.batch * static_cast<int>(p.stretches) + task.stretch);
     entry.advance();
   }
   for (int i = 0; i < task.chunks; ++i, ring.advance()) {
-    const int stage = ring.stage, token = task.chunk_of(i) * kTile;
+    const int stage = ring.stage, token = task.span.token_of(task.chunk_of(i));
+    const TokenMaps& maps = task.span.template maps_of<true>(p, task.chunk_of(i), rows, projection);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
     full.arrive_and_expect_tx(kTileBytes * (kTiles + slices));
 #pragma unroll
     for (int k = 0; k < kTiles; ++k)
-      load_tile(projection, full, shared.projection[stage][k], k * kTile, task.group, token, task.batch);
+      load_tile(maps.*projection, full, shared.projection[stage][k], k * kTile, task.group, token, task.span.batch);
     for (int which = 0; which < slices; ++which)
-      load_tile(rows, full, shared.rows[stage][which], task.channel_of(p, which), task.head_of(p, which), token, task.batch);
+      load_tile(maps.*rows, full, shared.rows[stage][which], task.channel_of(p, which), task.head_of(p, which), token,
+                task.span.batch);
   }
 }
 
@@ -123,7 +132,7 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
                              Ring<WalkStorage<Policy>::kStages>& ring, int warp) {
   static_assert(WalkStorage<Policy>::kStages % 2 == 0, "or chunks would change hands");
   const int lane = threadIdx.x % 32, which = p.items_of_walk == 1 ? 0 : warp;
-  const StepReader reader(p, task.batch, task.head_of(p, task.has_item(p, which) ? which : 0));
+  const StepReader reader(p, task.span, task.head_of(p, task.has_item(p, which) ? which : 0));
   // Raw steps of the chunks to come, four of them at a time: a load from memory takes longer than a chunk, and registers that
   // move up wait for every load that is on its way.
   constexpr int kAhead = WalkStorage<Policy>::kAhead;
@@ -132,7 +141,7 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
   const auto fetch = [&](int first) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      if (first + k < task.chunks) reader.fetch(p, task.chunk_of(first + k), next[k]);
+      if (first + k < task.chunks) reader.fetch(p, task.span, task.chunk_of(first + k), next[k]);
   };
   fetch(0);
   WalkSteps* const kept = task.backward ? p.second_steps : p.first_steps;
@@ -145,12 +154,13 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
     if (p.items_of_walk == 1 && ring.stage % 2 != warp) continue;
     const uint2 own = raw[i % kAhead * 32];
     const std::uint32_t bits[2] = {own.x, own.y};
-    const LaneSteps s = scan_steps(p, task.chunk_of(i), reader.A, reader.bias, bits);
+    const LaneSteps s = scan_steps(p, task.span, task.chunk_of(i), reader.A, reader.bias, bits);
     shared.empty[ring.stage].wait(ring.parity ^ 1);
-    store_walk_steps(shared.steps[ring.stage][which], s, task.backward);
+    store_walk_steps(shared.steps[ring.stage][which], s, task.backward, task.span.reverse);
     shared.full[ring.stage].arrive();
     if (i % 2 == 0 && task.has_item(p, which))
-      store_walk_steps(kept[std::int64_t{task.pair_of(p, i)} * p.kept_items + task.kept_of(p, which)], s, task.backward);
+      store_walk_steps(kept[std::int64_t{task.pair_of(p, i)} * p.kept_items + task.kept_of(p, which)], s, task.backward,
+                       task.span.reverse);
   }
 }
 
@@ -237,7 +247,9 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       return;
     }
     const int head = task.head_of(p, which), channel = task.channel_of(p, which);
-    const auto slice_of = [&](const StateView& t) { return SliceOfState<kColumns>(p, t, task.batch, head, channel, at_half); };
+    const auto slice_of = [&](const StateView& t) {
+      return SliceOfState<kColumns>(p, t, task.span.sequence, head, channel, at_half);
+    };
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     const StateView& from = task.backward ? p.dfinal_state : p.initial_state;

@@ -208,33 +208,40 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   with_backward_policy<states>(args, dims, [&]<class P>(P) { launch_backward<P>(args, dims, stream); });
 }
 
+// Rare forms are compiled for 128 alone.
+int padded_dstate(const BackwardArgs& args, const Dims& dims) {
+  return dims.dstate <= 64 && !args.cu_seqlens && !args.reverse && !dims.D_per_channel ? 64 : 128;
+}
+
+FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& dims) {
+  return fused_backward_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+}
+
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
-  if (args.cu_seqlens) return "takes no cu_seqlens";
   if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
-  if (args.reverse) return "does not go in reverse";
-  if (args.D && dims.D_per_channel) return "takes D of whole heads";
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
-  if (dims.batch == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
+  if (dims.num_sequences == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
   // What 16-bit states lose is then a share of every sum: ddt of one token is off by twice what rounding it costs.
-  if (dims.seqlen < kFusedTile) return "takes sequences of at least " + std::to_string(kFusedTile) + " tokens";
+  if (dims.batch * dims.seqlen < dims.num_sequences * kFusedTile)
+    return "takes sequences of at least " + std::to_string(kFusedTile) + " tokens, packed ones on average";
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
+  const FusedBackwardPlan plan = fused_backward_plan_of(args, dims);
   if (dims.seqlen > kMost - 2 * kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
     return "counts tokens, and heads in all chunks, in 32 bits";
-  return why_not_tma({{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}, {"dB", &args.dB},
-                      {"dC", &args.dC}});
+  return why_not_tma(
+      {{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}, {"dB", &args.dB}, {"dC", &args.dC}});
 }
 
 std::size_t fused_backward_workspace(const BackwardArgs& args, const Dims& dims) {
-  return fused_backward_plan(dims, args.batch_invariant).workspace_bytes();
+  return fused_backward_plan_of(args, dims).workspace_bytes();
 }
 
 template <DType dtype>
 void run_fused_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
-  const FusedBackwardPlan plan = fused_backward_plan(dims, args.batch_invariant);
-  if (dims.dstate <= 64) launch_fused_backward<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
+  const FusedBackwardPlan plan = fused_backward_plan_of(args, dims);
+  if (padded_dstate(args, dims) == 64) launch_fused_backward<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
   else launch_fused_backward<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
 }
 
