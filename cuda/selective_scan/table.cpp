@@ -83,16 +83,19 @@ void backward_with(const BackwardArgs& args, const Dims& dims, Stream stream) {
 }
 
 void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  // Packed sequences have no vectors along the tokens: without them, with batch_invariant, one alone gets the bits it has packed.
+  const bool as_packed = args.batch_invariant && reach_of(args, dims) == Reach::tokens;
   if (dims.complex_A) backward_with<Arithmetic::complex_rate>(args, dims, stream);
   else if (is_precise(args, dims)) backward_with<Arithmetic::precise>(args, dims, stream);
+  else if (as_packed) launch_backward<Policy<Arithmetic::fast, kBackwardStates, false>>(args, dims, stream);
   else
     with_known(args, dims, [&]<Known known> {
       launch_backward<Policy<Arithmetic::fast, kBackwardStates, false, known>>(args, dims, stream);
     });
 }
 
-// The rows differ in how x, dt, z and y are reached. With batch_invariant they give the same bits; without, a small call may be
-// cut into segments where it does not suit the kernel of lanes.
+// The rows differ in how x, dt, z and y are reached. With batch_invariant forward rows give the same bits, and backward rows but
+// channels_last of 16-bit x; without, a small call may be cut into segments where it does not suit the kernel of lanes.
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
     {"channels_last", kReal, cuda::kSm80AndNewer, why_not_channels, scratch_bytes, forward},
     {"channels_first", kReal, cuda::kSm80AndNewer, why_not_tokens, scratch_bytes, forward},
