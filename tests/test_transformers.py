@@ -152,7 +152,8 @@ def test_compiled_without_a_graph_break(name, ids):
     try:
         eager = model(input_ids=ids, use_cache=False).logits
         compiled = torch.compile(model, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, eager)
+        got = compiled(input_ids=ids, use_cache=False).logits  # some versions of transformers take their own path when compiled
+        assert difference(got, eager) < SAME
     finally:
         statescan.compat.uninstall()
         torch.compiler.reset()
@@ -179,12 +180,16 @@ def test_a_model_imported_before_install_and_after_uninstall(ids):
 
 @torch.no_grad()
 def test_packed_sequences(ids):
-    """seq_idx keeps the sequences of a row apart, which the models' own code refuses."""
+    """seq_idx keeps the sequences of a row apart, which the models' own code can't."""
+    from transformers.integrations import hub_kernels
+
     backbone = build("mamba2").backbone
     lengths = [9, 20, 8]
     seq_idx = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).to(torch.int32)[None]
-    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
-        backbone(input_ids=ids[:1], seq_idx=seq_idx, use_cache=False)
+    refusal = "can't keep packed sequences apart"
+    if refusal in inspect.getsource(hub_kernels):  # versions before it mix them up
+        with pytest.raises(ValueError, match=refusal):
+            backbone(input_ids=ids[:1], seq_idx=seq_idx, use_cache=False)
 
     def run(*rows, **options):
         return torch.cat([backbone(input_ids=row, use_cache=False, **options).last_hidden_state for row in rows], 1)
