@@ -912,7 +912,11 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
   if (at.lane == 0) cute::tma_store_wait<0>();
 }
 
-// dB and dC of a chunk from those of the splits: four blocks for each chunk, group and gradient.
+// Math     dB or dC of a chunk = sum over the splits
+// Shapes   sums of each split as its warpgroup holds them, [slots,g] of [64,n]; dB, dC [b,l,g,n]
+// Traffic  read the sums of every split, write the gradient
+// Launch   four blocks for each chunk, group and gradient
+// Numerics float32, the splits in order
 template <class Policy>
 __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(const __grid_constant__ FusedSplitSumParams p) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;

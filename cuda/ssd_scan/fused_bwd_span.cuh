@@ -63,7 +63,12 @@ struct Span {
 
 inline constexpr int kPackedWarps = 4;
 
-// A warp for each sequence: its chunks, its place by length, and maps that end where it does.
+// Math     of each sequence: its chunks, after those of the sequences before it; its place from the longest to the shortest;
+//          maps for TMA that end where it does
+// Shapes   cu_seqlens [s+1]; chunks [slots], order [s], maps [s]
+// Traffic  every warp reads cu_seqlens; writes 16 bytes a chunk and 128 a map
+// Launch   a warp for each sequence, ahead of the walks
+// Numerics integers
 inline __global__ void __launch_bounds__(32 * kPackedWarps)
     ssd_scan_fused_packed_kernel(const __grid_constant__ FusedBackwardParams p) {
   constexpr int kMaps = sizeof(TokenMaps) / sizeof(CUtensorMap);

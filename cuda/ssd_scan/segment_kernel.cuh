@@ -130,6 +130,11 @@ struct CombineParams {
 
 inline constexpr int kCombineThreads = 256;
 
+// Math     S[0] = initial state or 0, S[k + 1] = exp(log_decay[k]) S[k] + U[k], over the pieces k of a sequence
+// Shapes   states [s,pieces,h,p,n]: U comes in, S of the pieces that begin a segment goes out; log2_decay [s,pieces,h]
+// Traffic  read U of all pieces but the last, write S of every segment
+// Launch   a thread for each element of a head's state, eight pieces loaded ahead
+// Numerics float32, the pieces in order
 inline __global__ void __launch_bounds__(kCombineThreads) ssd_scan_segment_combine_kernel(const CombineParams p) {
   const std::int64_t task = blockIdx.x / p.tiles, sequence = task / p.nheads, head = task % p.nheads;
   const std::int64_t size = p.headdim * p.dstate, i = std::int64_t(blockIdx.x % p.tiles) * kCombineThreads + threadIdx.x;
