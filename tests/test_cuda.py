@@ -535,6 +535,9 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
         dict(headdim=40, dstate=24),
         dict(batch=1, seqlen=700, nheads=24, ngroups=1),
         dict(batch=70, seqlen=130, nheads=4),  # more sequences and chunks than multiprocessors: each takes several
+        dict(batch=80, seqlen=128, nheads=7, ngroups=1),  # of whole pairs of chunks: the adjoints wait in dx
+        dict(seqlen=384, headdim=128, dstate=64, nheads=6, ngroups=3),
+        dict(batch=1, seqlen=1024, nheads=24, ngroups=1, dstate=96),
         dict(batch=90, seqlen=67, nheads=7, ngroups=1, headdim=72, dstate=40),  # dA of three heads would be three numbers
     ),
     ids=str,
@@ -563,7 +566,13 @@ def test_fused_backward_of_ssd_scan(rng, dtype, keeps_states, sizes):
 @needs_gpu
 @pytest.mark.parametrize(
     "sizes",
-    (dict(), dict(seqlen=64), dict(seqlen=190, headdim=80, nheads=7, ngroups=1, dstate=24), dict(batch=70, seqlen=130, nheads=4)),
+    (
+        dict(),
+        dict(seqlen=64),
+        dict(seqlen=190, headdim=80, nheads=7, ngroups=1, dstate=24),
+        dict(batch=70, seqlen=130, nheads=4),
+        dict(seqlen=384),
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
@@ -580,12 +589,12 @@ def test_fused_backward_of_ssd_scan_in_reverse(rng, dtype, sizes):
 
 @needs_gpu
 @pytest.mark.parametrize("lengths,reverse", ((None, False), ([129, 70, 0, 101], True)))
-@pytest.mark.parametrize("sizes", (dict(), dict(headdim=80, nheads=5, ngroups=1, dstate=24)), ids=str)
+@pytest.mark.parametrize("sizes", (dict(), dict(headdim=80, nheads=5, ngroups=1, dstate=24), dict(seqlen=384)), ids=str)
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 def test_fused_backward_of_ssd_scan_with_D_per_channel(rng, dtype, sizes, lengths, reverse):
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
-    sizes = dict(nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
-    made = op.inputs(rng, dtype, omit=("z",), batch=1 if lengths else 2, seqlen=300, sequences=len(lengths or [0, 0]), **sizes)
+    sizes = dict(seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, omit=("z",), batch=1 if lengths else 2, sequences=len(lengths or [0, 0]), **sizes)
     made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
     options = dict(dt_softplus=True, reverse=reverse) | ({"cu_seqlens": np.cumsum([0, *lengths])} if lengths else {})
     inputs = {name: gpu.put(value) for name, value in (made | options).items()}

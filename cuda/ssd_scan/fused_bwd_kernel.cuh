@@ -13,12 +13,15 @@
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
-//          whose items it goes. One warpgroup has dC, one dB, one what lies inside the chunk and dx; a fourth loads, prepares
-//          the steps, weights the rows of the pair's other chunk and finishes ddt, and is at the next task while the others end
-//          one. The first two make the states of an item between the halves of the item before it
+//          whose items it goes. Where dx holds the adjoints, of which both blocks of a pair read both tiles and each writes over
+//          one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside the
+//          chunk and dx; a fourth loads, prepares the steps, weights the rows of the pair's other chunk and finishes ddt, and is
+//          at the next task while the others end one. The first two make the states of an item between the halves of the item
+//          before it
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
+#include "../common/cluster.cuh"
 #include "fused_bwd_kept.cuh"
 #include "fused_bwd_steps.cuh"
 
@@ -77,6 +80,9 @@ struct GradientStorage {
   alignas(8) Barrier projections_full, projections_empty, weights_full, weights_empty;
   Barrier other_loaded[2], other_full[2], other_empty[2];
   Barrier full[kStages], passed[kStages], empty[kStages], sums_full[2], sums_empty[2];  // passed: states are this chunk's
+  // The item has come to both blocks of a pair: dx may take the adjoint's place. Who waits for it does so before the stage is
+  // empty, so that neither block gets a whole round of stages ahead of what the other has seen.
+  Barrier both_full[kStages];
 };
 
 // A chunk, a group, and some of its items of the part.
@@ -86,10 +92,13 @@ struct GradientTask {
   int pair;                                                  // of the part's
 
   __device__ GradientTask(const FusedBackwardParams& p, unsigned index, bool may_be_packed, bool reverse) {
+    int of_pair = 0;
+    if (p.adjoints_in_dx) of_pair = static_cast<int>(index % 2), index /= 2;  // the blocks of a cluster share a pair
     split = static_cast<int>(index % static_cast<unsigned>(p.splits));
     index /= static_cast<unsigned>(p.splits);
     group_of_part = static_cast<int>(index % static_cast<unsigned>(p.part.groups));
     slot = static_cast<int>(index / static_cast<unsigned>(p.part.groups));
+    if (p.adjoints_in_dx) slot = 2 * slot + of_pair;
     group = p.part.first_group + group_of_part;
     if (may_be_packed && p.ends) {
       const PackedChunk place = p.packed_chunks[slot];
@@ -214,7 +223,7 @@ template <class Policy>
 __device__ void load_items(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                            GradientRing<Policy>& ring) {
   using Storage = GradientStorage<Policy>;
-  const int token = task.first_token(), batch = task.span.batch;
+  const int token = task.first_token(), batch = task.span.batch, pair_token = task.span.first_token_of_pair(task.chunk);
   const bool reverse = task.span.reverse;
   const TokenMaps& maps =
       task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::x_eights, &TokenMaps::dy, &TokenMaps::dy_eights);
@@ -229,7 +238,9 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
       load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
-      load_tile(p.adjoints, full, shared.adjoints[stage][k], k * kTile, kept, 0, task.pair);
+      if (p.adjoints_in_dx)
+        load_tile(p.adjoints, full, shared.adjoints[stage][k], channel, head, pair_token + k * kTile, batch);
+      else load_tile(p.adjoints, full, shared.adjoints[stage][k], k * kTile, kept, 0, task.pair);
     }
     const auto load_exponents = [&](const std::uint8_t* from, void* to) {
       constexpr int kBytes = Storage::kTiles * kTile;
@@ -295,6 +306,10 @@ __device__ void prepare_items(const FusedBackwardParams& p, const GradientTask& 
     store(steps.slope, slope[0], slope[1]);
     if (lane == 0) steps.total = fast_exp2(s.total), steps.D = D_of_head;
     shared.full[ring.stage].arrive();
+    if (p.adjoints_in_dx) {
+      shared.full[ring.stage].wait(ring.parity);
+      if (lane < 2) shared.both_full[ring.stage].arrive(lane, 1u);
+    }
   }
 }
 
@@ -868,6 +883,7 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       char* const tile = shared.dx;
       if (item == task.begin) shared.weights_empty.wait(parity ^ 1);
       else if (at.lane == 0) cute::tma_store_wait<0>();  // the one before has left it
+      if (p.adjoints_in_dx && at.lane == 0) shared.both_full[stage].wait(ring.parity);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_fence_operand(masked);
@@ -985,6 +1001,7 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
       shared.full[stage].init(1 + 32);  // the tiles, and the steps
       shared.passed[stage].init(2 * kWarpgroup);
       shared.empty[stage].init(3 * kWarpgroup + 32);  // and the warp that finishes ddt
+      shared.both_full[stage].init(2);
     }
     for (int slot = 0; slot < 2; ++slot) {
       shared.sums_full[slot].init(3 * kWarpgroup);
@@ -995,7 +1012,7 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
     }
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  cuda::sync_cluster();
   cuda::let_next_kernel_in();
   cuda::wait_for_earlier_kernels();
   switch (cutlass::canonical_warp_group_idx()) {
@@ -1032,6 +1049,8 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
           break;
       }
   }
+  __syncwarp();
+  cuda::sync_cluster();  // the other block may still arrive here
 }
 
 }  // namespace statescan::ssd_scan

@@ -43,7 +43,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.ngroups = static_cast<int>(d.ngroups), p.dstate = static_cast<int>(d.dstate), p.chunks = static_cast<int>(plan.chunks);
   p.pairs = static_cast<int>(plan.pairs);
   p.slices = static_cast<int>(plan.slices), p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
-  p.splits = static_cast<int>(plan.splits);
+  p.splits = static_cast<int>(plan.splits), p.adjoints_in_dx = plan.adjoints_in_dx;
 
   auto* memory = static_cast<char*>(args.workspace.data);
   const auto take = [&](std::size_t bytes) {
@@ -52,7 +52,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     return first;
   };
   char* const states = take(plan.states_bytes);
-  char* const adjoints = take(plan.states_bytes);
+  char* const adjoints = take(plan.adjoints_bytes);
   for (std::uint8_t** exponents : {&p.state_exponents, &p.adjoint_exponents})
     *exponents = reinterpret_cast<std::uint8_t*>(take(plan.exponents_bytes));
   for (WalkSteps** steps : {&p.first_steps, &p.second_steps}) *steps = reinterpret_cast<WalkSteps*>(take(plan.steps_bytes));
@@ -71,8 +71,9 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
   // A kernel's blocks take their places while the one ahead of it ends; the first of all has a stranger ahead of it.
   bool early = false;
-  const auto launch = [&](const char* name, auto kernel, std::int64_t blocks, int threads, int bytes, const auto& params) {
-    cuda::LaunchShape shape{blocks, threads, bytes};
+  const auto launch = [&](const char* name, auto kernel, std::int64_t blocks, int threads, int bytes, const auto& params,
+                          int cluster = 1) {
+    cuda::LaunchShape shape{blocks, threads, bytes, cluster};
     shape.early = std::exchange(early, true);
     cuda::launch(name, kernel, shape, stream, params);
   };
@@ -98,7 +99,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
       return cuda::tma_map(t);
     };
     p.kept_items = static_cast<int>(items);
-    p.states = kept(states), p.adjoints = kept(adjoints);
+    p.states = kept(states), p.adjoints = plan.adjoints_in_dx ? cuda::tma_map(args.dx) : kept(adjoints);
     p.slots = static_cast<unsigned>(slots);
     p.items_of_walk = items_of_walk(sequences * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
@@ -112,8 +113,9 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     if constexpr (Policy::kState == 128)
       if (packed || args.reverse || d.D_per_channel)
         kernel = ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, true>>;
-    launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors),
-           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<Plain>), p);
+    const int cluster = p.adjoints_in_dx ? 2 : 1;  // a pair of chunks
+    launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors / cluster * cluster),
+           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<Plain>), p, cluster);
     if (plan.splits == 1 || !p.part.ends_batches) continue;
     const FusedSplitSumParams sums{
         p.dB_sums, p.dC_sums,          gradient(args.dB),       gradient(args.dC), p.packed_chunks, p.packed_count,

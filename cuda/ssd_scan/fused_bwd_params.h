@@ -35,6 +35,7 @@ struct FusedBackwardParams {
   unsigned *packed_count, *packed_order;
   TokenMaps* ends;
   CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
+  bool adjoints_in_dx;           // `adjoints` is a map of dx then: tile k of a pair lies where dx of its k-th chunk in memory will
   std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
   WalkSteps *first_steps, *second_steps;  // [pairs, items] of the part: of the chunks that the main kernel passes again
   StepView dt;

@@ -1,8 +1,9 @@
 // How the fused backward cuts a call: plain C++, a function of the shape alone.
 //
 // Two walks keep, for each pair of chunks, the state that enters it and the adjoint of the state that leaves it; the main
-// kernel then takes all chunks at the same time. Kept for all heads they would be twice as large as x (headdim 64, dstate 128),
-// so the work goes through both kernels in parts.
+// kernel then takes all chunks at the same time. Kept for all heads they are twice as large as x (headdim 64, dstate 128). Where
+// dx has room for whole tiles the adjoints lie there, until the main kernel puts dx in their place; else the work goes through
+// both kernels in parts.
 #pragma once
 
 #include <algorithm>
@@ -32,12 +33,13 @@ struct FusedBackwardPlan {
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
   std::int64_t splits;  // blocks that share the items of a piece
   bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
-  // Of the workspace: two each, but for D, and one each.
-  std::size_t states_bytes, exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
-  std::size_t D_shares_bytes, packed_chunks_bytes, packed_order_bytes, ends_bytes;
+  bool adjoints_in_dx;
+  // Of the workspace: two each, and one each.
+  std::size_t exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
+  std::size_t states_bytes, adjoints_bytes, D_shares_bytes, packed_chunks_bytes, packed_order_bytes, ends_bytes;
 
   constexpr std::size_t workspace_bytes() const {
-    return 2 * (states_bytes + exponents_bytes + steps_bytes + sums_bytes + shares_bytes) + D_shares_bytes +
+    return 2 * (exponents_bytes + steps_bytes + sums_bytes + shares_bytes) + states_bytes + adjoints_bytes + D_shares_bytes +
            packed_chunks_bytes + packed_order_bytes + ends_bytes;
   }
 
@@ -64,8 +66,15 @@ inline constexpr std::size_t kPackedChunkBytes = 16, kTokenMapsBytes = 11 * 128;
 // multiprocessors without work.
 constexpr int items_of_walk(std::int64_t items) { return 2 * items <= kMultiprocessors ? 1 : 2; }
 
+// Whether dx, where it is wanted, takes the adjoints of a call: two tiles for each pair of whole chunks. Sequences of other
+// lengths and packed ones cut heads into pieces, and with batch_invariant all have to do as they do.
+constexpr bool adjoints_fit_dx(const Dims& d, bool packed, bool batch_invariant) {
+  return !packed && !batch_invariant && d.seqlen % (2 * kFusedTile) == 0 && d.headdim % kFusedTile == 0;
+}
+
 // The parts and splits that make the estimated time least, of those whose memory is in bounds. Times in us, of an H100.
-constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant) {
+constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
+                                                bool wants_dx) {
   constexpr double kMostMemory = 1.45;  // what is kept between the kernels, in units of x
   constexpr std::int64_t kMostSplits = 8, kMoreParts = 3;
   constexpr double kLaunch = 2.0, kSplitSum = 4.0;
@@ -73,6 +82,7 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   constexpr double kTaskEnds = 4.0, kItem = 2.3;       // the same of the main kernel: a chunk's start and end; an item
   constexpr double kBytes = 2.9e6 / kMultiprocessors;  // that a multiprocessor has of the memory in one us, when all are busy
   FusedBackwardPlan plan{};
+  plan.adjoints_in_dx = wants_dx && adjoints_fit_dx(d, packed, batch_invariant);
   plan.slices = divide_up(d.headdim, kFusedTile);
   const std::int64_t sequences = packed ? std::max<std::int64_t>(d.num_sequences, 1) : 1;  // of a row
   plan.chunks = packed ? d.seqlen / kFusedTile + sequences : divide_up(d.seqlen, kFusedTile);
@@ -88,7 +98,8 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   // With batch_invariant that of a pair of whole chunks: how heads are cut must not depend on what is packed together.
   const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
   const double bound = kMostMemory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
-  const double kept = 2.0 * static_cast<double>((batch_invariant ? 1 : plan.pairs) * (state + columns + steps));
+  const double kept = static_cast<double>((batch_invariant ? 1 : plan.pairs) *
+                                          ((plan.adjoints_in_dx ? 1 : 2) * state + 2 * (columns + steps)));
   const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
@@ -148,6 +159,7 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   const std::int64_t kept_of_part = plan.batches_of_part * plan.pairs * plan.groups_of_part * plan.items_of_piece;
   plan.sums_in_memory = plan.splits > 1 || plan.pieces > 1;
   plan.states_bytes = static_cast<std::size_t>(kept_of_part * state);
+  plan.adjoints_bytes = plan.adjoints_in_dx ? 0 : plan.states_bytes;
   plan.exponents_bytes = static_cast<std::size_t>(kept_of_part * columns);
   plan.steps_bytes = static_cast<std::size_t>(kept_of_part * steps);
   if (plan.sums_in_memory)

@@ -44,6 +44,8 @@ struct Span {
     return reverse && chunk < chunks ? chunks - 1 - chunk : chunk;
   }
   __device__ int token_of(int chunk) const { return first + place_of(chunk) * kTile; }
+  // The first in memory of a chunk's pair, of whole chunks.
+  __device__ int first_token_of_pair(int chunk) const { return token_of(reverse ? chunk | 1 : chunk & ~1); }
   // Where the part keeps a chunk's pair. Those of packed sequences never meet.
   __device__ int pair_of(const FusedBackwardParams& p, bool may_be_packed, int chunk) const {
     return (may_be_packed && p.ends ? first / (2 * kTile) + sequence : (batch - p.part.first_batch) * p.pairs) + chunk / 2;

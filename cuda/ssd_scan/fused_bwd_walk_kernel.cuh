@@ -42,7 +42,7 @@ struct WalkTask {
   Span span;
   int group, first_item;  // item: within the part's items of the group
   int group_of_part;
-  int stretch, begin, chunks;  // forward, chunks from `begin` on
+  int stretch, begin, chunks;  // chunks from `begin` on, or from there back
 
   __device__ WalkTask(const FusedBackwardParams& p, unsigned index) {
     const auto of_sequence = static_cast<unsigned>(p.walks_per_group * p.part.groups);
@@ -55,10 +55,12 @@ struct WalkTask {
       backward = sequence < sequences, stretch = backward ? 0 : static_cast<int>(sequence / sequences) - 1;
       span = Span::row(p, p.part.first_batch + static_cast<int>(sequence % sequences), p.sequences.reverse);
     }
-    // Backward, the second of a pair comes even where the sequence has ended: nothing is in it.
-    const int all = (span.length + kTile - 1) / kTile, of_stretch = p.has_chunk_states ? kChunksOfStretch : all;
-    begin = stretch * of_stretch;
-    chunks = backward ? (all + 1) / 2 * 2 : min(of_stretch, all - begin);
+    // Backward, the second of a pair comes even where the sequence has ended: nothing is in it. What lies past the last that is
+    // kept, only dinitial_state asks for.
+    const int all = (span.length + 2 * kTile - 1) / (2 * kTile) * 2, of_stretch = p.has_chunk_states ? kChunksOfStretch : all;
+    begin = backward ? all - 1 : stretch * of_stretch;
+    if (backward) chunks = p.dinitial_state.data ? all : all - 1;
+    else chunks = min(of_stretch, all - begin) - 1;
     group_of_part = tile / p.walks_per_group;
     group = p.part.first_group + group_of_part;
     first_item = tile % p.walks_per_group * p.items_of_walk;
@@ -73,7 +75,7 @@ struct WalkTask {
   __device__ int channel_of(const FusedBackwardParams& p, int which) const {
     return (p.part.first_item + first_item + which) % p.slices * kTile;
   }
-  __device__ int chunk_of(int i) const { return backward ? chunks - 1 - i : begin + i; }
+  __device__ int chunk_of(int i) const { return backward ? begin - i : begin + i; }
   // Where the part keeps it.
   __device__ int pair_of(const FusedBackwardParams& p, int i) const { return span.pair_of(p, true, chunk_of(i)); }
   __device__ int kept_of(const FusedBackwardParams& p, int which) const {
@@ -273,6 +275,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
     }
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
+    const bool in_dx = task.backward && p.adjoints_in_dx;
     std::uint8_t* const exponents = task.backward ? p.adjoint_exponents : p.state_exponents;
     const int item = task.kept_of(p, which);
     for (int i = 0; i < task.chunks; ++i, ring.advance()) {
@@ -299,9 +302,14 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
         sync();
         const int place = task.pair_of(p, i);
         if (thread == 0) {
+          const int token = in_dx ? task.span.first_token_of_pair(task.chunk_of(i)) : 0;
 #pragma unroll
-          for (int k = 0; k < kColumns / kTile; ++k)
-            cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, half * kColumns + k * kTile, item, 0, place);
+          for (int k = 0; k < kColumns / kTile; ++k) {
+            const int column = half * kColumns + k * kTile;
+            if (in_dx)
+              cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, channel, head, token + column, task.span.batch);
+            else cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, column, item, 0, place);
+          }
           cute::tma_store_arrive();
         }
         if (at.lane % 4 == 0) {

@@ -214,7 +214,8 @@ int padded_dstate(const BackwardArgs& args, const Dims& dims) {
 }
 
 FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& dims) {
-  return fused_backward_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+  return fused_backward_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant,
+                             static_cast<bool>(args.dx));
 }
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {

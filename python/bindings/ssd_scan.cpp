@@ -94,7 +94,10 @@ nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb:
   args.chunk_size = chunk_size;
   args.batch_invariant = batch_invariant;
   const auto d = validate(args);
-  if (plan_only) return Call::describe(args, d);
+  if (plan_only) {  // that dx is wanted counts, its memory does not
+    args.dx = Tensor::contiguous(nullptr, args.x.dtype, {d.batch, d.seqlen, d.nheads, d.headdim}, args.x.device);
+    return Call::describe(args, d);
+  }
   args.dx = call.gradient("dx", args.x);
   args.ddt = call.gradient("ddt", args.dt);
   args.dA = call.gradient("dA", args.A);
