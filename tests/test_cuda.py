@@ -289,6 +289,41 @@ def test_positions_in_segments(rng, dtype, nheads, packed, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_first_chunks_beside_the_states_of_the_others(rng, dtype, reverse):
+    """The first 11 chunks of these sequences go through a kernel that runs beside the one for the states of the rest."""
+    shape = dict(batch=2, seqlen=5000, nheads=60, ngroups=2, headdim=8, dstate=16)
+    inputs, gpu, options = cases.ssd_scan(rng, dtype, **shape), DEVICES[1], dict(dt_softplus=True, reverse=reverse)
+    on_device = {name: gpu.put(value) for name, value in inputs.items()}
+    assert statescan.plan("ssd_scan", **on_device, **options)[1::2] == (f"fused_{dtype}", 34 * 64)
+    got = cases.SSD_SCAN.check(gpu, inputs, **options)
+    for _ in range(3):
+        for name, value in cases.SSD_SCAN.run(gpu, inputs, **options).items():
+            assert_same_bits(value, got[name], name)
+
+    positions = gpu.put(np.array([[0, 1, 640, 648, 649, 703, 704, 705, 2880, 2881, 5000, -1]]).repeat(2, 0))
+    y, final_state, states = (
+        gpu.get(v) for v in statescan.ssd_scan(**on_device, **options, return_final_state=True, state_positions=positions)
+    )
+    assert_same_bits(y, got["y"], "y")
+    assert_same_bits(final_state, got["final_state"], "final_state")
+    assert_same_bits(states[:, -2], final_state, "the state at the end")
+    assert not np.any(states[:, -1])
+    for k, position in enumerate(gpu.get(positions)[0, :-2]):
+        part = slice(5000 - position, 5000) if reverse else slice(0, position)
+        expected = cases.SSD_SCAN.expected(cases.SSD_SCAN.tokens(inputs, part), **options)["final_state"]
+        assert_accurate(states[:, k], expected, f"state after {position} tokens", dtype)
+    if reverse:
+        return
+    positions = gpu.put(np.arange(0, 5000, 256)[None].repeat(2, 0))
+    *_, states = statescan.ssd_scan(**on_device, **options, state_positions=positions)
+    y, kept = statescan.ssd_scan(**on_device, **options, save_states=True)
+    assert_same_bits(gpu.get(y), got["y"], "y beside kept states")
+    assert_same_bits(gpu.get(kept), gpu.get(states).astype(gpu.get(kept).dtype), "kept states")
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("row,dtype,headdim", (("fused_bfloat16", "bfloat16", 8), ("general", "bfloat16", 20), ("general", "float32", 20)))
 def test_states_handed_from_block_to_block(rng, row, dtype, headdim, reverse):
     """Where blocks of work are no multiple of the multiprocessors, sequences go on in other blocks, and no bit depends on it."""

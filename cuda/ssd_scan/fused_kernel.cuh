@@ -135,7 +135,7 @@ struct Task {
     }
     chunks = static_cast<int>((length + kTile - 1) / kTile);
     const int last = min(chunks, p.chunk_limit);
-    chunk_begin = min(segment * p.chunks_per_segment, last);
+    chunk_begin = min(p.first_chunk + segment * p.chunks_per_segment, last);
     chunk_count = min(p.chunks_per_segment, last - chunk_begin);
     if (tasks.parts() > 1) {
       const int of_part = (chunk_count + tasks.parts() - 1) / tasks.parts(), before = min(tasks.part() * of_part, chunk_count);
@@ -284,8 +284,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       float step[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        step[k] =
-            left > k ? discretise(cuda::widen_bits(bits[k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
+        step[k] = left > k ? discretise(cuda::widen_bits(bits[k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
 
       // Inclusive sums in the order of the scan. Past the end of the sequence steps are 0 and leave them as they are.
       const float own[2] = {step[0] * A, step[1] * A};
@@ -327,7 +326,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       shared.full[ring.stage].arrive();
     }
     if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
-      p.piece_decays[(task.sequence * p.segments + task.segment) * p.nheads + head] = after / kLog2e;
+      p.piece_decays[(task.sequence * p.pieces + task.segment) * p.nheads + head] = after / kLog2e;
   }
 }
 
@@ -653,7 +652,6 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
       M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
   constexpr auto _ = cute::_;
 
-  cuda::let_next_kernel_start();
   Ring<kStages> ring;
   for (TasksOfBlock tasks(p); tasks.next();) {
     const Task task(p, tasks);
@@ -688,13 +686,13 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    SliceOfState<kState>(p, p.piece_states, task.sequence * p.segments + task.segment, head, channel, at)
+    SliceOfState<kState>(p, p.piece_states, task.sequence * p.pieces + task.segment, head, channel, at)
         .template store<true>(state);
   }
 }
 
-// What the output kernel leaves beside y. Each has a kernel of its own: the loop has no registers for more, and a mere branch to
-// what a call does not want made it 6% slower.
+// What the output kernel leaves beside y. Each has a kernel of its own: the loop has no registers for more, and a mere branch
+// to what a call does not want made it 6% slower.
 enum class Extra {
   nothing,
   kept_states,  // the state that enters each stretch
@@ -753,6 +751,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     const int head = task.head_of(p, which), channel = task.channel_of(p, which);
 
     // ---- start
+    // Of combined pieces the state before one; else what each before this task adds, with its decay: nothing for a first
+    // segment.
+    const int pieces_end = p.piece_states.data ? task.segment * p.pieces_per_segment + (p.pieces_combined ? 1 : 0) : 0;
+    if (pieces_end > 0 || p.first_chunk > 0) cuda::wait_for_kernel_ahead();
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     if (tasks.part() > 0) {
@@ -760,15 +762,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     } else if (p.initial_state.data && !p.pieces_combined) {
       load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
     }
-    if (p.piece_states.data) {
-      // Combined, they are the states before the pieces; else what each adds, with its decay: nothing for a first segment.
-      const int end = task.segment * p.pieces_per_segment + (p.pieces_combined ? 1 : 0);
-      if (end > 0) cuda::wait_for_kernel_ahead();
-      for (int piece = p.pieces_combined ? end - 1 : 0; piece < end; ++piece) {
-        const std::int64_t before = task.sequence * p.pieces + piece;
-        const float decay = p.pieces_combined ? 0.0f : expf(p.piece_decays[before * p.nheads + head]);
-        SliceOfState<kState>(p, p.piece_states, before, head, channel, at).template add_to<true>(state, decay);
-      }
+    for (int piece = p.pieces_combined ? pieces_end - 1 : 0; piece < pieces_end; ++piece) {
+      const std::int64_t before = task.sequence * p.pieces + piece;
+      const float decay = p.pieces_combined ? 0.0f : expf(p.piece_decays[before * p.nheads + head]);
+      SliceOfState<kState>(p, p.piece_states, before, head, channel, at).template add_to<true>(state, decay);
     }
     if (p.D.data && thread < kTile)
       shared.D[which][thread] =
@@ -1014,6 +1011,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     if (task.segment != p.segments - 1) continue;
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
     if constexpr (kPositions) {
+      if (task.chunk_begin + task.chunk_count < task.chunks) continue;
 #pragma unroll 1
       for (int outside = 0; outside < 2; ++outside) {  // the state at the end; zeros for positions outside of the sequence
         const auto wanted = [&](std::int64_t position) {
@@ -1041,6 +1039,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   auto& shared = *reinterpret_cast<SharedStorage<Policy, kStateOnly>*>(shared_bytes);
   const int warpgroup = cutlass::canonical_warp_group_idx();
 
+  if (kStateOnly || p.beside) cuda::let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.B, &p.x, &p.C, &p.y})
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
@@ -1061,7 +1060,11 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
       if (cute::elect_one_sync()) load_chunks<Policy, kStateOnly>(p, shared);
     } else if (role < 3) {
       prepare_steps<Policy, kStateOnly>(p, shared, role - 1);
-    } else if (!kStateOnly && p.has_z) {
+    } else if constexpr (kStateOnly) {
+      // The next kernel waits for this one alone: it must not end before the one beside it. One block that stays is enough, and
+      // leaves the next kernel the places of the others.
+      if (p.beside && blockIdx.x == 0) cuda::wait_for_kernel_ahead();
+    } else if (p.has_z) {
       if (cute::elect_one_sync()) load_gates<Policy, kStateOnly>(p, shared);
     }
   } else {

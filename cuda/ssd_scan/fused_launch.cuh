@@ -55,14 +55,26 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.positions = positions_of(args, d, entries, true);
   const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
   std::int64_t blocks = 0;
-  const auto cut = [&](std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit) {
-    p.segments = static_cast<int>(segments), p.chunks_per_segment = static_cast<int>(chunks_per_segment);
-    p.chunk_limit = static_cast<int>(limit);
+  // Tasks of `segments` of so many chunks, the first of them and the end of the last given.
+  const auto cut = [&](std::int64_t first, std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit,
+                       std::int64_t places) {
+    p.first_chunk = static_cast<int>(first), p.segments = static_cast<int>(segments);
+    p.chunks_per_segment = static_cast<int>(chunks_per_segment), p.chunk_limit = static_cast<int>(limit);
     const std::int64_t tasks = plan.pairs * segments * d.num_sequences;
-    blocks = std::min(tasks, multiprocessors);
+    blocks = std::min(tasks, places);
     p.turns = {static_cast<unsigned>(tasks / blocks), static_cast<unsigned>(tasks % blocks), 1};
   };
+  auto output = ssd_scan_fused_kernel<Policy, false>;
+  if constexpr (Policy::kLeavesStates) {
+    if (args.chunk_states) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
+    if (p.positions.data) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
+  }
+  const auto launch_output = [&](bool overlapping) {
+    const auto launch = overlapping ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
+    launch("ssd_scan_fused_kernel", output, {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)}, stream, p);
+  };
 
+  const std::int64_t first = plan.first_chunks;
   if (plan.segments > 1) {
     const auto states_at = [&](char* data) {
       return Tensor::contiguous(data, DType::float32, {d.num_sequences, plan.pieces, d.nheads, d.headdim, d.dstate},
@@ -72,13 +84,28 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
       states = Tensor::contiguous(states.data, states.dtype, {d.num_sequences * plan.pieces, d.nheads, d.headdim, d.dstate});
       return state_view(states);
     };
+    p.beside = first > 0;
+    if (p.beside) {
+      // As any kernel, it begins after those ahead of it: the state pass need not wait for them again.
+      const StateView final_state = p.final_state;
+      const StateView after = state_view(Tensor::contiguous(workspace + plan.decays_bytes + plan.states_bytes, DType::float32,
+                                                            {d.num_sequences, d.nheads, d.headdim, d.dstate}));
+      p.final_state = after;
+      cut(0, 1, first, first, multiprocessors);
+      launch_output(false);
+      p.initial_state = after, p.final_state = final_state;
+    }
     const Tensor added = states_at(workspace + plan.decays_bytes);
     p.piece_decays = reinterpret_cast<float*>(workspace);
     p.piece_states = view_of(added);
     p.pieces = static_cast<int>(plan.pieces), p.pieces_per_segment = static_cast<int>(plan.pieces_per_segment);
-    cut(plan.pieces, plan.chunks_per_piece, (plan.segments - 1) * plan.chunks_per_segment);
-    cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
-                 {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, true>)}, stream, p);
+    cut(first, plan.combines ? plan.pieces : plan.pieces - 1, plan.chunks_per_piece,
+        first + (plan.segments - 1) * plan.chunks_per_segment,
+        p.beside ? std::max<std::int64_t>(multiprocessors - blocks, 1) : multiprocessors);
+    const auto launch_states = p.beside ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
+    launch_states("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
+                  {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, true>)}, stream, p);
+    p.beside = false;
 
     if (plan.combines) {
       state_scan::Args scan;
@@ -92,7 +119,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
     }
   }
 
-  cut(plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile));
+  cut(first, plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), multiprocessors);
   p.turns = fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors);
   if (p.turns.parts > 1) {
     const PartBytes bytes(p.turns, Policy::kState);
@@ -101,14 +128,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
     cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
 
-  const cuda::LaunchShape shape{blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)};
-  const auto launch = plan.segments > 1 && !plan.combines ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
-  auto kernel = ssd_scan_fused_kernel<Policy, false>;
-  if constexpr (Policy::kLeavesStates) {
-    if (args.chunk_states) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
-    if (p.positions.data) kernel = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
-  }
-  launch("ssd_scan_fused_kernel", kernel, shape, stream, p);
+  launch_output(plan.segments > 1 && !plan.combines);
   if (args.state_positions && !entries_in_place(args, true)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},

@@ -38,8 +38,9 @@ struct FusedParams {
   std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
-  int heads_per_group, slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
-  int segments, chunks_per_segment, chunk_limit;        // chunks past the limit belong to no segment
+  int heads_per_group, slices, pairs_per_group, pairs;         // slices of a head; pairs of slices of a group, of all groups
+  int first_chunk, segments, chunks_per_segment, chunk_limit;  // chunks before the first or past the limit are in no segment
+  bool beside;                                                 // the first chunks' outputs and the state pass, at the same time
   Turns turns;
   // Of [s, pieces]: what each piece of a sequence adds to the state [h, p, n], and its decay [h], float32; null where sequences
   // are whole. The state pass writes them, with pieces for its segments; the output pass reads them, or, once they are

@@ -15,21 +15,31 @@ constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 
 
 struct FusedPlan {
   std::int64_t slices, pairs_per_group, pairs;  // see FusedParams
+  std::int64_t first_chunks;                    // whose output is found beside the state pass; the segments are of the rest
   std::int64_t segments, chunks_per_segment;
   std::int64_t pieces, pieces_per_segment, chunks_per_piece;  // of a sequence for the state pass; the last of them is empty
-  bool combines;                           // state_scan combines the pieces; a few the output pass combines itself
-  std::size_t decays_bytes, states_bytes;  // of the workspace: decays, added states; combined, states before the pieces
+  bool combines;  // state_scan combines the pieces; a few the output pass combines itself
+  // Of the workspace: decays; added states; combined, states before the pieces, or the state after the first chunks.
+  std::size_t decays_bytes, states_bytes, first_bytes;
 
-  constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + (combines ? 2 : 1) * states_bytes : 0; }
+  constexpr std::size_t workspace_bytes() const {
+    return segments > 1 ? decays_bytes + (combines ? 2 : 1) * states_bytes + first_bytes : 0;
+  }
 };
 
 // Splitting a sequence pays when the pairs of slices leave multiprocessors without work. It costs a pass over x and B for the
 // states, but for the last segment's, the states to and from memory, and two more launches. The state pass is cut finer than
-// the output, into as many pieces as fill the multiprocessors. Costs are in units of one chunk through the whole kernel (H100:
-// 2 us).
+// the output, into as many pieces as fill the multiprocessors. The first chunks want no pass for states: where the pairs leave
+// multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Costs are in units of one
+// chunk through the whole kernel (H100: 2 us).
 constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant) {
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
-  constexpr double kStatePass = 0.45, kStateTask = 2.0, kOutputTask = 3.0, kLaunches = 6.0;
+  // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
+  // it takes half as much of the memory.
+  constexpr double kStateChunk = 0.63, kLeastStateChunk = 0.38;
+  constexpr double kStateTask = 2.0, kOutputTask = 3.0, kLaunches = 6.0;
+  // The kernel of the first chunks starts with cold caches, and the state pass after it.
+  constexpr double kFirstTask = 7.5, kBeside = 2.5;
   FusedPlan plan{};
   plan.slices = divide_up(d.headdim, kFusedTile);
   plan.pairs_per_group = divide_up(d.nheads / d.ngroups * plan.slices, 2);
@@ -38,31 +48,47 @@ constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant)
   const std::int64_t longest = divide_up(d.seqlen, kFusedTile);
   const std::int64_t chunks = packed ? divide_up(d.seqlen, kFusedTile * std::max<std::int64_t>(d.num_sequences, 1)) : longest;
   const std::int64_t items = std::max<std::int64_t>(plan.pairs * d.num_sequences, 1);
-  const auto rounds = [&](std::int64_t count) { return static_cast<double>(divide_up(count, kMultiprocessors)); };
-  std::int64_t best = chunks, best_pieces = 1;  // chunks of a segment, pieces of a segment
-  double least = rounds(items) * static_cast<double>(chunks);
+  const auto rounds = [](std::int64_t count, std::int64_t places) { return static_cast<double>(divide_up(count, places)); };
+  plan.segments = 1, plan.chunks_per_segment = longest, plan.pieces_per_segment = 1;
+  double least = rounds(items, kMultiprocessors) * static_cast<double>(chunks);
   // More blocks than this many rounds hold would only add tasks.
   const std::int64_t most_segments = std::min({chunks, kMostSegments, divide_up(kMostRounds * kMultiprocessors, items)});
   if (!batch_invariant && items < 2 * kMultiprocessors)
     for (std::int64_t count = 2; count <= most_segments; ++count)
       for (std::int64_t pieces = 1; pieces <= kMostPiecesPerSegment; ++pieces) {
         if (pieces > 1 && items * (count - 1) * pieces > kMostRounds * kMultiprocessors) break;
-        const std::int64_t of_piece = divide_up(divide_up(chunks, count), pieces), length = of_piece * pieces;
-        const std::int64_t segments = divide_up(chunks, length);
-        const double output = rounds(items * segments) * (static_cast<double>(length) + kOutputTask);
-        const double states =
-            rounds(items * (segments - 1) * pieces) * (static_cast<double>(of_piece) * kStatePass + kStateTask);
-        if (output + states + kLaunches < least) least = output + states + kLaunches, best = length, best_pieces = pieces;
+        const auto chunk_of_states = [&](std::int64_t tasks, std::int64_t places) {
+          const double busy = static_cast<double>(std::min(tasks, places)) + static_cast<double>(kMultiprocessors - places) / 2;
+          return std::max(busy / kMultiprocessors * kStateChunk, kLeastStateChunk);
+        };
+        const auto consider = [&](std::int64_t first, std::int64_t of_piece) {
+          const std::int64_t length = of_piece * pieces, segments = divide_up(chunks - first, length);
+          const std::int64_t tasks = items * (segments - 1) * pieces, places = kMultiprocessors - (first > 0 ? items : 0);
+          double states = rounds(tasks, places) * (static_cast<double>(of_piece) * chunk_of_states(tasks, places) + kStateTask);
+          if (first > 0) states = std::max(states + kBeside, static_cast<double>(first) + kFirstTask);
+          const double output = rounds(items * segments, kMultiprocessors) * (static_cast<double>(length) + kOutputTask);
+          if (states + output + kLaunches >= least) return;
+          least = states + output + kLaunches;
+          plan.first_chunks = first, plan.chunks_per_segment = length, plan.pieces_per_segment = pieces;
+          plan.segments = divide_up(longest - first, length);
+        };
+        consider(0, divide_up(divide_up(chunks, count), pieces));
+        const std::int64_t tasks = items * (count - 1) * pieces, places = kMultiprocessors - items;
+        if (packed || places <= 0 || (count - 1) * pieces >= kFewPieces) continue;
+        // Both take as long where chunks - count pieces of_piece + kFirstTask is the time of the states.
+        const auto of_piece = static_cast<std::int64_t>(
+            (static_cast<double>(chunks) + kFirstTask - kBeside - rounds(tasks, places) * kStateTask) /
+            (rounds(tasks, places) * chunk_of_states(tasks, places) + static_cast<double>(count * pieces)));
+        for (std::int64_t length = of_piece; length <= of_piece + 1; ++length)
+          if (const std::int64_t first = chunks - length * pieces * count; length > 0 && first > 0) consider(first, length);
       }
-  plan.segments = best < chunks ? divide_up(longest, best) : 1;
-  plan.chunks_per_segment = plan.segments > 1 ? best : longest;
-  plan.pieces_per_segment = best_pieces;
-  plan.chunks_per_piece = divide_up(plan.chunks_per_segment, best_pieces);
-  plan.pieces = (plan.segments - 1) * best_pieces + 1;
+  plan.chunks_per_piece = divide_up(plan.chunks_per_segment, plan.pieces_per_segment);
+  plan.pieces = (plan.segments - 1) * plan.pieces_per_segment + 1;
   plan.combines = plan.pieces > kFewPieces;
-  const std::size_t count = static_cast<std::size_t>(d.num_sequences * plan.pieces * d.nheads);
-  plan.decays_bytes = aligned(count * sizeof(float));
-  plan.states_bytes = aligned(count * d.headdim * d.dstate * sizeof(float));
+  const std::size_t heads = static_cast<std::size_t>(d.num_sequences * d.nheads), state = d.headdim * d.dstate * sizeof(float);
+  plan.decays_bytes = aligned(heads * plan.pieces * sizeof(float));
+  plan.states_bytes = aligned(heads * plan.pieces * state);
+  plan.first_bytes = plan.first_chunks > 0 ? aligned(heads * state) : 0;
   return plan;
 }
 

@@ -31,7 +31,8 @@ std::string why_not_dstate(const Dims& dims, std::int64_t most) {
 FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
   FusedPlan plan = fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
   // Where the final state takes the place of the initial one, nothing may read that beside the output pass.
-  if (plan.segments > 1 && args.initial_state && args.initial_state.data == args.final_state.data) plan.combines = true;
+  if (plan.segments > 1 && plan.first_chunks == 0 && args.initial_state && args.initial_state.data == args.final_state.data)
+    plan.combines = true;
   return plan;
 }
 

@@ -23,8 +23,8 @@ BACKWARD_OPS = tuple(f"{op}_backward" for op in OPS if not op.endswith("_update"
 
 class Plan(NamedTuple):
     """The backend ("cpu" or "cuda"), the kernel (a row of the op's table) and the scratch memory of a call. On a GPU, where few
-    sequences and heads would not fill it, sequences are cut at multiples of segment_tokens, which changes how results round;
-    0: not cut, as always with batch_invariant.
+    sequences and heads would not fill it, sequences are cut into segments of segment_tokens, the first and the last apart,
+    which changes how results round; 0: not cut, as always with batch_invariant.
     """
 
     backend: str

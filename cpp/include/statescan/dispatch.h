@@ -22,8 +22,8 @@ struct Plan {
   const char* backend = "";  // "cpu" or "cuda"
   const char* kernel = "";   // the row's name, e.g. "avx512" or "tma_bf16"
   std::size_t workspace_bytes = 0;
-  // Sequences are cut at multiples of so many tokens, as the scan meets them, and the segments computed side by side, which few
-  // sequences and heads need to fill a device, and which batch_invariant forbids; 0: not cut.
+  // Sequences are cut into segments of so many tokens, the first and the last apart, and the segments computed side by side,
+  // which few sequences and heads need to fill a device, and which batch_invariant forbids; 0: not cut.
   std::int64_t segment_tokens = 0;
 };
 
