@@ -414,6 +414,22 @@ struct Fragment {
     cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(at), word[0], word[1], word[2], word[3]);
   }
 
+  // Calls visit(v, column, pair) for values v and v + 1 of an accumulator, with what the tile holds in their places.
+  template <class Element, class Visit>
+  __device__ void each_pair(const char* tile, const Visit& visit) const {
+#pragma unroll
+    for (int j = 0; j < kTile / 16; ++j) {
+      std::uint32_t word[4];
+      load(tile, j, word);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        float pair[2];
+        cuda::widen_word<Element>(word[w], pair);
+        visit(8 * j + 2 * w, 16 * j + w / 2 * 8 + column, pair);
+      }
+    }
+  }
+
   // Rows 16 k to 16 k + 15 of columns 16 j to 16 j + 15, as the B of one warp's products: words 0 and 1, and 2 and 3.
   __device__ void load_columns(const char* tile, int k, int j, std::uint32_t (&word)[4]) const {
     const char* from = tile + unit_offset(16 * k + lane % 16, 2 * j + lane / 16);
@@ -942,36 +958,18 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_fence_operand(y);
         enter_chunk(i + 1, total);
         if (p.D.data) {
-#pragma unroll
-          for (int j = 0; j < kTile / 16; ++j) {
-            std::uint32_t word[4];
-            at.load(tile_x, j, word);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-              const float2 D = load2(shared.D[which] + 16 * j + w / 2 * 8 + at.column);
-              float pair[2];
-              cuda::widen_word<NativeElement>(word[w], pair);
-              y(8 * j + 2 * w) += D.x * pair[0];
-              y(8 * j + 2 * w + 1) += D.y * pair[1];
-            }
-          }
+          at.template each_pair<NativeElement>(tile_x, [&](int v, int column, const float* x_pair) {
+            const float2 D = load2(shared.D[which] + column);
+            y(v) += D.x * x_pair[0], y(v + 1) += D.y * x_pair[1];
+          });
         }
         shared.empty[stage].arrive();
         char* tile_y = shared.y[which][slots.stage];
         if (p.has_z) {
           shared.z_full[which][slots.stage].wait(slots.parity);
-#pragma unroll
-          for (int j = 0; j < kTile / 16; ++j) {
-            std::uint32_t word[4];
-            at.load(tile_y, j, word);
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-              float pair[2];
-              cuda::widen_word<NativeElement>(word[w], pair);
-              y(8 * j + 2 * w) *= cuda::fast_silu(pair[0]);
-              y(8 * j + 2 * w + 1) *= cuda::fast_silu(pair[1]);
-            }
-          }
+          at.template each_pair<NativeElement>(tile_y, [&](int v, int, const float* z) {
+            y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]);
+          });
         }
 #pragma unroll
         for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);

@@ -345,37 +345,19 @@ __device__ void compute_output(const ShortParams& p, SharedStorage<Policy>& shar
     cute::warpgroup_fence_operand(y);
 
     if (p.D.data) {
-#pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) {
-        std::uint32_t word[4];
-        at.load(shared.x[stage], j, word);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const float2 D = load2(steps.D + 16 * j + w / 2 * 8 + at.column);
-          float pair[2];
-          cuda::widen_word<NativeElement>(word[w], pair);
-          y(8 * j + 2 * w) += D.x * pair[0];
-          y(8 * j + 2 * w + 1) += D.y * pair[1];
-        }
-      }
+      at.template each_pair<NativeElement>(shared.x[stage], [&](int v, int column, const float* x_pair) {
+        const float2 D = load2(steps.D + column);
+        y(v) += D.x * x_pair[0], y(v + 1) += D.y * x_pair[1];
+      });
     }
     shared.empty[stage].arrive();
     char* tile_y = shared.y[half][slots.stage];
     char* rows_y = tile_y - half * kTileBytes;  // as if it began with the sequence
     if (p.has_z) {
       shared.z_full[half][slots.stage].wait(slots.parity);
-#pragma unroll
-      for (int j = 0; j < kTile / 16; ++j) {
-        std::uint32_t word[4];
-        at.load(rows_y, j, word);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float pair[2];
-          cuda::widen_word<NativeElement>(word[w], pair);
-          y(8 * j + 2 * w) *= cuda::fast_silu(pair[0]);
-          y(8 * j + 2 * w + 1) *= cuda::fast_silu(pair[1]);
-        }
-      }
+      at.template each_pair<NativeElement>(rows_y, [&](int v, int, const float* z) {
+        y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]);
+      });
     }
 #pragma unroll
     for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(rows_y, j, y);
