@@ -62,6 +62,14 @@ def test_numpy_in_numpy_out(rng, op, dtype):
         assert value.flags.c_contiguous and value.flags.writeable and value.flags.aligned
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_large_numpy_results_begin_with_a_cache_line(rng, dtype):
+    x = rng.standard_normal((3, 900, 101)).astype(DTYPES[dtype])
+    for y in [statescan.gated_rms_norm(x) for _ in range(3)]:
+        assert y.ctypes.data % 64 == 0 and y.shape == x.shape and y.dtype == x.dtype
+        assert y.flags.c_contiguous and y.flags.writeable
+
+
 def test_numpy_arrays_whose_bytes_mean_something_else(rng):
     """Byte-swapped elements, and strides that are no multiple of the element: refused, or read rightly; never misread."""
     inputs = cases.causal_conv1d(rng)

@@ -190,6 +190,22 @@ def test_only_the_gradients_that_are_asked_for(rng, device, op):
         assert all(value.grad is None for other, value in inputs.items() if other != name)
 
 
+@pytest.mark.parametrize("packed", (False, True), ids=("one sequence", "packed"))
+@pytest.mark.parametrize("dstate", (24, 32, 80))
+def test_gradients_that_hold_other_things_meanwhile(rng, device, dstate, packed):
+    """dx, dB and dC have the bits that they have without the others, in whose memory states and sums may lie until they are made."""
+    options = {"reverse": packed, "cu_seqlens": tensor(np.array([0, 70, 70, 300]), device) if packed else None}
+    sizes = dict(batch=1 if packed else 2, seqlen=301, nheads=16, ngroups=1, headdim=40, dstate=dstate)
+    arrays = OPS["ssd_scan"].inputs(rng, **sizes, **({"sequences": 3} if packed else {}))
+    inputs = tensors(arrays, device, requires_grad=True)
+    every = gradients(OPS["ssd_scan"], inputs, call(OPS["ssd_scan"], inputs, **options))
+    for name in ("x", "dt", "B", "C"):
+        inputs = tensors(arrays, device)
+        inputs[name].requires_grad_()
+        scalar(call(OPS["ssd_scan"], inputs, **options)).backward()
+        assert_same(inputs[name].grad, every[name], name)
+
+
 @every_scan
 def test_a_loss_on_one_result_alone(rng, device, op):
     """A final state that no loss looks at costs nothing; a loss on it alone needs no gradient of y."""

@@ -140,6 +140,14 @@ STATESCAN_INLINE void for_row_blocks(std::int64_t rows, Body&& body) {
   for_last_rows(r, rows - r, body);
 }
 
+// The same blocks from the last to the first.
+template <class Body>
+STATESCAN_INLINE void for_row_blocks_upwards(std::int64_t rows, Body&& body) {
+  std::int64_t r = rows / kTileRows * kTileRows;
+  for_last_rows(r, rows - r, body);
+  while ((r -= kTileRows) >= 0) body(Constant<kTileRows>{}, r);
+}
+
 // The same for columns, a multiple of kLanes<T>: kTileVectors at a time, then one by one.
 template <class T, class Body>
 STATESCAN_INLINE void for_column_blocks(std::int64_t columns, Body&& body) {

@@ -197,12 +197,13 @@ void multiply_pairs(T* to, std::int64_t pitch, const T* a, std::int64_t a_stride
 }
 
 // to = decay * from + a^T b for a [q,a*], b [q,b*] and states [rows,b*], of which `columns`; without kFrom to = a^T b. How a state
-// goes on to the next chunk, and an adjoint to the one before. Fetches two tiles meanwhile.
+// goes on to the next chunk, and an adjoint to the one before. `to` may begin where `from` does or before its end: the last rows
+// are made first. Fetches two tiles meanwhile.
 template <bool kFrom, class T>
 void carry(T* to, const T* from, T decay, const T* a, std::int64_t a_stride, const T* b, std::int64_t b_stride, std::int64_t rows,
            std::int64_t q, Ahead first, Ahead second) {
   for_column_blocks<T>(b_stride, [&]<int V>(Constant<V>, std::int64_t c) {
-    for_row_blocks(rows, [&]<int R>(Constant<R>, std::int64_t r) {
+    for_row_blocks_upwards(rows, [&]<int R>(Constant<R>, std::int64_t r) {
       first.step();
       second.step();
       Vec<T> sum[R][V] = {};

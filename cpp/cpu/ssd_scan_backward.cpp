@@ -12,12 +12,12 @@
 // Shapes   x, z, dy [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; states and adjoints are held as [p,n]
 // Traffic  x twice, dt twice, dy, z and the gradients once; B and C twice for each unit; the states that enter the chunks of a
 //          unit, [heads,chunks,p,n], written and read once: of the whole sequence, or of one stretch where the forward kept
-//          the states before the stretches
+//          the states before the stretches. As much of each as a chunk of dx can hold lies in dx, until that is written
 // Tasks    the units of the forward (ssd_chunk.h). The first of a group makes C B^T of each chunk for all; they add their parts
 //          of dB, dC and of the weights (g[i].x[j]) L[i][j] dt[j] one after the other, chunk by chunk, each a chunk behind the
-//          one before, and the last multiplies the weights with B and C. dx, dB and dC may lie where x, B and C lie: a unit
-//          reads its x of a chunk for the last time before it writes dx there, and the last of a group writes dB and dC
-//          behind all others
+//          one before, and the last multiplies the weights with B and C. The sums so far lie in dB and dC themselves where
+//          these can hold them. dx, dB and dC may lie where x, B and C lie, and hold nothing else then: a unit reads its x of
+//          a chunk for the last time before it writes dx there, and the last of a group writes dB and dC behind all others
 // Numerics sums of T in a fixed order that depends on the row's own shape alone; what is summed over tokens (dA, dD, ddt_bias)
 //          is summed in float64. ddtA has no difference in it, so that it keeps its digits where decays leave next to nothing.
 //          No product has a factor from above the diagonal: a NaN in dy reaches no later token
@@ -56,13 +56,20 @@ std::int64_t longest_sequence(const BackwardArgs& args, const Dims& d) {
   return length;
 }
 
+// Whether a gradient is memory of T that no input lies in, so that it can hold other things until it is written.
+template <class T>
+bool has_room(const Tensor& gradient, const Tensor& of) {
+  return gradient && gradient.dtype == kDTypeOf<T> && gradient.data != of.data;
+}
+
 // What the units of a call share.
 template <class T>
 struct Shared {
-  Shared(Arena& arena, const Tiling& t, const Dims& d, std::int64_t longest)
+  Shared(Arena& arena, const Tiling& t, const BackwardArgs& args, const Dims& d, std::int64_t longest)
       : q_stride(chunk_stride<T>(t, longest)), n_stride(whole_vectors<T>(d.dstate)), CB(arena, t, d, longest) {
     const std::int64_t tokens = d.batch * d.seqlen, rows = units_of_group(t) > 1 ? tokens * d.ngroups : 0;
-    for (T** sums : {&dB, &dC}) *sums = arena.take<T>(rows * n_stride);
+    dB = sums_of(args.dB, args.B, arena, rows, d);
+    dC = sums_of(args.dC, args.C, arena, rows, d);
     weights = arena.take<T>(rows * q_stride);
     dt_slope = arena.take<T>(t.column_blocks > 1 ? tokens * d.nheads : 0);
     const std::int64_t heads = d.num_sequences * d.nheads;
@@ -73,10 +80,21 @@ struct Shared {
     chunks_done = arena.take<int>(d.num_sequences * t.units);
   }
 
+  // The gradient itself where its rows are whole vectors.
+  Tensor sums_of(const Tensor& gradient, const Tensor& of, Arena& arena, std::int64_t rows, const Dims& d) const {
+    if (has_room<T>(gradient, of) && gradient.stride[3] == 1 && d.dstate == n_stride) return gradient;
+    Tensor sums;
+    sums.data = arena.take<T>(rows * n_stride);
+    sums.dtype = kDTypeOf<T>;
+    const std::int64_t stride[] = {d.seqlen * d.ngroups * n_stride, d.ngroups * n_stride, n_stride, 1};
+    for (int i = 0; i < 4; ++i) sums.stride[i] = stride[i];
+    return sums;
+  }
+
   std::int64_t q_stride, n_stride;
   GroupCB<T> CB;
-  T *dB, *dC;             // [b,g,l,n*] in the order of the scan, summed over the units of the group so far
-  T* weights;             // [b,g,l,q*] the same, up to the diagonal
+  Tensor dB, dC;          // [b,l,g,n*] summed over the units of the group so far
+  T* weights;             // [b,g,l,q*] the same in the order of the scan, up to the diagonal
   T* dt_slope;            // [b,l,h] ddt before limit and softplus, summed over the blocks of headdim so far
   std::int64_t share_count;
   double *dA, *ddt_bias;  // [s,h] each sequence's share, in one piece with the next
@@ -91,12 +109,13 @@ struct Tiles {
       : q_stride(chunk_stride<T>(t, longest)),
         p_stride(whole_vectors<T>(t.columns)),
         n_stride(whole_vectors<T>(d.dstate)),
-        state_size(t.columns * n_stride),
+        own_rows(t.columns - (has_room<T>(args.dx, args.x) ? least(t.columns, t.chunk * t.columns / most(n_stride, 1)) : 0)),
         chunks(args.chunk_states ? kStretch / t.chunk : most(ceil_div(longest, t.chunk), 1)),
+        head_states((chunks - 1) * own_rows * n_stride + t.columns * n_stride),
         steps(arena, q_stride) {
     const std::int64_t tokens_p = q_stride * p_stride, tokens_n = q_stride * n_stride, pairs = q_stride * q_stride;
-    states = arena.take<T>(t.heads * chunks * state_size);
-    adjoints = arena.take<T>(t.heads * state_size);
+    states = arena.take<T>(t.heads * head_states);
+    adjoints = arena.take<T>(t.heads * t.columns * n_stride);
     adjoint_transposed = arena.take<T>(d.dstate * p_stride);
     for (T** tile : {&B, &C, &dB, &dC}) *tile = arena.take<T>(tokens_n);
     B_transposed = arena.take<T>(d.dstate * q_stride);
@@ -115,10 +134,12 @@ struct Tiles {
     dD = arena.take<double>(t.heads * p_stride);
   }
 
-  std::int64_t q_stride, p_stride, n_stride, state_size;
-  std::int64_t chunks;  // whose states are there at the same time
+  std::int64_t q_stride, p_stride, n_stride;
+  std::int64_t own_rows;     // of a state: the next one takes the place of the others, which lie in dx meanwhile
+  std::int64_t chunks;       // whose states are there at the same time
+  std::int64_t head_states;  // the size of those of a head
   Steps<T> steps;
-  T* states;              // [heads,chunks,p,n*] that enter each chunk
+  T* states;              // [heads] of the states [p,n*] that enter each chunk, each own_rows behind the one before
   T* adjoints;            // [heads,p,n*] of the states that leave the chunk
   T* adjoint_transposed;  // [n,p*] of one head
   T *B, *C, *dB, *dC;     // [q,n*]
@@ -206,9 +227,9 @@ struct Block {
 
   std::int64_t chunks() const { return ceil_div(walk.length(), t.chunk); }
   T* state(std::int64_t k, std::int64_t chunk) const {
-    return tiles.states + (k * tiles.chunks + chunk % tiles.chunks) * tiles.state_size;
+    return tiles.states + k * tiles.head_states + chunk % tiles.chunks * tiles.own_rows * tiles.n_stride;
   }
-  T* adjoint(std::int64_t k) const { return tiles.adjoints + k * tiles.state_size; }
+  T* adjoint(std::int64_t k) const { return tiles.adjoints + k * t.columns * tiles.n_stride; }
 
   TileView rows(const Tensor& tensor, std::int64_t i, std::int64_t h) const { return walk.rows(tensor, i, h, unit.p0); }
 
@@ -237,9 +258,15 @@ struct Block {
     return {walk.rows(tensor, (c - 1) * t.chunk, unit.group, 0), t.chunk, d.dstate, steps};
   }
 
-  Ahead ahead_of_sums(const T* sums, std::int64_t start, std::int64_t steps) const {
+  Ahead ahead_of_sums(const Tensor& sums, std::int64_t start, std::int64_t steps) const {
     if (unit.place == 0) return {};
-    return {tile_view<T>(sums + shared_row(start) * tiles.n_stride, tiles.n_stride), tokens(start), tiles.n_stride, steps};
+    return {walk.rows(sums, start, unit.group, 0), tokens(start), tiles.n_stride, steps};
+  }
+
+  // Of dx what comes next: the rows of head k in chunk c, or, where states lie there, those of the next state.
+  Ahead ahead_of_rows(std::int64_t c, std::int64_t k, std::int64_t steps) const {
+    if (tiles.own_rows >= unit.columns) return ahead(args.dx, c * t.chunk, k, steps);
+    return c > 0 ? next(args.dx, c - 1, k, steps) : Ahead();
   }
 
   TileView state_view(const Tensor& tensor, std::int64_t k) const {
@@ -278,23 +305,57 @@ struct Block {
                                    d.D_per_channel ? offset_of(args.D, h, unit.p0 + c) : offset_of(args.D, h));
   }
 
-  // The state that enters the stretch of chunk c, as the forward kept it.
-  void load_kept_states(std::int64_t c) const {
+  // The first chunk of those whose states are there together with that of chunk c, and the last.
+  std::int64_t first_beside(std::int64_t c) const { return c - c % tiles.chunks; }
+  std::int64_t last_beside(std::int64_t c) const { return least(first_beside(c) + tiles.chunks, chunks()) - 1; }
+
+  // The state that enters the first of these chunks, c: the one that the forward kept, or the initial one.
+  void load_first_state(std::int64_t k, std::int64_t c) const {
     const Tensor& kept = args.chunk_states;
-    const std::int64_t row = stretch_row(args, walk, unit.sequence, c / tiles.chunks);
-    for (std::int64_t k = 0; k < unit.heads; ++k)
-      load_tile<T>(
-          state(k, c), tiles.n_stride,
-          {kept.data, kept.dtype, offset_of(kept, walk.batch, row, unit.h0 + k, unit.p0), kept.stride[3], kept.stride[4]},
-          unit.columns, d.dstate);
+    if (kept) {
+      const std::int64_t row = stretch_row(args, walk, unit.sequence, c / tiles.chunks);
+      const std::int64_t first = offset_of(kept, walk.batch, row, unit.h0 + k, unit.p0);
+      load_tile<T>(state(k, c), tiles.n_stride, {kept.data, kept.dtype, first, kept.stride[3], kept.stride[4]}, unit.columns,
+                   d.dstate);
+    } else if (args.initial_state) {
+      load_tile<T>(state(k, c), tiles.n_stride, state_view(args.initial_state, k), unit.columns, d.dstate);
+    }
   }
 
-  // The states that enter the chunks behind `first`, up to `last`.
+  // The rows of the state that enters chunk c whose place the next one takes: until they are wanted they lie in dx of the chunk
+  // before, which is written later. move(a row of dx, count, the same elements of the state) for all of them.
+  template <class Move>
+  void move_rows(std::int64_t k, std::int64_t c, Move&& move) const {
+    TileView row = rows(args.dx, (c - 1) * t.chunk, unit.h0 + k);
+    T* const state_rows = state(k, c + 1);  // where its own rows end
+    const std::int64_t count = (unit.columns - tiles.own_rows) * tiles.n_stride;
+    for (std::int64_t done = 0; done < count; done += unit.columns, row.first += row.row_stride)
+      move(row, least(unit.columns, count - done), state_rows + done);
+  }
+
+  void put_by(std::int64_t k, std::int64_t c) const {
+    move_rows(k, c, [](const TileView& row, std::int64_t count, const T* from) {
+      store_row<T>(row.data, row.dtype, row.first, row.column_stride, count, from);
+    });
+  }
+
+  // The state that enters chunk c whole again, after the one that enters the next chunk.
+  void take_back(std::int64_t k, std::int64_t c) const {
+    if (tiles.own_rows >= unit.columns || c == last_beside(c)) return;
+    if (c == first_beside(c)) return load_first_state(k, c);
+    move_rows(k, c, [](const TileView& row, std::int64_t count, T* to) {
+      load_row<T>(to, row.data, row.dtype, row.first, row.column_stride, count);
+    });
+  }
+
+  // The states that enter the chunks from `first` up to `last`.
   void sweep_states(std::int64_t first, std::int64_t last) const {
+    for (std::int64_t k = 0; k < unit.heads; ++k) load_first_state(k, first);
     for (std::int64_t c = first; c < last; ++c) {
       const std::int64_t start = c * t.chunk;
       load_tile<T>(tiles.B, tiles.n_stride, walk.rows(args.B, start, unit.group, 0), t.chunk, d.dstate);
       for (std::int64_t k = 0; k < unit.heads; ++k) {
+        if (c > first) put_by(k, c);
         load_steps<T>(tiles.steps, args, walk, start, t.chunk, unit.h0 + k);
         load_x(start, t.chunk, unit.h0 + k);
         const std::int64_t next_k = (k + 1) % unit.heads, next_c = next_k > 0 ? c : c + 1;
@@ -467,6 +528,7 @@ struct Block {
     const std::int64_t of_states = count_blocks<T>(q, tiles.n_stride), of_rows = count_blocks<T>(q, tiles.p_stride);
     const bool from_state = c > 0 || args.initial_state, from_adjoint = c + 1 < chunks() || args.dfinal_state;
     const T *h = from_state ? state(k, c) : nullptr, *G = adjoint(k);
+    if (from_state) take_back(k, c);
     load_steps<T>(tiles.steps, args, walk, start, q, head);
     const T decay = tiles.steps.from_start[q - 1];
     load_x(start, q, head);
@@ -482,7 +544,7 @@ struct Block {
       clear(tiles.from_state, q);
     if (from_adjoint)
       add_from_adjoint(G, q, next(args.dy, c, k, of_states), ends ? ahead_of_sums(shared.dB, start, of_states) : Ahead(),
-                       ahead(args.dx, start, k, of_rows), ends ? next_projection(args.B, c, of_rows) : Ahead());
+                       ahead_of_rows(c, k, of_rows), ends ? next_projection(args.B, c, of_rows) : Ahead());
     else clear(tiles.from_adjoint, q);
     if (args.dz) store_dz(h, start, q, head);
     if (args.dx) from_adjoint ? store_dx<true>(start, q, head) : store_dx<false>(start, q, head);
@@ -514,32 +576,29 @@ struct Block {
 
   bool is_last() const { return unit.place + 1 == units_of_group(t); }
 
-  // The first row of a chunk in what the units of a group share.
-  std::int64_t shared_row(std::int64_t start) const {
-    return (walk.batch * d.ngroups + unit.group) * d.seqlen + walk.first + start;
-  }
-
   // tile += what the group's units before this one left in `sums`; passed on there, unless this is the last. Of a triangle only
   // what lies up to the diagonal.
   template <bool kTriangle>
-  void add_up(T* sums, T* tile, std::int64_t stride, std::int64_t q) const {
+  void add_up(const TileView& sums, T* tile, std::int64_t stride, std::int64_t q) const {
     const bool is_first = unit.place == 0;
-    T* const to = is_last() ? tile : sums;
-    if (is_first && to == tile) return;
-    for (std::int64_t i = 0; i < q; ++i)
-      for (std::int64_t at = i * stride, end = at + (kTriangle ? whole_vectors<T>(i + 1) : stride); at < end; at += kLanes<T>) {
-        const Vec<T> v = load<T>(tile + at);
-        store<T>(to + at, is_first ? v : load<T>(sums + at) + v);
+    if (is_first && is_last()) return;
+    for (std::int64_t i = 0; i < q; ++i) {
+      T *const mine = tile + i * stride, *const left = static_cast<T*>(sums.data) + sums.first + i * sums.row_stride;
+      T* const to = is_last() ? mine : left;
+      for (std::int64_t at = 0, end = kTriangle ? whole_vectors<T>(i + 1) : stride; at < end; at += kLanes<T>) {
+        const Vec<T> v = load<T>(mine + at);
+        store<T>(to + at, is_first ? v : load<T>(left + at) + v);
       }
+    }
   }
 
   // The unit's part of dB and dC in the chunk from token `start` on, added up in the order of the group's units.
   void hand_on(std::int64_t start, std::int64_t q) const {
-    const std::int64_t row = shared_row(start);
-    add_up<true>(shared.weights + row * tiles.q_stride, tiles.weights, tiles.q_stride, q);
+    const std::int64_t row = (walk.batch * d.ngroups + unit.group) * d.seqlen + walk.first + start;
+    add_up<true>(tile_view<T>(shared.weights + row * tiles.q_stride, tiles.q_stride), tiles.weights, tiles.q_stride, q);
     if (is_last()) multiply_weights(q);
-    add_up<false>(shared.dB + row * tiles.n_stride, tiles.dB, tiles.n_stride, q);
-    add_up<false>(shared.dC + row * tiles.n_stride, tiles.dC, tiles.n_stride, q);
+    add_up<false>(walk.rows(shared.dB, start, unit.group, 0), tiles.dB, tiles.n_stride, q);
+    add_up<false>(walk.rows(shared.dC, start, unit.group, 0), tiles.dC, tiles.n_stride, q);
     if (!is_last()) return;
     if (args.dB) store_tile<T>(walk.rows(args.dB, start, unit.group, 0), q, d.dstate, tiles.dB, tiles.n_stride);
     if (args.dC) store_tile<T>(walk.rows(args.dC, start, unit.group, 0), q, d.dstate, tiles.dC, tiles.n_stride);
@@ -605,19 +664,12 @@ struct Block {
     for (double* sums : {tiles.dA, tiles.ddt_bias}) clear(sums, unit.heads);
     clear(tiles.dD, unit.heads * tiles.p_stride);
     for (std::int64_t k = 0; k < unit.heads; ++k) {
-      if (args.initial_state && !args.chunk_states && chunks() > 0)
-        load_tile<T>(state(k, 0), tiles.n_stride, state_view(args.initial_state, k), unit.columns, d.dstate);
       if (args.dfinal_state) load_tile<T>(adjoint(k), tiles.n_stride, state_view(args.dfinal_state, k), unit.columns, d.dstate);
-      else if (chunks() == 0) clear(adjoint(k), tiles.state_size);
+      else if (chunks() == 0) clear(adjoint(k), unit.columns * tiles.n_stride);
     }
-    if (!args.chunk_states) sweep_states(0, chunks() - 1);
     int done = 0;
     for (std::int64_t c = chunks(); c-- > 0;) {
-      if (args.chunk_states && (c + 1 == chunks() || (c + 1) % tiles.chunks == 0)) {
-        const std::int64_t first = c - c % tiles.chunks;
-        load_kept_states(first);
-        sweep_states(first, c);
-      }
+      if (c == last_beside(c)) sweep_states(first_beside(c), c);
       differentiate_chunk(c);
       const std::int64_t start = c * t.chunk, q = tokens(start);
       if (waits) wait_for(shared.chunks_done[index - 1], done + 1);
@@ -654,9 +706,9 @@ std::size_t bytes_per_thread(const Tiling& t, const BackwardArgs& args, const Di
 }
 
 template <class T>
-std::size_t bytes_shared(const Tiling& t, const Dims& d, std::int64_t longest) {
+std::size_t bytes_shared(const Tiling& t, const BackwardArgs& args, const Dims& d, std::int64_t longest) {
   Arena count(nullptr);
-  Shared<T>(count, t, d, longest);
+  Shared<T>(count, t, args, d, longest);
   return count.used();
 }
 
@@ -664,7 +716,7 @@ template <class T>
 std::size_t bytes_of(const BackwardArgs& args, const Dims& d) {
   const Tiling t = tiling_of(args, d);
   const std::int64_t longest = longest_sequence(args, d);
-  return bytes_shared<T>(t, d, longest) +
+  return bytes_shared<T>(t, args, d, longest) +
          bytes_per_thread<T>(t, args, d, longest) * least(max_threads(), d.num_sequences * t.units);
 }
 
@@ -674,7 +726,7 @@ void differentiate(const BackwardArgs& args, const Dims& d) {
   const std::int64_t longest = longest_sequence(args, d);
   const std::size_t bytes = bytes_per_thread<T>(t, args, d, longest);
   Arena common(args.workspace.data);
-  const Shared<T> shared(common, t, d, longest);
+  const Shared<T> shared(common, t, args, d, longest);
   shared.CB.start();
   clear(shared.chunks_done, d.num_sequences * t.units);
   if (t.units == 0)  // no unit writes a share

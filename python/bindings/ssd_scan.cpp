@@ -94,8 +94,11 @@ nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb:
   args.chunk_size = chunk_size;
   args.batch_invariant = batch_invariant;
   const auto d = validate(args);
-  if (plan_only) {  // that dx is wanted counts, its memory does not
-    args.dx = Tensor::contiguous(nullptr, args.x.dtype, {d.batch, d.seqlen, d.nheads, d.headdim}, args.x.device);
+  if (plan_only) {  // that these are wanted counts, for what can lie there before them; their memory does not
+    const auto wanted_as = [](const Tensor& of) {
+      return Tensor::contiguous(nullptr, of.dtype, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]}, of.device);
+    };
+    args.dx = wanted_as(args.x), args.dB = wanted_as(args.B), args.dC = wanted_as(args.C);
     return Call::describe(args, d);
   }
   args.dx = call.gradient("dx", args.x);
