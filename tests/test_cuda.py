@@ -758,6 +758,26 @@ def test_backward_in_parts(rng, dtype, ngroups):
 
 
 @needs_gpu
+@pytest.mark.parametrize("dstate", (64, 128))
+def test_backward_of_ssd_scan_without_dx(dstate):
+    """Adjoints wait in dx where it has room for them, else in the workspace. The other gradients are as good."""
+    import torch
+
+    import statescan.torch as statescan_torch
+
+    x, B, C = (torch.randn(2, 512, n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((24, 64), (1, dstate), (1, dstate)))
+    dt, A = torch.rand(2, 512, 24, device="cuda") / 8, -torch.rand(24, device="cuda") - 0.1
+    gradients = []
+    for wants_dx in (True, False):
+        leaves = [v.clone().requires_grad_(wants_dx or v is not x) for v in (x, dt, A, B, C)]
+        statescan_torch.ssd_scan(*leaves).backward(x)
+        gradients.append([v.grad for v in leaves])
+    assert gradients[1][0] is None
+    for a, b in zip(gradients[0][1:], gradients[1][1:]):
+        assert (a.float() - b.float()).norm() < 4e-3 * b.float().norm()
+
+
+@needs_gpu
 def test_backward_keeps_less_than_one_and_a_half_times_x():
     import torch
 

@@ -46,10 +46,20 @@ CUtensorMap tma_map(const Tensor& t, int tokens) {
     strides[i - 1] = sizes[i] == 1 ? kAlignment : static_cast<cuuint64_t>(t.stride[order[i]] * size_of(t.dtype));
   const cuuint32_t box[] = {kBoxElements, 1, static_cast<cuuint32_t>(tokens), 1}, steps[] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status =
-      encoder()(&map, t.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-                t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return encoder()(&map, t.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+                     t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  // The driver wants the device's context current. In a thread that has had nothing to do with the device so far, such as that
+  // of torch's autograd when ours is its first node, it is not yet.
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) fail<CudaError>("cuTensorMapEncodeTiled failed with code ", static_cast<int>(status));
   return map;
 }
