@@ -1,19 +1,19 @@
 // gated_rms_norm forward
 // Math     y = rms(x) weight silu(z), or rms(x silu(z)) weight; rms(v) = v / sqrt(mean(v^2) + eps), the mean over a group
-// Shapes   x, z, y [..., d]; weight [d]
+// Shapes   x, z, y [..., d]; weight [d]; a block's x in bfloat16 may come as halves and exponents [..., d / 64] (scaled.cuh)
 // Traffic  read x and z, write y: 3*rows*d*sizeof(Element); floor: that over 3.0 TB/s. A group of up to 8,192 elements stays
 //          in registers between its sum and its output; a longer one is read twice
 // Launch   one axis of groups x rows. Up to 512 elements a warp takes a group and a block four of them; else a block a group,
-// with
-//          a thread for every 16 elements
+//          with a thread for every 16 elements
 // Numerics float32; a thread adds its squares in order, a warp as a tree, the warps in order: the bits depend on the group
-// alone
+//          alone
 #pragma once
 
 #include <type_traits>
 
 #include "../common/early.cuh"
 #include "../common/element.cuh"
+#include "../common/scaled.cuh"
 #include "policy.h"
 
 namespace statescan::gated_rms_norm {
@@ -44,6 +44,7 @@ struct ForwardParams {
   View x, z, weight, y;
   Padding padding;
   End end;
+  const std::uint8_t* x_exponents;  // null: x has its dtype
 };
 
 inline __device__ bool is_padding(const Padding& p, std::int64_t row) {
@@ -102,6 +103,9 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
   const char* const x = row_of(p.x, p.rows, row) + first * p.x.column;
   const char* const z = p.z.data ? row_of(p.z, p.rows, row) + first * p.z.column : nullptr;
   char* const y = row_of(p.y, p.rows, row) + first * p.y.column;
+  const std::uint8_t* exponents = nullptr;
+  if (kDType == DType::bfloat16 && p.x_exponents)
+    exponents = p.x_exponents + (row * p.rows.groups * p.rows.group_size + first) / cuda::kScaledTogether;
   const char* const weight = p.weight.data ? p.weight.data + first * p.weight.column : nullptr;
 
   // From one element to the next, in bytes; a constant where it can be.
@@ -131,16 +135,23 @@ __global__ void __launch_bounds__(kTeamIsBlock ? Policy::kMaxThreads : Policy::k
     Run packed_z[kRuns];
     const auto load_chunk = [&](std::int64_t chunk) {
       Run packed_x[kRuns];
+      std::uint32_t exponent[kRuns] = {};
 #pragma unroll
       for (int v = 0; v < kRuns; ++v) {
         const std::int64_t column = column_of(chunk, v);
         const int count = held_of(column);
         packed_x[v].load(x + column * x_step, kDType, x_step, count);
         if (z) packed_z[v].load(z + column * z_step, kGate, z_step, count);
+        if (exponents && count > 0) exponent[v] = exponents[column / cuda::kScaledTogether];
       }
 #pragma unroll
       for (int v = 0; v < kRuns; ++v) {
-        packed_x[v].widen(kDType, held[v]);
+        packed_x[v].widen(exponents ? DType::float16 : kDType, held[v]);
+        if (exponent[v] != 0) {
+          const float scale = cuda::scale_up(static_cast<std::uint8_t>(exponent[v]));
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) held[v][i] *= scale;
+        }
         if (!z || p.rows.norm_before_gate) continue;
         float gate[kRun];
         packed_z[v].widen(kGate, gate);

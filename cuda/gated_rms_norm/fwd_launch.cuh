@@ -68,7 +68,8 @@ void launch_forward(const ForwardArgs& args, const Dims& dims, Stream stream) {
                        layout.view(args.weight),
                        layout.view(args.y),
                        args.padding,
-                       args.end};
+                       args.end,
+                       args.x_exponents};
   if (dims.group_size <= kWarp * Policy::kHeld) {
     cuda::launch(
         "gated_rms_norm_forward_kernel", gated_rms_norm_forward_kernel<Policy, false>,

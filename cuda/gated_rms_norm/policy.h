@@ -60,10 +60,12 @@ struct End {
   bool is_int64 = false;
 };
 
-// A call with padding: as a part of a Mamba-2 block.
+// A call with padding: as a part of a Mamba-2 block. There x in bfloat16 may come as halves with shared exponents (scaled.cuh),
+// which lie as [..., d / kScaledTogether], contiguous; the size of groups is a multiple of kScaledTogether then.
 struct ForwardArgs : Args {
   Padding padding;
   End end;
+  const std::uint8_t* x_exponents = nullptr;
 };
 struct GradientArgs : BackwardArgs {
   End end;

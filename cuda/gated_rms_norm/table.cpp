@@ -74,8 +74,8 @@ constexpr cuda::Table<GradientArgs, Dims> kBackward{"gated_rms_norm_backward", &
 
 }  // namespace
 
-Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan({args, {}, {}}, dims); }
-void run_cuda(const Args& args, const Dims& dims, Stream stream) { run_padded(ForwardArgs{args, {}, {}}, dims, stream); }
+Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan({args}, dims); }
+void run_cuda(const Args& args, const Dims& dims, Stream stream) { run_padded(ForwardArgs{args}, dims, stream); }
 void run_padded(const ForwardArgs& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
 
 Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan({args, {}}, dims); }

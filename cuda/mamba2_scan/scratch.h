@@ -20,6 +20,12 @@ class Scratch {
     return Tensor::strided(data, like.dtype, {d.batch, d.seqlen, channels}, {d.seqlen * pitch, pitch, 1}, like.device);
   }
 
+  void* bytes(std::size_t count) {
+    void* const data = static_cast<char*>(workspace_.data) + used_;
+    used_ += rounded(static_cast<std::int64_t>(count), 256);
+    return data;
+  }
+
   std::size_t used() const { return used_; }
 
   // What is left, for the kernels, which run one after the other.

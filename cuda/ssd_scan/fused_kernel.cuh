@@ -5,10 +5,10 @@
 // Traffic  read x, dt, z, write y: once; read B, C: once per pair of slices, from L2 after the first
 //          Floor of B8 L2048 H80 P64 G1 N128 bf16: 348 MB, 0.116 ms; matmuls 75 GFLOP, 0.10 ms
 // Launch   a block per multiprocessor, which takes tasks in turns (FusedParams): a pair of slices in a segment of a sequence,
-// or
-//          in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one warp
-//          for each consumer
-// Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order
+//          or in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one
+//          warp for each consumer
+// Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order. y as the
+//          element type or, for the norm of a Mamba-2 block, as halves with shared exponents
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -20,6 +20,7 @@
 
 #include "../common/element.cuh"
 #include "../common/overlap.h"
+#include "../common/scaled.cuh"
 #include "../common/vector.cuh"
 #include "fused_policy.h"
 #include "positions.cuh"
@@ -552,6 +553,50 @@ __device__ void keep_up(SharedStorage<Policy, kStateOnly>& shared, Ring<stages_o
   }
 }
 
+// A tile as halves. Rows that are too large or too small for them get exponents, which go to memory for the valid ones: `step`
+// bytes from one to the next.
+template <class Values>
+__device__ void store_scaled(char* tile, const Values& values, const Fragment& at, std::uint8_t* exponents, int step,
+                             int valid) {
+  const auto store = [&](float first, float second, auto visit) {  // two rows, each times a factor
+#pragma unroll
+    for (int j = 0; j < kTile / 16; ++j) {
+      std::uint32_t word[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        const float factor = w % 2 ? second : first;
+        const float pair[2] = {factor * values(8 * j + 2 * w), factor * values(8 * j + 2 * w + 1)};
+        word[w] = cuda::narrow_word<__half>(pair);
+        visit(w % 2, word[w]);
+      }
+      at.store(tile, j, word);
+    }
+  };
+  std::uint32_t halves[2] = {};
+  store(1.0f, 1.0f, [&](int r, std::uint32_t word) { halves[r] = cuda::larger_halves(halves[r], word); });
+  // Of rows whose lanes lie side by side.
+  const std::uint32_t misfits[2] = {__ballot_sync(0xffffffffu, !cuda::fit_halves(halves[0])),
+                                    __ballot_sync(0xffffffffu, !cuda::fit_halves(halves[1]))};
+  if ((misfits[0] | misfits[1]) == 0) return;
+
+  float largest[2] = {};
+#pragma unroll
+  for (int v = 0; v < kTile / 2; ++v) largest[v / 2 % 2] = cuda::larger_magnitude(largest[v / 2 % 2], values(v));
+  std::uint32_t both = cuda::exponent_of(largest[0]) | cuda::exponent_of(largest[1]) << 16;
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) both = __vmaxu2(both, __shfl_xor_sync(0xffffffffu, both, lanes));
+  float factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool fits = (misfits[r] >> (at.lane & ~3) & 0xf) == 0;  // whatever the other rows hold
+    const std::uint32_t exponent = fits ? cuda::kNoScale : cuda::shared_exponent(r == 0 ? both & 0xffff : both >> 16);
+    factor[r] = cuda::scale_down(exponent);
+    if (at.column == 0 && at.row + 8 * r < valid)
+      exponents[static_cast<std::int64_t>(at.row + 8 * r) * step] = cuda::stored_exponent(exponent);
+  }
+  store(factor[0], factor[1], [](int, std::uint32_t) {});
+}
+
 // A slice's part of a state in memory, and what of it is a thread's: pairs of the values of a [channel, state] accumulator.
 template <int kState>
 struct SliceOfState {
@@ -713,6 +758,7 @@ enum class Extra {
   nothing,
   kept_states,  // the state that enters each stretch
   positions,    // the states there
+  scaled_y,     // beside y as halves, the exponents that some of them share
 };
 
 // The output of a slice, chunk by chunk.
@@ -971,8 +1017,16 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
             y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]);
           });
         }
+        if constexpr (kExtra == Extra::scaled_y) {
+          int slice = head * p.slices + channel / kTile;
+          asm volatile("" : "+r"(slice));  // addresses are worked out here, and take no registers from the loop
+          const int step = p.nheads * p.slices;
+          const std::int64_t first = (static_cast<std::int64_t>(task.batch) * p.seqlen + token) * step;
+          store_scaled(tile_y, y, at, p.y_exponents + first + slice, step, valid);
+        } else {
 #pragma unroll
-        for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
+          for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
+        }
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         cutlass::arch::fence_view_async_shared();

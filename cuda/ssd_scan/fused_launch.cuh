@@ -27,7 +27,7 @@ __global__ void clear_tail_kernel(const __grid_constant__ FusedParams p, std::in
 }  // namespace fused
 
 template <class Policy>
-void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream stream) {
+void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::uint8_t* y_exponents, Stream stream) {
   if (plan.pairs * d.num_sequences == 0) return;
   FusedParams p{};
   p.x = cuda::tma_map(args.x), p.B = cuda::tma_map(args.B), p.C = cuda::tma_map(args.C), p.y = cuda::tma_map(args.y);
@@ -40,6 +40,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
   p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
   p.initial_state = state_view(args.initial_state), p.final_state = state_view(args.final_state);
   p.packed_y = {static_cast<char*>(args.y.data), args.y.stride[1] * y_size, args.y.stride[2] * y_size};
+  p.y_exponents = y_exponents;
   if (args.cu_seqlens) {
     p.cu_seqlens = args.cu_seqlens.data, p.cu_is_int64 = args.cu_seqlens.dtype == DType::int64;
     p.cu_stride = args.cu_seqlens.stride[0];
@@ -69,6 +70,8 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, Stream
     if (args.chunk_states) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
     if (p.positions.data) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
   }
+  if constexpr (Policy::kScalesOutput)
+    if (p.y_exponents) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::scaled_y>;
   const auto launch_output = [&](bool overlapping) {
     const auto launch = overlapping ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
     launch("ssd_scan_fused_kernel", output, {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)}, stream, p);

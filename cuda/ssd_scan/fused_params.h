@@ -32,8 +32,9 @@ struct FusedParams {
   HeadView A, dt_bias, D;
   StateView initial_state, final_state;
   Positions positions;
-  OutputView packed_y;     // where boxes would write into the next sequence
-  const void* cu_seqlens;  // null: sequence i is row i of the batch
+  OutputView packed_y;        // where boxes would write into the next sequence
+  std::uint8_t* y_exponents;  // [b,l,h,slices]: y goes out as halves with shared exponents (scaled.cuh); null: as elements
+  const void* cu_seqlens;     // null: sequence i is row i of the batch
   bool cu_is_int64, dt_softplus, reverse, has_z;
   std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;

@@ -17,6 +17,7 @@ struct FusedPolicy {
   // Chunks on their way: what fits beside the state and the output.
   static constexpr int kStages = kState == 128 ? 3 : 4;
   static constexpr bool kLeavesStates = kState == 128;  // at positions or between stretches: rare, for all dstate
+  static constexpr bool kScalesOutput = kDType == DType::bfloat16 && kState == 128;  // y with shared exponents, as well
 };
 
 }  // namespace statescan::ssd_scan

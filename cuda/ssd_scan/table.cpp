@@ -1,7 +1,10 @@
 // CUDA kernels of ssd_scan.
 #include <limits>
+#include <string_view>
 
 #include "../../cpp/ops/backend.h"
+#include "../common/clear.h"
+#include "../common/scaled.h"
 #include "../common/table.h"
 #include "../common/tma.h"
 #include "bwd_policy.h"
@@ -9,12 +12,13 @@
 #include "fused_plan.h"
 #include "general_launch.h"
 #include "recurrent.h"
+#include "scaled_output.h"
 #include "short_plan.h"
 
 namespace statescan::ssd_scan {
 
 template <class Policy>
-void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, Stream stream);
+void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, std::uint8_t* y_exponents, Stream stream);
 
 template <class Policy>
 void launch_short(const Args& args, const Dims& dims, Stream stream);
@@ -103,11 +107,17 @@ std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
   return plan.segments > 1 ? plan.chunks_per_segment * kFusedTile : 0;
 }
 
+// y_exponents: null, or y goes out as halves that share them.
+template <DType dtype>
+void run_fused_scaled(const Args& args, const Dims& dims, std::uint8_t* y_exponents, Stream stream) {
+  const FusedPlan plan = fused_plan_of(args, dims);
+  if (padded_dstate(args, dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, y_exponents, stream);
+  else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, y_exponents, stream);
+}
+
 template <DType dtype>
 void run_fused(const Args& args, const Dims& dims, Stream stream) {
-  const FusedPlan plan = fused_plan_of(args, dims);
-  if (padded_dstate(args, dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
-  else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
+  run_fused_scaled<dtype>(args, dims, nullptr, stream);
 }
 
 // Calls `visit` with the policy of the general kernels for a call: its dtype, and dstate padded; k64: to 64 too, where there is
@@ -279,6 +289,24 @@ constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &Backwa
 
 Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan(args, dims); }
 void run_cuda(const Args& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
+
+#ifdef STATESCAN_CUDA_SM90A
+std::size_t exponent_bytes(const Args& args, const Dims& dims) {
+  static_assert(kFusedTile == cuda::kScaledTogether);
+  const bool can = std::string_view(kForward.plan(args, dims).kernel) == "fused_bfloat16" && padded_dstate(args, dims) == 128 &&
+                   dims.headdim % kFusedTile == 0;
+  return can ? dims.batch * dims.seqlen * dims.nheads * dims.headdim / kFusedTile : 0;
+}
+
+void run_scaled(const Args& args, const Dims& dims, std::uint8_t* exponents, Stream stream) {
+  const cuda::DeviceGuard guard(args.x.device.index);
+  cuda::clear(exponents, exponent_bytes(args, dims), stream);
+  run_fused_scaled<DType::bfloat16>(args, dims, exponents, stream);
+}
+#else
+std::size_t exponent_bytes(const Args&, const Dims&) { return 0; }
+void run_scaled(const Args& args, const Dims& dims, std::uint8_t*, Stream stream) { run_cuda(args, dims, stream); }
+#endif
 
 Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan(args, dims); }
 void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { kBackward.run(args, dims, stream); }
