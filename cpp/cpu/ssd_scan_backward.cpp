@@ -323,19 +323,22 @@ struct Block {
   }
 
   // The rows of the state that enters chunk c whose place the next one takes: until they are wanted they lie in dx of the chunk
-  // before, which is written later. move(a row of dx, count, the same elements of the state) for all of them.
+  // before, which is written later. move(rows of dx, how many, their columns, the same elements of the state), for all of them.
   template <class Move>
   void move_rows(std::int64_t k, std::int64_t c, Move&& move) const {
-    TileView row = rows(args.dx, (c - 1) * t.chunk, unit.h0 + k);
-    T* const state_rows = state(k, c + 1);  // where its own rows end
     const std::int64_t count = (unit.columns - tiles.own_rows) * tiles.n_stride;
-    for (std::int64_t done = 0; done < count; done += unit.columns, row.first += row.row_stride)
-      move(row, least(unit.columns, count - done), state_rows + done);
+    if (count <= 0) return;
+    const std::int64_t whole = count / unit.columns, rest = count % unit.columns;
+    TileView in_dx = rows(args.dx, (c - 1) * t.chunk, unit.h0 + k);
+    T* const in_state = state(k, c + 1);  // where its own rows end
+    move(in_dx, whole, unit.columns, in_state);
+    in_dx.first += whole * in_dx.row_stride;
+    if (rest > 0) move(in_dx, 1, rest, in_state + whole * unit.columns);
   }
 
   void put_by(std::int64_t k, std::int64_t c) const {
-    move_rows(k, c, [](const TileView& row, std::int64_t count, const T* from) {
-      store_row<T>(row.data, row.dtype, row.first, row.column_stride, count, from);
+    move_rows(k, c, [](const TileView& to, std::int64_t count, std::int64_t columns, const T* from) {
+      store_tile<T>(to, count, columns, from, columns);
     });
   }
 
@@ -343,8 +346,8 @@ struct Block {
   void take_back(std::int64_t k, std::int64_t c) const {
     if (tiles.own_rows >= unit.columns || c == last_beside(c)) return;
     if (c == first_beside(c)) return load_first_state(k, c);
-    move_rows(k, c, [](const TileView& row, std::int64_t count, T* to) {
-      load_row<T>(to, row.data, row.dtype, row.first, row.column_stride, count);
+    move_rows(k, c, [](const TileView& from, std::int64_t count, std::int64_t columns, T* to) {
+      load_tile<T>(to, columns, from, count, columns);
     });
   }
 

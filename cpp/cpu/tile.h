@@ -80,6 +80,27 @@ STATESCAN_INLINE bool runs_down(const TileView& t, std::int64_t rows) {
   return t.row_stride == 1 && t.column_stride != 1 && rows >= kLanes<T> / 2;
 }
 
+// Rows of a few whole vectors of T itself, as those of most heads, are copied without a look at each: more of them are on their
+// way from memory at a time.
+template <class T>
+inline constexpr std::int64_t kCopied = 4 * kLanes<T>;
+
+template <class T>
+STATESCAN_INLINE bool copies_rows(const TileView& t, std::int64_t columns) {
+  return t.dtype == kDTypeOf<T> && t.column_stride == 1 && columns % kCopied<T> == 0;
+}
+
+template <class T>
+inline void copy_rows(T* to, std::int64_t to_stride, const T* from, std::int64_t from_stride, std::int64_t rows,
+                      std::int64_t columns) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for (std::int64_t c = 0; c < columns; c += kCopied<T>) {
+      Vec<T> v[4];
+      for (int i = 0; i < 4; ++i) v[i] = load<T>(from + r * from_stride + c + i * kLanes<T>);
+      for (int i = 0; i < 4; ++i) store<T>(to + r * to_stride + c + i * kLanes<T>, v[i]);
+    }
+}
+
 // Reads a tile and fills columns..pitch with zeros, so that the last vector of a row is whole.
 template <class T>
 inline void load_tile(T* to, std::int64_t pitch, const TileView& from, std::int64_t rows, std::int64_t columns) {
@@ -99,6 +120,8 @@ inline void load_tile(T* to, std::int64_t pitch, const TileView& from, std::int6
       }
     return;
   }
+  if (pitch == columns && copies_rows<T>(from, columns))
+    return copy_rows<T>(to, pitch, static_cast<const T*>(from.data) + from.first, from.row_stride, rows, columns);
   if (pitch == columns && from.column_stride == 1 && from.row_stride == columns) {
     load_row<T>(to, from.data, from.dtype, from.first, 1, rows * columns);
     return;
@@ -125,6 +148,8 @@ inline void store_tile(const TileView& to, std::int64_t rows, std::int64_t colum
       }
     return;
   }
+  if (copies_rows<T>(to, columns))
+    return copy_rows<T>(static_cast<T*>(to.data) + to.first, to.row_stride, from, pitch, rows, columns);
   for (std::int64_t r = 0; r < rows; ++r)
     store_row<T>(to.data, to.dtype, to.first + r * to.row_stride, to.column_stride, columns, from + r * pitch);
 }
