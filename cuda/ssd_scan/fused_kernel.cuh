@@ -92,49 +92,46 @@ class TasksOfBlock {
  public:
   __device__ explicit TasksOfBlock(const FusedParams& p)
       : turns_(p.turns),
-        part_(p.turns.left > 0 ? blockIdx.x / p.turns.left : p.turns.parts),
-        turn_of_part_(p.turns.parts > 1 ? (part_ * p.turns.whole + (p.turns.parts - 1) / 2) / (p.turns.parts - 1)
-                                        : p.turns.whole) {}
+        left_(p.left.remainder(block())),
+        part_(p.turns.left > 0 ? p.left.quotient(block()) : parts_of_all()),
+        turn_of_part_(parts_of_all() > 1 ? p.gaps.quotient(part_ * whole() + (parts_of_all() - 1) / 2) : whole()) {}
 
-  __device__ bool next() { return ++turn_ < static_cast<int>(turns_.whole + has_part()); }
+  __device__ bool next() { return ++turn_ < whole() + has_part(); }
 
   // Of all, and of those that are left over.
-  __device__ unsigned index() const {
-    return is_part() ? turns_.whole * gridDim.x + left() : blockIdx.x + (turn_ - (has_part() && turn_ > turn())) * gridDim.x;
+  __device__ int index() const {
+    const int blocks = static_cast<int>(gridDim.x);
+    return is_part() ? whole() * blocks + left_ : block() + (turn_ - (has_part() && turn_ > turn_of_part_)) * blocks;
   }
-  __device__ unsigned left() const { return blockIdx.x % turns_.left; }
-  __device__ int part() const { return is_part() ? static_cast<int>(part_) : 0; }
-  __device__ int parts() const { return is_part() ? static_cast<int>(turns_.parts) : 1; }
+  __device__ int left() const { return left_; }
+  __device__ int part() const { return is_part() ? part_ : 0; }
+  __device__ int parts() const { return is_part() ? parts_of_all() : 1; }
 
  private:
   const Turns& turns_;
-  unsigned part_, turn_of_part_;
-  int turn_ = -1;
+  int left_, part_, turn_of_part_, turn_ = -1;
 
-  __device__ bool has_part() const { return part_ < turns_.parts; }
-  __device__ int turn() const { return static_cast<int>(turn_of_part_); }
-  __device__ bool is_part() const { return has_part() && turn_ == turn(); }
+  static __device__ int block() { return static_cast<int>(blockIdx.x); }
+  __device__ int whole() const { return static_cast<int>(turns_.whole); }
+  __device__ int parts_of_all() const { return static_cast<int>(turns_.parts); }
+  __device__ bool has_part() const { return part_ < parts_of_all(); }
+  __device__ bool is_part() const { return has_part() && turn_ == turn_of_part_; }
 };
 
 // Which tokens a task takes, and for which slices.
 struct Task {
-  std::int64_t sequence, first_token, length;
-  int segment, batch, chunks, chunk_begin, chunk_count, group, first_slice;
+  int sequence, first_token, length, segment, batch, chunks, chunk_begin, chunk_count, group, first_slice;
 
   __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) {
-    const unsigned task = tasks.index(), rest = task / static_cast<unsigned>(p.pairs);
-    const int pair = static_cast<int>(task % static_cast<unsigned>(p.pairs));
-    sequence = rest / static_cast<unsigned>(p.segments);
-    segment = static_cast<int>(rest % static_cast<unsigned>(p.segments));
-    group = pair / p.pairs_per_group;
-    first_slice = pair % p.pairs_per_group * 2;
-    first_token = 0, length = p.seqlen, batch = static_cast<int>(sequence);
+    const int task = tasks.index(), rest = p.pairs.quotient(task), pair = p.pairs.remainder(task);
+    sequence = p.segments.quotient(rest), segment = p.segments.remainder(rest);
+    group = p.pairs_per_group.quotient(pair), first_slice = p.pairs_per_group.remainder(pair) * 2;
+    first_token = 0, length = static_cast<int>(p.seqlen), batch = sequence;
     if (p.cu_seqlens) {
-      first_token = bound(p, sequence), batch = 0;
-      const std::int64_t end = bound(p, sequence + 1);
-      length = end > first_token ? end - first_token : 0;
+      first_token = static_cast<int>(bound(p, sequence)), batch = 0;
+      length = max(static_cast<int>(bound(p, sequence + 1)) - first_token, 0);
     }
-    chunks = static_cast<int>((length + kTile - 1) / kTile);
+    chunks = length / kTile + (length % kTile > 0);
     const int last = min(chunks, p.chunk_limit);
     chunk_begin = min(p.first_chunk + segment * p.chunks_per_segment, last);
     chunk_count = min(p.chunks_per_segment, last - chunk_begin);
@@ -154,9 +151,9 @@ struct Task {
 
   // First token, within the sequence, of the i-th chunk that is taken: in the order of the scan, or against it.
   template <bool kBackwards>
-  __device__ std::int64_t start_of(const FusedParams& p, int i) const {
+  __device__ int start_of(const FusedParams& p, int i) const {
     const int chunk = chunk_begin + (kBackwards ? chunk_count - 1 - i : i);
-    return static_cast<std::int64_t>(p.reverse ? chunks - 1 - chunk : chunk) * kTile;
+    return (p.reverse ? chunks - 1 - chunk : chunk) * kTile;
   }
 
   // The row of chunk_states of the stretch that begins with the i-th chunk, or -1.
@@ -170,7 +167,7 @@ struct Task {
   // Tokens of the sequence that the scan meets before the i-th chunk.
   __device__ std::int64_t tokens_before(const FusedParams& p, int i) const {
     const std::int64_t chunk = chunk_begin + i;
-    return p.reverse ? max(length - (chunks - chunk) * kTile, std::int64_t{0}) : min(chunk * kTile, length);
+    return p.reverse ? max(length - (chunks - chunk) * kTile, std::int64_t{0}) : min(chunk * kTile, std::int64_t{length});
   }
 
   // The one that the scan takes up after so many tokens of the sequence.
@@ -179,13 +176,11 @@ struct Task {
     return static_cast<int>((tokens + skipped) / kTile) - chunk_begin;
   }
 
-  __device__ bool has_slice(const FusedParams& p, int which) const {
-    return first_slice + which < p.heads_per_group * p.slices;
-  }
+  __device__ bool has_slice(const FusedParams& p, int which) const { return first_slice + which < p.slices_of_group; }
   __device__ int head_of(const FusedParams& p, int which) const {
-    return group * p.heads_per_group + (first_slice + which) / p.slices;
+    return group * p.heads_per_group + p.slices.quotient(first_slice + which);
   }
-  __device__ int channel_of(const FusedParams& p, int which) const { return (first_slice + which) % p.slices * kTile; }
+  __device__ int channel_of(const FusedParams& p, int which) const { return p.slices.remainder(first_slice + which) * kTile; }
 };
 
 // Byte offset of the 16-byte unit `unit` of a row of a swizzled tile.
@@ -208,7 +203,7 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
     const Task task(p, tasks);
     const int slices = task.has_slice(p, 1) ? 2 : 1;
     for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
-      const int stage = ring.stage, token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
+      const int stage = ring.stage, token = task.first_token + task.template start_of<kStateOnly>(p, i);
       shared.empty[stage].wait(ring.parity ^ 1);
       Barrier& full = shared.full[stage];
       full.arrive_and_expect_tx(kTileBytes * ((kStateOnly ? 1 : 2) * kTilesOfBC + slices));
@@ -230,7 +225,7 @@ __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnl
   for (TasksOfBlock tasks(p); tasks.next();) {
     const Task task(p, tasks);
     for (int i = 0; i < task.chunk_count; ++i) {
-      const int token = static_cast<int>(task.first_token + task.template start_of<kStateOnly>(p, i));
+      const int token = task.first_token + task.template start_of<kStateOnly>(p, i);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         if (!task.has_slice(p, which)) continue;
@@ -255,40 +250,43 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
     const Task task(p, tasks);
     const bool present = task.has_slice(p, which);
     const int head = task.head_of(p, present ? which : 0);
-    const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head) * kLog2e;
+    const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head);
     const float bias = p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f;
-    const char* dt = p.dt.data + task.batch * p.dt.batch + head * p.dt.head + (task.first_token + 2 * place) * p.dt.token;
+    const char* dt =
+        p.dt.data + task.batch * p.dt.batch + head * p.dt.head + (std::int64_t{task.first_token} + 2 * place) * p.dt.token;
 
     // Raw steps of the chunks to come go through shared memory: registers that move up would wait for every load on its way.
+    // The loop begins before the first chunk, so that the code that loads is there once: a start waits for code as for data.
     uint2* const raw = shared.raw[which][0] + lane;
     std::uint32_t next[kStepsAhead][2] = {};
-    const auto fetch = [&](int first) {
-#pragma unroll
-      for (int k = 0; k < kStepsAhead; ++k) {
-        if (first + k >= task.chunk_count) return;
-        const std::int64_t start = task.template start_of<kStateOnly>(p, first + k), left = task.length - start - 2 * place;
-        if (left > 0) next[k][0] = cuda::load_bits(dt + start * p.dt.token, p.dt.dtype);
-        if (left > 1) next[k][1] = cuda::load_bits(dt + (start + 1) * p.dt.token, p.dt.dtype);
-      }
-    };
     float after = 0.0f;  // log decay from the chunk's end to the segment's, where the state alone is wanted
-    fetch(0);
-    for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
+    for (int i = -kStepsAhead; i < task.chunk_count; ++i) {
       if (i % kStepsAhead == 0) {
 #pragma unroll
-        for (int k = 0; k < kStepsAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
-        fetch(i + kStepsAhead);
+        for (int k = 0; k < kStepsAhead; ++k) {
+          raw[32 * k] = make_uint2(next[k][0], next[k][1]);
+          const int coming = i + kStepsAhead + k;
+          if (coming >= task.chunk_count) continue;
+          const int start = task.template start_of<kStateOnly>(p, coming), left = task.length - start - 2 * place;
+          const char* from = dt + start * p.dt.token;
+          if (left > 0) next[k][0] = cuda::load_bits(from, p.dt.dtype);
+          if (left > 1) next[k][1] = cuda::load_bits(from + p.dt.token, p.dt.dtype);
+        }
       }
+      if (i < 0) continue;
       const uint2 own_raw = raw[i % kStepsAhead * 32];
       const std::uint32_t bits[2] = {own_raw.x, own_raw.y};
-      const std::int64_t left = task.length - task.template start_of<kStateOnly>(p, i) - 2 * place;
+      const int left = task.length - task.template start_of<kStateOnly>(p, i) - 2 * place;
       float step[2];
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         step[k] = left > k ? discretise(cuda::widen_bits(bits[k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
 
       // Inclusive sums in the order of the scan. Past the end of the sequence steps are 0 and leave them as they are.
-      const float own[2] = {step[0] * A, step[1] * A};
+      float rate = A;
+      asm volatile("" : "+f"(rate));  // multiplied here: before the loop, the first steps' loads would wait for this one
+      rate *= kLog2e;
+      const float own[2] = {step[0] * rate, step[1] * rate};
       float before = own[0] + own[1];
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
@@ -309,6 +307,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       if constexpr (kStateOnly) {
         after = end;
         shared.full[ring.stage].arrive();
+        ring.advance();
         continue;
       }
       steps.pair[place] = make_float4(log_decay[0], log_decay[1], step[0], step[1]);
@@ -325,9 +324,10 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       }
       if (lane == 0) steps.total = fast_exp2(total);
       shared.full[ring.stage].arrive();
+      ring.advance();
     }
     if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
-      p.piece_decays[(task.sequence * p.pieces + task.segment) * p.nheads + head] = after / kLog2e;
+      p.piece_decays[(std::int64_t{task.sequence} * p.pieces + task.segment) * p.nheads + head] = after / kLog2e;
   }
 }
 
@@ -529,8 +529,9 @@ inline __device__ std::uint32_t diagonal_mask(const Fragment& at, bool reverse, 
   return mask;
 }
 
-// Zeros from row `first` on: what a box holds past the end of its sequence.
+// Zeros from row `first` on: what a box holds past the end of its sequence. Rare: code that others would have to jump over.
 inline __device__ void clear_rows(char* tile, int first, int thread) {
+#pragma unroll 1
   for (int i = first * 8 + thread; i < kTile * 8; i += kWarpgroup) reinterpret_cast<uint4*>(tile)[i] = uint4{};
 }
 
@@ -539,6 +540,7 @@ inline __device__ void clear_rows(char* tile, int first, int thread) {
 template <class Policy, bool kStateOnly>
 __device__ void clear_foreign_rows(SharedStorage<Policy, kStateOnly>& shared, int stage, int which, int valid, int thread) {
   clear_rows(shared.x[stage][which], valid, thread);
+#pragma unroll 1
   for (int k = 0; k < Policy::kState / kTile; ++k) clear_rows(shared.B[stage][k], valid, thread);
   cutlass::arch::fence_view_async_shared();
   cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
@@ -725,7 +727,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     for (int i = 0; i < task.chunk_count; ++i) {
       const int stage = ring.stage;
-      const int valid = static_cast<int>(min(task.length - task.template start_of<true>(p, i), std::int64_t{kTile}));
+      const int valid = min(task.length - task.template start_of<true>(p, i), kTile);
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
       // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand
@@ -747,7 +749,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    SliceOfState<kState>(p, p.piece_states, task.sequence * p.pieces + task.segment, head, channel, at)
+    SliceOfState<kState>(p, p.piece_states, std::int64_t{task.sequence} * p.pieces + task.segment, head, channel, at)
         .template store<true>(state);
   }
 }
@@ -825,7 +827,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
     }
     for (int piece = p.pieces_combined ? pieces_end - 1 : 0; piece < pieces_end; ++piece) {
-      const std::int64_t before = task.sequence * p.pieces + piece;
+      const std::int64_t before = std::int64_t{task.sequence} * p.pieces + piece;
       const float decay = p.pieces_combined ? 0.0f : expf(p.piece_decays[before * p.nheads + head]);
       SliceOfState<kState>(p, p.piece_states, before, head, channel, at).template add_to<true>(state, decay);
     }
@@ -851,9 +853,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       cute::tma_store_arrive();
     }
 
-    auto valid_tokens = [&](int i) {
-      return static_cast<int>(min(task.length - task.template start_of<false>(p, i), std::int64_t{kTile}));
-    };
+    auto valid_tokens = [&](int i) { return min(task.length - task.template start_of<false>(p, i), kTile); };
     // The walk halts before each chunk that a position lies in: the loop has no registers to spare for what is done there.
     int walk_end = task.chunk_count;
     // Waits for the i-th chunk; its decay. Past the last one there is nothing to wait for.
@@ -988,7 +988,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         issue<false>(output_mma, masked, x_columns(_, _, _, 2 * stage + which), y);
 
         // The new state goes out once all warps are done with the old one.
-        const std::int64_t token = task.first_token + task.template start_of<false>(p, i);
+        const int token = task.first_token + task.template start_of<false>(p, i);
         const int valid = valid_tokens(i);
         ring.advance();
         cute::warpgroup_wait<1>();
@@ -1034,15 +1034,17 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         if (p.cu_seqlens && valid < kTile) {
           const int row = thread / 2;
           char* to = p.packed_y.data + (token + row) * p.packed_y.token + head * p.packed_y.head;
+#pragma unroll 1
           for (int unit = thread % 2 * 4; row < valid && unit < thread % 2 * 4 + 4; ++unit) {
             const auto* elements = reinterpret_cast<const NativeElement*>(tile_y + unit_offset(row, unit));
+#pragma unroll 1
             for (int e = 0; e < 8; ++e) {
               const int c = channel + 8 * unit + e;
               if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
             }
           }
         } else if (thread == 0) {
-          cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, static_cast<int>(token), task.batch);
+          cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, token, task.batch);
         }
         if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
           if (kExtra == Extra::kept_states) keep_state(i + 1);
@@ -1060,7 +1062,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       hand_over_state<kStateValues>(state, p, tasks, which, thread);
       continue;
     }
-    if (task.segment != p.segments - 1) continue;
+    if (task.segment + 1 != static_cast<int>(p.segments.value)) continue;
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
     if constexpr (kPositions) {
       if (task.chunk_begin + task.chunk_count < task.chunks) continue;

@@ -49,21 +49,26 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   p.dt_min = static_cast<float>(args.dt_min), p.dt_max = static_cast<float>(args.dt_max);
   p.seqlen = d.seqlen;
   p.nheads = static_cast<int>(d.nheads), p.headdim = static_cast<int>(d.headdim), p.dstate = static_cast<int>(d.dstate);
-  p.heads_per_group = static_cast<int>(d.nheads / d.ngroups), p.slices = static_cast<int>(plan.slices);
-  p.pairs_per_group = static_cast<int>(plan.pairs_per_group), p.pairs = static_cast<int>(plan.pairs);
+  const auto divisor = [](std::int64_t v) { return Divisor(static_cast<unsigned>(std::max<std::int64_t>(v, 1))); };
+  p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
+  p.slices_of_group = static_cast<int>(d.nheads / d.ngroups * plan.slices), p.slices = divisor(plan.slices);
+  p.pairs_per_group = divisor(plan.pairs_per_group), p.pairs = divisor(plan.pairs);
   auto* workspace = static_cast<char*>(args.workspace.data);
   const auto entries = workspace + plan.workspace_bytes();
   p.positions = positions_of(args, d, entries, true);
   const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
   std::int64_t blocks = 0;
+  const auto set_turns = [&](const Turns& turns) {
+    p.turns = turns, p.left = divisor(turns.left), p.gaps = divisor(std::int64_t{turns.parts} - 1);
+  };
   // Tasks of `segments` of so many chunks, the first of them and the end of the last given.
   const auto cut = [&](std::int64_t first, std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit,
                        std::int64_t places) {
-    p.first_chunk = static_cast<int>(first), p.segments = static_cast<int>(segments);
+    p.first_chunk = static_cast<int>(first), p.segments = divisor(segments);
     p.chunks_per_segment = static_cast<int>(chunks_per_segment), p.chunk_limit = static_cast<int>(limit);
     const std::int64_t tasks = plan.pairs * segments * d.num_sequences;
     blocks = std::min(tasks, places);
-    p.turns = {static_cast<unsigned>(tasks / blocks), static_cast<unsigned>(tasks % blocks), 1};
+    set_turns({static_cast<unsigned>(tasks / blocks), static_cast<unsigned>(tasks % blocks), 1});
   };
   auto output = ssd_scan_fused_kernel<Policy, false>;
   if constexpr (Policy::kLeavesStates) {
@@ -123,7 +128,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   }
 
   cut(first, plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), multiprocessors);
-  p.turns = fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors);
+  set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors));
   if (p.turns.parts > 1) {
     const PartBytes bytes(p.turns, Policy::kState);
     char* parts = entries + aligned(entry_bytes(args, d, true));

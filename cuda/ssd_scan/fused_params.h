@@ -1,6 +1,8 @@
 // A call as the fused kernel takes it: tensor maps for what the bulk copy engine moves, views for the rest.
 #pragma once
 
+#include <cstdint>
+
 #include <cuda.h>
 
 #include "params.h"
@@ -14,6 +16,25 @@ struct OutputView {
   char* data;
   std::int64_t token, head;
 };
+
+// Division of numbers from 0 to 2^31 - 1 by one that the host knows: three instructions in place of thirty. A kernel starts
+// with many, and it is for instructions, which come from memory, that a start waits.
+struct Divisor {
+  unsigned value, multiplier, shift;
+
+  constexpr Divisor() : Divisor(1) {}
+  explicit constexpr Divisor(unsigned v) : value(v), multiplier(0), shift(0) {
+    while (std::uint64_t{1} << shift < v) ++shift;
+    multiplier = static_cast<unsigned>(((std::uint64_t{1} << (31 + shift)) + v - 1) / v);
+  }
+  STATESCAN_HOST_DEVICE constexpr int quotient(int n) const {
+    const std::uint64_t product = std::uint64_t{2 * static_cast<unsigned>(n)} * multiplier;
+    return static_cast<int>(static_cast<unsigned>(product >> 32) >> shift);
+  }
+  STATESCAN_HOST_DEVICE constexpr int remainder(int n) const { return n - quotient(n) * static_cast<int>(value); }
+};
+static_assert(Divisor(1).quotient(2147483647) == 2147483647 && Divisor(7).quotient(2147483645) == 306783377 &&
+              Divisor(2147483647).quotient(2147483646) == 0 && Divisor(3).remainder(2147483647) == 1);
 
 // Which tasks a block takes, in turns: `whole` of its own, and one of the `left` that are left over or, where these come in
 // parts, a part of one. A part waits for the one before it, which another block does: the first parts come in the first turn,
@@ -39,10 +60,13 @@ struct FusedParams {
   std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
-  int heads_per_group, slices, pairs_per_group, pairs;         // slices of a head; pairs of slices of a group, of all groups
-  int first_chunk, segments, chunks_per_segment, chunk_limit;  // chunks before the first or past the limit are in no segment
-  bool beside;                                                 // the first chunks' outputs and the state pass, at the same time
+  int heads_per_group, slices_of_group;
+  Divisor slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
+  Divisor segments;
+  int first_chunk, chunks_per_segment, chunk_limit;  // chunks before the first or past the limit are in no segment
+  bool beside;                                       // the first chunks' outputs and the state pass, at the same time
   Turns turns;
+  Divisor left, gaps;  // turns.left; between parts: turns.parts - 1
   // Of [s, pieces]: what each piece of a sequence adds to the state [h, p, n], and its decay [h], float32; null where sequences
   // are whole. The state pass writes them, with pieces for its segments; the output pass reads them, or, once they are
   // combined, the state before each piece.
