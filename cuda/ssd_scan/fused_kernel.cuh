@@ -183,6 +183,17 @@ struct Task {
   __device__ int channel_of(const FusedParams& p, int which) const { return p.slices.remainder(first_slice + which) * kTile; }
 };
 
+// The place of a piece's state, and of its decay.
+inline __device__ float4* piece_state(const FusedParams& p, const Task& task, int piece, int which, int values, int thread) {
+  const std::int64_t slices = static_cast<std::int64_t>(p.nheads) * p.slices.value;
+  const std::int64_t at =
+      (std::int64_t{task.sequence} * p.pieces + piece) * slices + task.group * p.slices_of_group + task.first_slice;
+  return reinterpret_cast<float4*>(p.piece_states) + (at + which) * (values / 4) * kWarpgroup + thread;
+}
+inline __device__ float& piece_decay(const FusedParams& p, const Task& task, int piece, int head) {
+  return p.piece_decays[(std::int64_t{task.sequence} * p.pieces + piece) * p.nheads + head];
+}
+
 // Byte offset of the 16-byte unit `unit` of a row of a swizzled tile.
 inline __device__ int unit_offset(int row, int unit) { return row * 128 + ((unit ^ (row & 7)) << 4); }
 
@@ -327,7 +338,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       ring.advance();
     }
     if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
-      p.piece_decays[(std::int64_t{task.sequence} * p.pieces + task.segment) * p.nheads + head] = after / kLog2e;
+      piece_decay(p, task, task.segment + p.beside, head) = after / kLog2e;
   }
 }
 
@@ -664,17 +675,35 @@ __device__ void store_state(const State& state, const SliceOfState<kState>& slic
   else slice.template store<false>(state);
 }
 
-// The state of a slice from one part of a task to the next, in another block: each value stays with its thread.
+// A slice's state as the kernels hand it on among themselves: each value stays with its thread.
+template <int kValues, class State>
+__device__ void store_values(float4* to, const State& state) {
+#pragma unroll
+  for (int k = 0; k < kValues / 4; ++k)
+    to[k * kWarpgroup] = make_float4(state(4 * k), state(4 * k + 1), state(4 * k + 2), state(4 * k + 3));
+}
+
+// state = decay state + that
+template <int kValues, class State>
+__device__ void add_values(State& state, const float4* from, float decay) {
+#pragma unroll
+  for (int k = 0; k < kValues / 4; ++k) {
+    const float4 v = __ldcg(from + k * kWarpgroup);
+    state(4 * k) = fmaf(decay, state(4 * k), v.x);
+    state(4 * k + 1) = fmaf(decay, state(4 * k + 1), v.y);
+    state(4 * k + 2) = fmaf(decay, state(4 * k + 2), v.z);
+    state(4 * k + 3) = fmaf(decay, state(4 * k + 3), v.w);
+  }
+}
+
+// The state of a slice from one part of a task to the next, in another block.
 inline __device__ float4* part_state(const FusedParams& p, const TasksOfBlock& tasks, int which, int values, int thread) {
   return reinterpret_cast<float4*>(p.part_states) + (tasks.left() * 2 + which) * (values / 4) * kWarpgroup + thread;
 }
 
 template <int kValues, class State>
 __device__ void hand_over_state(const State& state, const FusedParams& p, const TasksOfBlock& tasks, int which, int thread) {
-  float4* to = part_state(p, tasks, which, kValues, thread);
-#pragma unroll
-  for (int k = 0; k < kValues / 4; ++k)
-    to[k * kWarpgroup] = make_float4(state(4 * k), state(4 * k + 1), state(4 * k + 2), state(4 * k + 3));
+  store_values<kValues>(part_state(p, tasks, which, kValues, thread), state);
   __threadfence();
   cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
   if (thread == 0)
@@ -749,8 +778,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    SliceOfState<kState>(p, p.piece_states, std::int64_t{task.sequence} * p.pieces + task.segment, head, channel, at)
-        .template store<true>(state);
+    store_values<kStateValues>(piece_state(p, task, task.segment + p.beside, which, kStateValues, thread), state);
   }
 }
 
@@ -815,21 +843,21 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     const int head = task.head_of(p, which), channel = task.channel_of(p, which);
 
     // ---- start
-    // Of combined pieces the state before one; else what each before this task adds, with its decay: nothing for a first
-    // segment.
-    const int pieces_end = p.piece_states.data ? task.segment * p.pieces_per_segment + (p.pieces_combined ? 1 : 0) : 0;
-    if (pieces_end > 0 || p.first_chunk > 0) cuda::wait_for_kernel_ahead();
+    // Combined pieces are the states before them; else what each before this task adds, with its decay. Piece 0 stands for all
+    // that came before where first chunks went ahead.
+    const bool all_before = p.pieces_combined || p.first_chunk > 0;
+    const int pieces_end = p.piece_states && !p.beside ? task.segment * p.pieces_per_segment + all_before : 0;
+    if (pieces_end > 0) cuda::wait_for_kernel_ahead();
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     if (tasks.part() > 0) {
       receive_state<kStateValues>(state, p, tasks, which, thread);
-    } else if (p.initial_state.data && !p.pieces_combined) {
+    } else if (p.initial_state.data && !all_before) {
       load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
     }
     for (int piece = p.pieces_combined ? pieces_end - 1 : 0; piece < pieces_end; ++piece) {
-      const std::int64_t before = std::int64_t{task.sequence} * p.pieces + piece;
-      const float decay = p.pieces_combined ? 0.0f : expf(p.piece_decays[before * p.nheads + head]);
-      SliceOfState<kState>(p, p.piece_states, before, head, channel, at).template add_to<true>(state, decay);
+      const float decay = p.pieces_combined || (all_before && piece == 0) ? 0.0f : expf(piece_decay(p, task, piece, head));
+      add_values<kStateValues>(state, piece_state(p, task, piece, which, kStateValues, thread), decay);
     }
     if (p.D.data && thread < kTile)
       shared.D[which][thread] =
@@ -1062,6 +1090,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       hand_over_state<kStateValues>(state, p, tasks, which, thread);
       continue;
     }
+    if (p.beside) store_values<kStateValues>(piece_state(p, task, 0, which, kStateValues, thread), state);
     if (task.segment + 1 != static_cast<int>(p.segments.value)) continue;
     if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
     if constexpr (kPositions) {

@@ -1,9 +1,12 @@
 #pragma once
 
+#include <utility>
+
 #include "../../cpp/ops/backend.h"
 #include "../common/device.h"
 #include "../common/overlap.h"
 #include "../common/tma.h"
+#include "fused_combine_kernel.cuh"
 #include "fused_kernel.cuh"
 #include "fused_plan.h"
 #include "position_states.h"
@@ -84,30 +87,18 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
 
   const std::int64_t first = plan.first_chunks;
   if (plan.segments > 1) {
-    const auto states_at = [&](char* data) {
-      return Tensor::contiguous(data, DType::float32, {d.num_sequences, plan.pieces, d.nheads, d.headdim, d.dstate},
-                                args.x.device);
-    };
-    const auto view_of = [&](Tensor states) {  // a sequence's pieces as sequences
-      states = Tensor::contiguous(states.data, states.dtype, {d.num_sequences * plan.pieces, d.nheads, d.headdim, d.dstate});
-      return state_view(states);
-    };
+    p.piece_decays = reinterpret_cast<float*>(workspace);
+    p.piece_states = reinterpret_cast<float*>(workspace + plan.decays_bytes);
+    p.pieces = static_cast<int>(plan.pieces), p.pieces_per_segment = static_cast<int>(plan.pieces_per_segment);
     p.beside = first > 0;
     if (p.beside) {
       // As any kernel, it begins after those ahead of it: the state pass need not wait for them again.
-      const StateView final_state = p.final_state;
-      const StateView after = state_view(Tensor::contiguous(workspace + plan.decays_bytes + plan.states_bytes, DType::float32,
-                                                            {d.num_sequences, d.nheads, d.headdim, d.dstate}));
-      p.final_state = after;
       cut(0, 1, first, first, multiprocessors);
+      const StateView final_state = std::exchange(p.final_state, {});
       launch_output(false);
-      p.initial_state = after, p.final_state = final_state;
+      p.final_state = final_state;
     }
-    const Tensor added = states_at(workspace + plan.decays_bytes);
-    p.piece_decays = reinterpret_cast<float*>(workspace);
-    p.piece_states = view_of(added);
-    p.pieces = static_cast<int>(plan.pieces), p.pieces_per_segment = static_cast<int>(plan.pieces_per_segment);
-    cut(first, plan.combines ? plan.pieces : plan.pieces - 1, plan.chunks_per_piece,
+    cut(first, (plan.segments - 1) * plan.pieces_per_segment, plan.chunks_per_piece,
         first + (plan.segments - 1) * plan.chunks_per_segment,
         p.beside ? std::max<std::int64_t>(multiprocessors - blocks, 1) : multiprocessors);
     const auto launch_states = p.beside ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
@@ -116,14 +107,11 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     p.beside = false;
 
     if (plan.combines) {
-      state_scan::Args scan;
-      scan.log_decay =
-          Tensor::contiguous(p.piece_decays, DType::float32, {d.num_sequences, plan.pieces, d.nheads}, args.x.device);
-      scan.update = added;
-      scan.states = states_at(workspace + plan.decays_bytes + plan.states_bytes);
-      scan.initial_state = args.initial_state;
-      state_scan::run_cuda(scan, state_scan::validate(scan), stream);
-      p.piece_states = view_of(scan.states), p.pieces_combined = true;
+      constexpr std::int64_t kTiles = kFusedTile * Policy::kState / kCombineThreads;
+      cuda::launch_overlapping("ssd_scan_fused_combine_kernel", ssd_scan_fused_combine_kernel,
+                               {d.num_sequences * d.nheads * plan.slices * kTiles, kCombineThreads}, stream, p,
+                               static_cast<unsigned>(kTiles));
+      p.pieces_combined = true;
     }
   }
 
@@ -136,7 +124,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
 
-  launch_output(plan.segments > 1 && !plan.combines);
+  launch_output(plan.segments > 1);
   if (args.state_positions && !entries_in_place(args, true)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},

@@ -67,10 +67,11 @@ struct FusedParams {
   bool beside;                                       // the first chunks' outputs and the state pass, at the same time
   Turns turns;
   Divisor left, gaps;  // turns.left; between parts: turns.parts - 1
-  // Of [s, pieces]: what each piece of a sequence adds to the state [h, p, n], and its decay [h], float32; null where sequences
-  // are whole. The state pass writes them, with pieces for its segments; the output pass reads them, or, once they are
-  // combined, the state before each piece.
-  StateView piece_states;
+  // Of [s, pieces]: what each piece of a sequence adds to the state of each slice, and its decay [h], float32; null where
+  // sequences are whole. The state pass writes them, with pieces for its segments; the output pass reads them or, once they are
+  // combined, the state before each piece. Where first chunks go ahead, piece 0 is the state after them. A slice lies as the
+  // threads have it: each value stays with its thread.
+  float* piece_states;
   float* piece_decays;
   int pieces, pieces_per_segment;
   bool pieces_combined;

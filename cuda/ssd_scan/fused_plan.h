@@ -17,14 +17,12 @@ struct FusedPlan {
   std::int64_t slices, pairs_per_group, pairs;  // see FusedParams
   std::int64_t first_chunks;                    // whose output is found beside the state pass; the segments are of the rest
   std::int64_t segments, chunks_per_segment;
-  std::int64_t pieces, pieces_per_segment, chunks_per_piece;  // of a sequence for the state pass; the last of them is empty
-  bool combines;  // state_scan combines the pieces; a few the output pass combines itself
-  // Of the workspace: decays; added states; combined, states before the pieces, or the state after the first chunks.
-  std::size_t decays_bytes, states_bytes, first_bytes;
+  std::int64_t pieces, pieces_per_segment, chunks_per_piece;  // of a sequence: those of the state pass, and one for its first
+                                                              // chunks or, combined, for the state before its last segment
+  bool combines;                           // the pieces, by a kernel of its own; a few the output pass combines itself
+  std::size_t decays_bytes, states_bytes;  // of the workspace
 
-  constexpr std::size_t workspace_bytes() const {
-    return segments > 1 ? decays_bytes + (combines ? 2 : 1) * states_bytes + first_bytes : 0;
-  }
+  constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + states_bytes : 0; }
 };
 
 // Splitting a sequence pays when the pairs of slices leave multiprocessors without work. It costs a pass over x and B for the
@@ -32,14 +30,14 @@ struct FusedPlan {
 // the output, into as many pieces as fill the multiprocessors. The first chunks want no pass for states: where the pairs leave
 // multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Costs are in units of one
 // chunk through the whole kernel (H100: 2 us).
-constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant) {
+constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant) {
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
   // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
   // it takes half as much of the memory.
   constexpr double kStateChunk = 0.63, kLeastStateChunk = 0.38;
   constexpr double kStateTask = 2.0, kOutputTask = 3.0, kLaunches = 6.0;
   // The kernel of the first chunks starts with cold caches, and the state pass after it.
-  constexpr double kFirstTask = 7.5, kBeside = 2.5;
+  constexpr double kFirstTask = 5.0, kBeside = 2.0;
   FusedPlan plan{};
   plan.slices = divide_up(d.headdim, kFusedTile);
   plan.pairs_per_group = divide_up(d.nheads / d.ngroups * plan.slices, 2);
@@ -85,10 +83,9 @@ constexpr FusedPlan fused_plan(const Dims& d, bool packed, bool batch_invariant)
   plan.chunks_per_piece = divide_up(plan.chunks_per_segment, plan.pieces_per_segment);
   plan.pieces = (plan.segments - 1) * plan.pieces_per_segment + 1;
   plan.combines = plan.pieces > kFewPieces;
-  const std::size_t heads = static_cast<std::size_t>(d.num_sequences * d.nheads), state = d.headdim * d.dstate * sizeof(float);
-  plan.decays_bytes = aligned(heads * plan.pieces * sizeof(float));
-  plan.states_bytes = aligned(heads * plan.pieces * state);
-  plan.first_bytes = plan.first_chunks > 0 ? aligned(heads * state) : 0;
+  const auto heads = static_cast<std::size_t>(d.num_sequences * plan.pieces * d.nheads);
+  plan.decays_bytes = aligned(heads * sizeof(float));
+  plan.states_bytes = heads * plan.slices * kFusedTile * padded_dstate * sizeof(float);
   return plan;
 }
 

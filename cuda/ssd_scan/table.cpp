@@ -32,16 +32,16 @@ std::string why_not_dstate(const Dims& dims, std::int64_t most) {
   return dims.dstate <= most ? "" : "takes dstate up to " + std::to_string(most) + ", got " + std::to_string(dims.dstate);
 }
 
+int padded_dstate(const Args& args, const Dims& dims) {
+  return dims.dstate <= 64 && !args.state_positions && !args.chunk_states ? 64 : 128;
+}
+
 FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
-  FusedPlan plan = fused_plan(dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant);
+  FusedPlan plan = fused_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant);
   // Where the final state takes the place of the initial one, nothing may read that beside the output pass.
   if (plan.segments > 1 && plan.first_chunks == 0 && args.initial_state && args.initial_state.data == args.final_state.data)
     plan.combines = true;
   return plan;
-}
-
-int padded_dstate(const Args& args, const Dims& dims) {
-  return dims.dstate <= 64 && !args.state_positions && !args.chunk_states ? 64 : 128;
 }
 
 // Why the bulk copy engine cannot move a tensor of the call, or "".
