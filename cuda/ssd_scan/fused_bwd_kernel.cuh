@@ -13,11 +13,11 @@
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
-//          whose items it goes. Where dx holds the adjoints, of which both blocks of a pair read both tiles and each writes over
-//          one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside the
-//          chunk and dx; a fourth loads, prepares the steps, weights the rows of the pair's other chunk and finishes ddt, and is
-//          at the next task while the others end one. The first two make the states of an item between the halves of the item
-//          before it
+//          whose items it goes. Where dx holds the adjoints, of which both blocks of a pair read both tiles and each writes
+//          over one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside
+//          the chunk and dx; a fourth loads, prepares the steps, weights the rows of the pair's other chunk and finishes ddt,
+//          and is at the next task while the others end one. The first two make the states of an item between the halves of the
+//          item before it
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 

@@ -28,10 +28,6 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
   p.initial_state = state_view(args.initial_state), p.dfinal_state = state_view(args.dfinal_state);
   p.dinitial_state = state_view(args.dinitial_state);
-  // Others are made again: the walks of the adjoints are as long anyway.
-  p.has_chunk_states = args.chunk_states && !packed && !args.reverse;
-  if (p.has_chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
-  p.stretches = p.has_chunk_states ? static_cast<unsigned>(d.nstretches) : 1;
   if (args.ddt) {
     const std::int64_t size = size_of(args.ddt.dtype);
     p.ddt = static_cast<char*>(args.ddt.data), p.ddt_dtype = args.ddt.dtype;
@@ -105,7 +101,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
     p.walks = static_cast<unsigned>(sequences * p.walks_per_group * p.part.groups);
     launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
-           std::min(std::int64_t{p.walks} * (1 + p.stretches), multiprocessors), 128 * fused::kWalkWarpgroups,
+           std::min(2 * std::int64_t{p.walks}, multiprocessors), 128 * fused::WalkStorage<Policy>::kWarpgroups,
            sizeof(fused::WalkStorage<Policy>), p);
     p.tasks = static_cast<unsigned>(slots * p.part.groups * plan.splits);
     using Plain = fused::GradientPolicy<Policy, false>;

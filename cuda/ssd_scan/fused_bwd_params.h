@@ -35,14 +35,12 @@ struct FusedBackwardParams {
   unsigned *packed_count, *packed_order;
   TokenMaps* ends;
   CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
-  bool adjoints_in_dx;           // `adjoints` is a map of dx then: tile k of a pair lies where dx of its k-th chunk in memory will
+  bool adjoints_in_dx;  // `adjoints` is a map of dx then: tile k of a pair lies where dx of its k-th chunk in memory will
   std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
   WalkSteps *first_steps, *second_steps;  // [pairs, items] of the part: of the chunks that the main kernel passes again
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, dfinal_state, dinitial_state;
-  CUtensorMap chunk_states;  // [b * stretches, headdim, nheads, dstate]
-  bool has_chunk_states;
   char* ddt;  // null: not wanted
   DType ddt_dtype;
   std::int64_t ddt_batch, ddt_token, ddt_head;  // strides in bytes
@@ -55,7 +53,6 @@ struct FusedBackwardParams {
   int kept_items;  // of all groups of the part
   int splits;
   unsigned walks;                                  // of one direction: groups of items x sequences
-  unsigned stretches;                              // that the forward direction is cut into: 1 without chunk_states
   int items_of_walk, walks_per_group;              // items: 1 or 2
   unsigned slots;                                  // of the part: chunks of its sequences, as many as there can be
   unsigned tasks;                                  // of the main kernel: slots x groups of the part x splits

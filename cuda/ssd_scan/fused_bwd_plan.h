@@ -1,9 +1,9 @@
 // How the fused backward cuts a call: plain C++, a function of the shape alone.
 //
 // Two walks keep, for each pair of chunks, the state that enters it and the adjoint of the state that leaves it; the main
-// kernel then takes all chunks at the same time. Kept for all heads they are twice as large as x (headdim 64, dstate 128). Where
-// dx has room for whole tiles the adjoints lie there, until the main kernel puts dx in their place; else the work goes through
-// both kernels in parts.
+// kernel then takes all chunks at the same time. Kept for all heads they are twice as large as x (headdim 64, dstate 128).
+// Where dx has room for whole tiles the adjoints lie there, until the main kernel puts dx in their place; else the work goes
+// through both kernels in parts.
 #pragma once
 
 #include <algorithm>
@@ -98,8 +98,8 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   // With batch_invariant that of a pair of whole chunks: how heads are cut must not depend on what is packed together.
   const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
   const double bound = kMostMemory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
-  const double kept = static_cast<double>((batch_invariant ? 1 : plan.pairs) *
-                                          ((plan.adjoints_in_dx ? 1 : 2) * state + 2 * (columns + steps)));
+  const double kept =
+      static_cast<double>((batch_invariant ? 1 : plan.pairs) * ((plan.adjoints_in_dx ? 1 : 2) * state + 2 * (columns + steps)));
   const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.

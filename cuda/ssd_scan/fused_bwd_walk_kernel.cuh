@@ -6,10 +6,9 @@
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
 //          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms
 // Launch   a block per multiprocessor, which takes directions and pairs of slices of sequences in turns, or single slices where
-//          these leave multiprocessors without work; forward, where the caller has the states between stretches, stretches
-//          apart. Two warpgroups have the state of a slice each, or half a state; one
-//          weights x or dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to
-//          decay the state and add a product to it
+//          these leave multiprocessors without work. A warpgroup for each tile of the states; one weights x or dy where it
+//          lies, one loads and prepares the steps: what a chunk waits for in the one before it is to decay the state and add a
+//          product to it
 // Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands; fixed order
 #pragma once
 
@@ -20,21 +19,18 @@ namespace statescan::ssd_scan {
 
 namespace fused {
 
-inline constexpr int kWalkWarpgroups = 4, kChunksOfStretch = kStretch / kTile;
-static_assert(kChunksOfStretch % 2 == 0, "or a stretch would begin inside a pair of chunks");
-
 template <class Policy>
 struct WalkStorage {
   static constexpr int kStages = 4, kTiles = Policy::kState / kTile, kAhead = 4;
+  static constexpr int kWalkers = 2 * kTiles;                       // warpgroups that have a tile of the state of a slice each
+  static constexpr int kWarpgroups = kWalkers + 2, kPreparing = 3;  // warps that prepare steps
   using Tile = char[kTileBytes];
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
-  alignas(1024) Tile kept[2][kTiles];              // of each warpgroup
-  alignas(1024) Tile entry[2][kTiles];             // of each slice, the caller's state before the stretch
+  alignas(1024) Tile kept[kWalkers];
   WalkSteps steps[kStages][2];
-  uint2 raw[2][kAhead][32];  // what each warp that prepares has loaded ahead
+  uint2 raw[kPreparing][kAhead][32];  // what each warp that prepares has loaded ahead
   alignas(8) Barrier full[kStages], weighted[kStages], empty[kStages];
-  Barrier entry_full, entry_empty;
 };
 
 struct WalkTask {
@@ -42,25 +38,24 @@ struct WalkTask {
   Span span;
   int group, first_item;  // item: within the part's items of the group
   int group_of_part;
-  int stretch, begin, chunks;  // chunks from `begin` on, or from there back
+  int chunks, begin;  // so many from `begin` on, or from there back
 
   __device__ WalkTask(const FusedBackwardParams& p, unsigned index) {
     const auto of_sequence = static_cast<unsigned>(p.walks_per_group * p.part.groups);
     const unsigned sequences = p.walks / of_sequence, sequence = index / of_sequence;  // over and over again
     const int tile = static_cast<int>(index % of_sequence);
     if (p.ends) {
-      backward = sequence % 2 == 0, stretch = 0;
+      backward = sequence % 2 == 0;
       span = Span::packed(p, static_cast<int>(p.packed_order[sequence / 2]), p.sequences.reverse);
     } else {
-      backward = sequence < sequences, stretch = backward ? 0 : static_cast<int>(sequence / sequences) - 1;
+      backward = sequence < sequences;
       span = Span::row(p, p.part.first_batch + static_cast<int>(sequence % sequences), p.sequences.reverse);
     }
     // Backward, the second of a pair comes even where the sequence has ended: nothing is in it. What lies past the last that is
     // kept, only dinitial_state asks for.
-    const int all = (span.length + 2 * kTile - 1) / (2 * kTile) * 2, of_stretch = p.has_chunk_states ? kChunksOfStretch : all;
-    begin = backward ? all - 1 : stretch * of_stretch;
-    if (backward) chunks = p.dinitial_state.data ? all : all - 1;
-    else chunks = min(of_stretch, all - begin) - 1;
+    const int all = (span.length + 2 * kTile - 1) / (2 * kTile) * 2;
+    begin = backward ? all - 1 : 0;
+    chunks = backward && p.dinitial_state.data ? all : all - 1;
     group_of_part = tile / p.walks_per_group;
     group = p.part.first_group + group_of_part;
     first_item = tile % p.walks_per_group * p.items_of_walk;
@@ -81,38 +76,24 @@ struct WalkTask {
   __device__ int kept_of(const FusedBackwardParams& p, int which) const {
     return group_of_part * p.part.items + first_item + which;
   }
-  __device__ bool enters_stretch(const FusedBackwardParams& p) const { return !backward && p.has_chunk_states; }
 };
 
-// Calls `visit` with each task of the block. Those backward come first; where they are for less than half of the blocks, the
-// others share the rest. Of packed sequences the longest come first, and blocks take turns from the first to the last and back.
+// Calls `visit` with each task of the block, those backward first. Of packed sequences the longest come first, and blocks take
+// turns from the first to the last and back.
 template <class Visit>
 __device__ void for_each_walk(const FusedBackwardParams& p, Visit visit) {
-  const bool apart = !p.ends && 2 * p.walks <= gridDim.x;
-  const unsigned end = apart && blockIdx.x < p.walks ? p.walks : p.walks * (1 + p.stretches);
-  const unsigned turn = apart ? gridDim.x - p.walks : gridDim.x;
-  unsigned step = p.ends ? 2 * (gridDim.x - blockIdx.x) - 1 : turn;
+  unsigned step = p.ends ? 2 * (gridDim.x - blockIdx.x) - 1 : gridDim.x;
 #pragma unroll 1
-  for (unsigned index = blockIdx.x; index < end; index += step, step = 2 * turn - step) visit(WalkTask(p, index));
+  for (unsigned index = blockIdx.x; index < 2 * p.walks; index += step, step = 2 * gridDim.x - step) visit(WalkTask(p, index));
 }
 
 template <class Policy>
 __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
-                          Ring<WalkStorage<Policy>::kStages>& ring, Ring<1>& entry) {
+                          Ring<WalkStorage<Policy>::kStages>& ring) {
   constexpr int kTiles = WalkStorage<Policy>::kTiles;
   CUtensorMap TokenMaps::* const rows = task.backward ? &TokenMaps::dy : &TokenMaps::x;
   CUtensorMap TokenMaps::* const projection = task.backward ? &TokenMaps::C : &TokenMaps::B;
   const int slices = task.has_item(p, 1) ? 2 : 1;
-  if (task.enters_stretch(p)) {
-    shared.entry_empty.wait(entry.parity ^ 1);
-    shared.entry_full.arrive_and_expect_tx(kTileBytes * kTiles * slices);
-    for (int which = 0; which < slices; ++which)
-#pragma unroll
-      for (int k = 0; k < kTiles; ++k)
-        load_tile(p.chunk_states, shared.entry_full, shared.entry[which][k], k * kTile, task.head_of(p, which),
-                  task.channel_of(p, which), task.span.batch * static_cast<int>(p.stretches) + task.stretch);
-    entry.advance();
-  }
   for (int i = 0; i < task.chunks; ++i, ring.advance()) {
     const int stage = ring.stage, token = task.span.token_of(task.chunk_of(i));
     const TokenMaps& maps = task.span.template maps_of<true>(p, task.chunk_of(i), rows, projection);
@@ -128,42 +109,54 @@ __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, Wa
   }
 }
 
-// Two warps: one per slice, or each with every other chunk of a single slice.
+// Warps that take the chunks of one slice and of the other in turns: one warp takes longer to prepare a chunk than walking it
+// takes.
 template <class Policy>
 __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
-                             Ring<WalkStorage<Policy>::kStages>& ring, int warp) {
-  static_assert(WalkStorage<Policy>::kStages % 2 == 0, "or chunks would change hands");
-  const int lane = threadIdx.x % 32, which = p.items_of_walk == 1 ? 0 : warp;
-  const StepReader reader(p, task.span, task.head_of(p, task.has_item(p, which) ? which : 0));
+                             unsigned& position, int warp) {
+  using Storage = WalkStorage<Policy>;
+  constexpr int kAhead = Storage::kAhead, kStages = Storage::kStages;
+  const int lane = threadIdx.x % 32, two = p.items_of_walk - 1, all = task.chunks << two;  // two: 1, or 0 of single slices
+  const StepReader first(p, task.span, task.head_of(p, 0)), second(p, task.span, task.head_of(p, task.has_item(p, 1)));
+  const auto reader_of = [&](int which) {
+    StepReader reader = first;
+    if (which == 1) reader.A = second.A, reader.bias = second.bias, reader.from = second.from;
+    return reader;
+  };
   // Raw steps of the chunks to come, four of them at a time: a load from memory takes longer than a chunk, and registers that
   // move up wait for every load that is on its way.
-  constexpr int kAhead = WalkStorage<Policy>::kAhead;
   uint2* const raw = shared.raw[warp][0] + lane;
   std::uint32_t next[kAhead][2] = {};
-  const auto fetch = [&](int first) {
+  const auto fetch = [&](int from) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
-      if (first + k < task.chunks) reader.fetch(p, task.span, task.chunk_of(first + k), next[k]);
+      if (const int own = from + k * Storage::kPreparing; own < all)
+        reader_of(own & two).fetch(p, task.span, task.chunk_of(own >> two), next[k]);
   };
-  fetch(0);
+  fetch(warp);
   WalkSteps* const kept = task.backward ? p.second_steps : p.first_steps;
-  for (int i = 0; i < task.chunks; ++i, ring.advance()) {
-    if (i % kAhead == 0) {
+  int turn = 0;
+#pragma unroll 1
+  for (int own = warp; own < all; own += Storage::kPreparing, ++turn) {
+    if (turn % kAhead == 0) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) raw[32 * k] = make_uint2(next[k][0], next[k][1]);
-      fetch(i + kAhead);
+      fetch(own + kAhead * Storage::kPreparing);
     }
-    if (p.items_of_walk == 1 && ring.stage % 2 != warp) continue;
-    const uint2 own = raw[i % kAhead * 32];
-    const std::uint32_t bits[2] = {own.x, own.y};
+    const int which = own & two, i = own >> two;
+    const unsigned at = position + i;
+    const uint2 loaded = raw[turn % kAhead * 32];
+    const std::uint32_t bits[2] = {loaded.x, loaded.y};
+    const StepReader reader = reader_of(which);
     const LaneSteps s = scan_steps(p, task.span, task.chunk_of(i), reader.A, reader.bias, bits);
-    shared.empty[ring.stage].wait(ring.parity ^ 1);
-    store_walk_steps(shared.steps[ring.stage][which], s, task.backward, task.span.reverse);
-    shared.full[ring.stage].arrive();
+    shared.empty[at % kStages].wait(at / kStages % 2 ^ 1);
+    store_walk_steps(shared.steps[at % kStages][which], s, task.backward, task.span.reverse);
+    shared.full[at % kStages].arrive();
     if (i % 2 == 0 && task.has_item(p, which))
       store_walk_steps(kept[std::int64_t{task.pair_of(p, i)} * p.kept_items + task.kept_of(p, which)], s, task.backward,
                        task.span.reverse);
   }
+  position += max(task.chunks, 0);
 }
 
 // Two warps per slice, or four where there is one: a row of its tile times the weight of that token.
@@ -188,60 +181,45 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
   }
 }
 
-// The rows of a state that is to be kept, in fixed point, and their exponents.
-template <int kColumns, class State>
-__device__ void round_state(const State& state, std::uint32_t (&words)[kColumns / 4],
-                            std::uint32_t (&exponents)[kColumns / kTile][2]) {
+// The rows of a tile that is to be kept, in fixed point, and their exponents.
+template <class Tile>
+__device__ void round_tile(const Tile& tile, std::uint32_t (&words)[kTile / 4], std::uint32_t (&exponents)[2]) {
+  float most[2] = {};
 #pragma unroll
-  for (int tile = 0; tile < kColumns / kTile; ++tile) {
-    float most[2] = {};
+  for (int v = 0; v < kTile / 2; ++v) most[v / 2 % 2] = max_or_nan(most[v / 2 % 2], fabsf(tile(v)));
 #pragma unroll
-    for (int v = 0; v < kTile / 2; ++v) most[v / 2 % 2] = max_or_nan(most[v / 2 % 2], fabsf(state(tile * kTile / 2 + v)));
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      most[r] = max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 1));
-      exponents[tile][r] = exponent_above(max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 2)));
-    }
-#pragma unroll
-    for (int k = 0; k < kTile / 4; ++k) {
-      const int v = tile * kTile / 2 + 2 * k;
-      words[v / 2] = to_fixed_point(state(v), state(v + 1), exponents[tile][k % 2]);
-    }
+  for (int r = 0; r < 2; ++r) {
+    most[r] = max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 1));
+    exponents[r] = exponent_above(max_or_nan(most[r], __shfl_xor_sync(~0u, most[r], 2)));
   }
+#pragma unroll
+  for (int k = 0; k < kTile / 4; ++k) words[k] = to_fixed_point(tile(2 * k), tile(2 * k + 1), exponents[k % 2]);
 }
 
-// Keeps the state of a slice before each pair of chunks, or its adjoint after: kColumns of its states. Each of the two
-// warpgroups has a slice, or one of two halves of the same.
-template <class Policy, int kColumns>
-__device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int warpgroup) {
+// Keeps a tile of the state of a slice before each pair of chunks, or of its adjoint after.
+template <class Policy>
+__device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, int walker) {
   using M = Matmuls<Policy>;
   using Element = typename M::Element;
-  using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kStages = WalkStorage<Policy>::kStages, kHalves = Policy::kState / kColumns, kStateValues = kColumns / 2;
-  const int thread = threadIdx.x % kWarpgroup, which = kHalves == 1 ? warpgroup : 0, half = kHalves == 1 ? 0 : warpgroup;
+  constexpr int kStages = WalkStorage<Policy>::kStages, kTiles = WalkStorage<Policy>::kTiles, kValues = kTile / 2;
+  const int thread = threadIdx.x % kWarpgroup, which = walker / kTiles, tile = walker % kTiles;
   const Fragment at(thread);
-  Fragment at_half = at;
-  at_half.column += half * kColumns;
-  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + warpgroup); };
+  Fragment at_tile = at;
+  at_tile.column += tile * kTile;
+  const auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + walker); };
   // Columns of both operands.
   decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, cute::Int<kColumns>, _64>, M::kMN, M::kMN>())) mma;
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<_64, _64, _64>, M::kMN, M::kMN>())) mma;
   const auto mine = mma.get_thread_slice(thread);
-  auto state = cute::partition_fragment_C(mma, cute::Shape<_64, cute::Int<kColumns>>{});
+  auto state = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   const auto rows = mine.partition_fragment_A(M::tensor(shared.rows, typename M::template Columns<kTile, 2 * kStages>{}));
   const auto projection =
-      mine.partition_fragment_B(M::tensor(shared.projection, typename M::template Columns<kColumns, kStages * kHalves>{}));
+      mine.partition_fragment_B(M::tensor(shared.projection, typename M::template Columns<kTile, kStages * kTiles>{}));
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
-  Ring<1> entry;
   for_each_walk(p, [&](const WalkTask& task) {
     if (!task.has_item(p, which)) {
-      if (task.enters_stretch(p)) {
-        shared.entry_full.wait(entry.parity);
-        shared.entry_empty.arrive();
-        entry.advance();
-      }
       for (int i = 0; i < task.chunks; ++i, ring.advance()) {
         shared.weighted[ring.stage].wait(ring.parity);
         shared.empty[ring.stage].arrive();
@@ -250,29 +228,11 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
     }
     const int head = task.head_of(p, which), channel = task.channel_of(p, which);
     const auto slice_of = [&](const StateView& t) {
-      return SliceOfState<kColumns>(p, t, task.span.sequence, head, channel, at_half);
+      return SliceOfState<kTile>(p, t, task.span.sequence, head, channel, at_tile);
     };
 #pragma unroll
-    for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
-    const StateView& from = task.backward ? p.dfinal_state : p.initial_state;
-    if (task.enters_stretch(p)) {
-      shared.entry_full.wait(entry.parity);
-#pragma unroll
-      for (int j = 0; j < kColumns / 16; ++j) {
-        std::uint32_t word[4];
-        at.load(shared.entry[which][half + j / 4], j % 4, word);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          float pair[2];
-          cuda::widen_word<NativeElement>(word[w], pair);
-          state(8 * j + 2 * w) = pair[0], state(8 * j + 2 * w + 1) = pair[1];
-        }
-      }
-      shared.entry_empty.arrive();
-      entry.advance();
-    } else if (from.data) {
-      load_state(state, slice_of(from));
-    }
+    for (int v = 0; v < kValues; ++v) state(v) = 0.0f;
+    if (const StateView& from = task.backward ? p.dfinal_state : p.initial_state; from.data) load_state(state, slice_of(from));
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
     const bool in_dx = task.backward && p.adjoints_in_dx;
@@ -281,44 +241,37 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
     for (int i = 0; i < task.chunks; ++i, ring.advance()) {
       const bool keeps = i % 2 == 0;
       const int stage = ring.stage;
-      std::uint32_t words[kStateValues / 2], exponent[kColumns / kTile][2];
-      if (keeps) round_state<kColumns>(state, words, exponent);
+      std::uint32_t words[kTile / 4], exponent[2];
+      if (keeps) round_tile(state, words, exponent);
       shared.full[stage].wait(ring.parity);
       const float total = shared.steps[stage][which].total;
 #pragma unroll
-      for (int v = 0; v < kStateValues; ++v) state(v) *= total;
+      for (int v = 0; v < kValues; ++v) state(v) *= total;
       shared.weighted[stage].wait(ring.parity);
       cute::warpgroup_fence_operand(state);
       cute::warpgroup_arrive();
-      issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, kHalves * stage + half), state);
+      issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, kTiles * stage + tile), state);
 
       if (keeps) {  // while this runs, the state as it was leaves
-        char* const tiles = shared.kept[warpgroup][0];
+        char* const own = shared.kept[walker];
         if (thread == 0) cute::tma_store_wait<0>();  // the one before has left
         sync();
 #pragma unroll
-        for (int j = 0; j < kColumns / 16; ++j) at.store(tiles, j, words + 4 * j);
+        for (int j = 0; j < kTile / 16; ++j) at.store(own, j, words + 4 * j);
         cutlass::arch::fence_view_async_shared();
         sync();
         const int place = task.pair_of(p, i);
         if (thread == 0) {
-          const int token = in_dx ? task.span.first_token_of_pair(task.chunk_of(i)) : 0;
-#pragma unroll
-          for (int k = 0; k < kColumns / kTile; ++k) {
-            const int column = half * kColumns + k * kTile;
-            if (in_dx)
-              cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, channel, head, token + column, task.span.batch);
-            else cute::SM90_TMA_STORE_4D::copy(&kept, tiles + k * kTileBytes, column, item, 0, place);
-          }
+          if (in_dx)
+            cute::SM90_TMA_STORE_4D::copy(&kept, own, channel, head,
+                                          task.span.first_token_of_pair(task.chunk_of(i)) + tile * kTile, task.span.batch);
+          else cute::SM90_TMA_STORE_4D::copy(&kept, own, tile * kTile, item, 0, place);
           cute::tma_store_arrive();
         }
         if (at.lane % 4 == 0) {
-          std::uint8_t* const to =
-              exponents + ((std::int64_t{place} * p.kept_items + item) * (kHalves * kColumns / kTile) + half) * kTile + at.row;
+          std::uint8_t* const to = exponents + ((std::int64_t{place} * p.kept_items + item) * kTiles + tile) * kTile + at.row;
 #pragma unroll
-          for (int k = 0; k < kColumns / kTile; ++k)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) to[k * kTile + 8 * r] = static_cast<std::uint8_t>(exponent[k][r]);
+          for (int r = 0; r < 2; ++r) to[8 * r] = static_cast<std::uint8_t>(exponent[r]);
         }
       }
       cute::warpgroup_wait<0>();
@@ -334,43 +287,46 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
 }  // namespace fused
 
 template <class Policy>
-__global__ void __launch_bounds__(128 * fused::kWalkWarpgroups, 1)
+__global__ void __launch_bounds__(128 * fused::WalkStorage<Policy>::kWarpgroups, 1)
     ssd_scan_fused_walk_kernel(const __grid_constant__ FusedBackwardParams p) {
   using namespace fused;
   using Storage = WalkStorage<Policy>;
+  constexpr int kWalkers = Storage::kWalkers;
+  constexpr bool kMovesRegisters = kWalkers == 4;           // of two and two warpgroups each has enough
+  constexpr int kWalkRegisters = 96, kOtherRegisters = 48;  // 480 in all
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   static_assert(sizeof(Storage) <= kMostSharedBytes);
   auto& shared = *reinterpret_cast<Storage*>(shared_bytes);
+  const int walkers = p.items_of_walk * Storage::kTiles;  // of a single slice the others have nothing to do
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Storage::kStages; ++stage) {
       shared.full[stage].init(1 + p.items_of_walk * 32);  // the tiles, and the steps of each slice
       shared.weighted[stage].init(kWarpgroup);
-      shared.empty[stage].init(2 * kWarpgroup);
+      shared.empty[stage].init(walkers * kWarpgroup);
     }
-    shared.entry_full.init(1), shared.entry_empty.init(2 * kWarpgroup);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
   cuda::let_next_kernel_in();
   cuda::wait_for_earlier_kernels();
   const int warpgroup = cutlass::canonical_warp_group_idx();
-  if (warpgroup < 2) {
-    if (Policy::kState == 2 * kTile && p.items_of_walk == 1) walk<Policy, kTile>(p, shared, warpgroup);
-    else walk<Policy, Policy::kState>(p, shared, warpgroup);
+  if (warpgroup < kWalkers) {
+    if constexpr (kMovesRegisters) cutlass::arch::warpgroup_reg_alloc<kWalkRegisters>();
+    if (warpgroup < walkers) walk<Policy>(p, shared, warpgroup);
     return;
   }
+  if constexpr (kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<kOtherRegisters>();
   Ring<Storage::kStages> ring;
-  if (warpgroup == 2) {
+  if (warpgroup == kWalkers) {
     for_each_walk(p, [&](const WalkTask& task) { weight_rows<Policy>(p, task, shared, ring); });
     return;
   }
   const int role = cutlass::canonical_warp_idx_sync() % 4;
   if (role == 0) {
-    Ring<1> entry;
-    if (cute::elect_one_sync())
-      for_each_walk(p, [&](const WalkTask& task) { load_walk<Policy>(p, task, shared, ring, entry); });
-  } else if (role < 3) {
-    for_each_walk(p, [&](const WalkTask& task) { prepare_walk<Policy>(p, task, shared, ring, role - 1); });
+    if (cute::elect_one_sync()) for_each_walk(p, [&](const WalkTask& task) { load_walk<Policy>(p, task, shared, ring); });
+  } else {
+    unsigned position = 0;  // in the ring
+    for_each_walk(p, [&](const WalkTask& task) { prepare_walk<Policy>(p, task, shared, position, role - 1); });
   }
 }
 

@@ -231,7 +231,6 @@ FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& d
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
-  if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
   if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";

@@ -61,7 +61,7 @@ struct Args : Inputs {
 struct BackwardArgs : Inputs {
   Tensor dy;            // [b,l,h,p] dtype of x
   Tensor dfinal_state;  // as final_state, optional
-  Tensor chunk_states;  // what the forward of the same call kept, optional: it is not made again then
+  Tensor chunk_states;  // what the forward of the same call kept, optional: it need not be made again then
   Tensor dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state;  // shape of what each differentiates; any may be absent
   Workspace workspace;
 };

@@ -87,8 +87,9 @@ def ssd_scan(
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
         state_positions: [batch or num_sequences, npositions] int32 or int64: after how many tokens the state is wanted as well.
         ssd_mode: "chunked", "recurrent" or "quadratic", the form of the computation; None lets the library pick.
-        save_states: keep the state that enters each stretch of 256 tokens for the backward, which then does not look for them
-            again: dstate/256 of the memory of x, until the backward. Without a gradient nothing is kept.
+        save_states: keep the state that enters each stretch of 256 tokens for the backward, which then need not look for them
+            again: dstate/256 of the memory of x, until the backward. Without a gradient nothing is kept. A GPU's fused kernels
+            look for them all the same, and are no slower.
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32.
