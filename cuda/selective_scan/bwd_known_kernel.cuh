@@ -11,6 +11,7 @@
 // as often then, and what shared memory gives back to the registers bounds it.
 #pragma once
 
+#include "../common/early.cuh"
 #include "bwd_kernel.cuh"
 
 namespace statescan::selective_scan {
@@ -144,6 +145,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
   constexpr int kThreads = Shape::kThreads, kStates = Shape::kStates, kReduced = Shape::kReduced;
   constexpr int kSub = kCheckpoint, kSummed = Shape::kSummed, kElementBytes = 2;
   extern __shared__ uint4 memory[];
+  cuda::wait_for_earlier_kernels();
 
   const unsigned thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int four = warp, own = 2 * lane;  // the warp's states of a piece, the lane's first channel
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
     return;
   }
   if (p.links > 1) {
-    span = link_of(span, p.links - 1 - link, p.links);
+    span = backward_link_of(span, link, p.links);
     if (link > 0) wait_for_turn(p.turns + index, link);
   }
 
@@ -355,6 +357,8 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
         Slot<4>{reinterpret_cast<uint4*>(raw_BC), 1}.widen(Policy::kElement, four_values);
         put_four((is_C ? tile_C : tile_B) + token_of_BC * Shape::kPiece + state_of_BC, four_values);
       }
+      float first[2][kStates] = {};  // on its way while the block gathers: H100, b1, 2593 us instead of 2625
+      if (from_zero && scans) LaneStates<Policy>::load(start, first);
       __syncthreads();
 
       if (thread < Shape::kCursors) cursors[thread].at += cursors[thread].step;
@@ -362,8 +366,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
         float4* const own_starts = reinterpret_cast<float4*>(starts) + four * kChannels + lane;
         constexpr int kStart = Shape::kFours * kChannels;
         if (from_zero) {
-          float first[2][kStates], h[2][kStates];
-          LaneStates<Policy>::load(start, first);
+          float h[2][kStates];
 #pragma unroll
           for (int i = 0; i < Shape::kSubs; ++i) {
             const float2 dt = *reinterpret_cast<const float2*>(checkpoint_steps + i * kChannels + own);

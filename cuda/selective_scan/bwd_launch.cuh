@@ -7,13 +7,44 @@
 
 namespace statescan::selective_scan {
 
-template <int kParts>
-void launch_row_sum(const float* rows, std::int64_t count, std::int64_t channels, std::int64_t states, const View& to,
-                    Stream stream) {
-  if (to.data && channels * states > 0)
-    cuda::launch("selective_scan_row_sum_kernel", selective_scan_row_sum_kernel<kParts>,
-                 {divide_up(channels * states * kParts, kRuns), kRuns}, stream,
-                 RowSumParams{rows, count, channels, states, to});
+// What the blocks, the segments and the sequences left of the gradients that they share.
+template <class Policy>
+void launch_sums(const BackwardArgs& args, const Dims& dims, const BackwardParams& params, Stream stream) {
+  SumParams sums{};
+  std::int64_t blocks = 0;
+  const auto add_rows = [&](int i, const float* rows, std::int64_t states, std::int64_t parts, const View& to) {
+    if (!to.data) return;
+    RowSumParams& sum = sums.rows[i];
+    sum = {rows, params.sequences * params.segments, dims.dim, states, parts, to, divide_up(dims.dim * states * parts, kRuns)};
+    blocks += sum.blocks;
+  };
+  add_rows(0, params.dA, dims.dstate, Policy::kParts, states_view(args.dA));
+  if (!dims.varying_B) add_rows(1, params.dB, dims.dstate, Policy::kParts, states_view(args.dB));
+  if (!dims.varying_C) add_rows(2, params.dC, dims.dstate, Policy::kParts, states_view(args.dC));
+  add_rows(3, params.dD, 1, 1, channels_view(args.dD));
+  add_rows(4, params.ddt_bias, 1, 1, channels_view(args.ddt_bias));
+  if (wants_projections(args, dims)) {
+    const std::int64_t tokens = dims.batch * dims.seqlen;
+    const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
+    const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && args.x.dtype == DType::bfloat16;
+    sums.projections = {params.projections,
+                        params.cu_seqlens,
+                        params.cu_is_int64,
+                        params.sequences * params.cu_stride,
+                        dims.seqlen,
+                        tokens,
+                        dims.ngroups,
+                        params.blocks_of_group,
+                        dims.dstate,
+                        values,
+                        is_coarse ? kCutOff : 1.0f,
+                        dims.varying_B && args.dB ? projection_view(args.dB, false) : View{},
+                        dims.varying_C && args.dC ? projection_view(args.dC, false) : View{}};
+    blocks += divide_up(tokens * dims.ngroups * values, kRuns);
+  }
+  if (blocks > 0)
+    cuda::launch("selective_scan_sums_kernel", selective_scan_sums_kernel<Policy>,
+                 {.blocks = blocks, .threads = kRuns, .early = true}, stream, sums);
 }
 
 // The states before every kCheckpoint-th token, and the adjoints at the ends of segments.
@@ -42,46 +73,21 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   if (dims.ngroups == 0) return;
   BackwardParams params = params_of(args, dims);
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
-  const std::int64_t rows = params.sequences * params.segments;
-  if (params.links > 1) cuda::clear(params.turns, kBackwardPasses * turns_of(args, dims) * sizeof(*params.turns), stream);
+  if (const std::int64_t turns = BackwardScratch(args, dims).all_turns; turns > 0)
+    cuda::clear(params.turns, turns * sizeof(*params.turns), stream);
   launch_checkpoints<Policy>(args, dims, params, stream);
   params.turns += 2 * turns_of(args, dims);
   if constexpr (Policy::kKnown) {
     using Shape = KnownBackward<Policy>;
     if (blocks > 0)
       cuda::launch("selective_scan_known_backward_kernel", selective_scan_known_backward_kernel<Policy>,
-                   {blocks * params.links, Shape::kThreads, Shape::kBytes}, stream, params);
+                   {.blocks = blocks * params.links, .threads = Shape::kThreads, .shared_bytes = Shape::kBytes, .early = true},
+                   stream, params);
   } else if (blocks > 0) {
     cuda::launch("selective_scan_backward_kernel", selective_scan_backward_kernel<Policy, false>,
                  {blocks * params.links, kRuns, BackwardStorage<Policy>::kBytes}, stream, params);
   }
-
-  const std::int64_t tokens = dims.batch * dims.seqlen;
-  const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
-  if (wants_projections(args, dims) && tokens * dims.ngroups * values > 0) {
-    const std::int64_t last = params.sequences * params.cu_stride;
-    const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && args.x.dtype == DType::bfloat16;
-    const ProjectionSumParams sum{params.projections,
-                                  params.cu_seqlens,
-                                  params.cu_is_int64,
-                                  last,
-                                  dims.seqlen,
-                                  tokens,
-                                  dims.ngroups,
-                                  params.blocks_of_group,
-                                  dims.dstate,
-                                  values,
-                                  is_coarse ? kCutOff : 1.0f,
-                                  dims.varying_B && args.dB ? projection_view(args.dB, false) : View{},
-                                  dims.varying_C && args.dC ? projection_view(args.dC, false) : View{}};
-    cuda::launch("selective_scan_projection_sum_kernel", selective_scan_projection_sum_kernel<Policy>,
-                 {divide_up(tokens * dims.ngroups * values, kRuns), kRuns}, stream, sum);
-  }
-  launch_row_sum<Policy::kParts>(params.dA, rows, dims.dim, dims.dstate, states_view(args.dA), stream);
-  if (!dims.varying_B) launch_row_sum<Policy::kParts>(params.dB, rows, dims.dim, dims.dstate, states_view(args.dB), stream);
-  if (!dims.varying_C) launch_row_sum<Policy::kParts>(params.dC, rows, dims.dim, dims.dstate, states_view(args.dC), stream);
-  launch_row_sum<1>(params.dD, rows, dims.dim, 1, channels_view(args.dD), stream);
-  launch_row_sum<1>(params.ddt_bias, rows, dims.dim, 1, channels_view(args.ddt_bias), stream);
+  launch_sums<Policy>(args, dims, params, stream);
 }
 
 }  // namespace statescan::selective_scan

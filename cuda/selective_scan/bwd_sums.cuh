@@ -1,6 +1,7 @@
 // The gradients that many blocks add to: sums of what each of them left, in a fixed order.
 #pragma once
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "params.h"
 
@@ -21,9 +22,8 @@ struct ProjectionSumParams {
 
 // A thread: one state of B or C at one token, of one group.
 template <class Policy>
-__global__ void __launch_bounds__(kRuns) selective_scan_projection_sum_kernel(const __grid_constant__ ProjectionSumParams p) {
+__device__ void sum_projections(const ProjectionSumParams& p, std::int64_t index) {
   constexpr int kReduced = 2 * Policy::kValues;
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x;
   if (index >= p.tokens * p.groups * p.values) return;
   const std::int64_t value = index % p.values, group = index / p.values % p.groups, token = index / p.values / p.groups;
   const int within = static_cast<int>(value % kReduced);
@@ -44,19 +44,37 @@ __global__ void __launch_bounds__(kRuns) selective_scan_projection_sum_kernel(co
 
 struct RowSumParams {
   const float* rows;  // [rows, channels, states, parts]
-  std::int64_t count, channels, states;
+  std::int64_t count, channels, states, parts;
   View to;
+  std::int64_t blocks;
 };
 
-template <int kParts>
-__global__ void __launch_bounds__(kRuns) selective_scan_row_sum_kernel(const __grid_constant__ RowSumParams p) {
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kRuns + threadIdx.x, each = p.channels * p.states * kParts;
+// A thread: one number.
+inline __device__ void sum_rows(const RowSumParams& p, std::int64_t index) {
+  const std::int64_t each = p.channels * p.states * p.parts;
   if (index >= each) return;
   float sum = 0.0f;
 #pragma unroll 8
   for (std::int64_t row = 0; row < p.count; ++row) sum += p.rows[row * each + index];
-  const std::int64_t part = index % kParts, state = index / kParts % p.states, channel = index / kParts / p.states;
+  const std::int64_t part = index % p.parts, state = index / p.parts % p.states, channel = index / p.parts / p.states;
   *reinterpret_cast<float*>(p.to.data + channel * p.to.channel + state * p.to.state + part * 4) = sum;
+}
+
+struct SumParams {
+  RowSumParams rows[5];  // dA, dB, dC, dD and ddt_bias, where they are wanted
+  ProjectionSumParams projections;
+};
+
+template <class Policy>
+__global__ void __launch_bounds__(kRuns) selective_scan_sums_kernel(const __grid_constant__ SumParams p) {
+  cuda::wait_for_earlier_kernels();
+  std::int64_t block = blockIdx.x;
+#pragma unroll 1
+  for (const RowSumParams& rows : p.rows) {
+    if (block < rows.blocks) return sum_rows(rows, block * kRuns + threadIdx.x);
+    block -= rows.blocks;
+  }
+  sum_projections<Policy>(p.projections, block * kRuns + threadIdx.x);
 }
 
 }  // namespace statescan::selective_scan

@@ -14,6 +14,7 @@
 // P[t] C[t] dy[t] silu(z[t])
 #pragma once
 
+#include "../common/early.cuh"
 #include "fwd_kernel.cuh"
 
 namespace statescan::selective_scan {
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   constexpr bool kAlongTokens = Policy::kReach == Reach::tokens, kOutput = kPass == Pass::output;
   constexpr bool kFromZero = kPass == Pass::segments;
   extern __shared__ uint4 memory[];
+  cuda::let_next_kernel_in();
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const std::uint32_t tasks = gridDim.x / p.links, link = blockIdx.x / tasks, index = blockIdx.x % tasks;
   Task task;

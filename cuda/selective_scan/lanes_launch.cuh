@@ -10,7 +10,6 @@ namespace statescan::selective_scan {
 // states a lane.
 template <class Policy, Pass kPass>
 void launch_lanes_pass(const Params& params, const LanesPlan& plan, Stream stream) {
-  if (plan.links > 1) cuda::clear(params.turns, plan.tasks * sizeof(*params.turns), stream);
   const bool clears = kPass == Pass::output && params.cu_seqlens;  // what lies past the last packed token
   const std::int64_t blocks = plan.tasks * plan.links + (clears ? params.blocks : 0);
   const auto launch = [&]<int states> {
@@ -24,7 +23,10 @@ void launch_lanes_pass(const Params& params, const LanesPlan& plan, Stream strea
 
 template <class Policy>
 void launch_lanes(const Args& args, const Dims& dims, Stream stream) {
-  launch_lanes_pass<Policy, Pass::output>(params_of(args, dims), lanes_plan(args, dims), stream);
+  const Params params = params_of(args, dims);
+  const LanesPlan plan = lanes_plan(args, dims);
+  if (plan.links > 1) cuda::clear(params.turns, plan.tasks * sizeof(*params.turns), stream);
+  launch_lanes_pass<Policy, Pass::output>(params, plan, stream);
 }
 
 }  // namespace statescan::selective_scan

