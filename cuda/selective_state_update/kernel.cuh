@@ -9,6 +9,8 @@
 //          tree that depends on dstate alone
 #pragma once
 
+#include <type_traits>
+
 #include <statescan/math.h>
 
 #include "../common/early.cuh"
@@ -58,8 +60,8 @@ inline __device__ char* at_slot(const View& t, const Unit& u, std::int64_t slot)
 }
 
 // An element of a tensor that may be absent, as bits.
-inline __device__ std::uint32_t load_if(bool wanted, const View& t, const char* from) {
-  return wanted && t.data ? cuda::load_bits(from, t.dtype) : 0;
+inline __device__ std::uint32_t load_if(bool wanted, const View& t, const char* from, DType dtype = DType::float32) {
+  return wanted && t.data ? cuda::load_bits(from, dtype) : 0;
 }
 
 // Sums of kRows rows over a team: lane i ends with the sum of row i % kRows. Halving the rows with each of the first steps
@@ -82,6 +84,16 @@ __device__ float sum_over_team(const float (&sums)[kRows], int lanes) {
 #pragma unroll 1
   for (int distance = kRows; distance < lanes; distance *= 2) left[0] += __shfl_xor_sync(kAll, left[0], distance);
   return left[0];
+}
+
+// Has words from memory widened no earlier than here. Of a known type the compiler does that right behind the load, and waits
+// there.
+template <class Words>
+__device__ void stay_packed(Words& words) {
+  static_assert(std::is_trivially_copyable_v<Words> && sizeof(Words) % 4 == 0);
+  auto* const word = reinterpret_cast<std::uint32_t*>(&words);
+#pragma unroll
+  for (std::size_t i = 0; i < sizeof(Words) / 4; ++i) asm volatile("" : "+r"(word[i]));
 }
 
 // exp(dt A): a rate's real part, and its imaginary part with a complex A.
@@ -113,13 +125,14 @@ __device__ void advance(float* state, const float* decay, float u, const float* 
 }
 
 // kOneToken: no addresses are kept for a next token, which takes a quarter of the registers off.
-template <class Policy, int kRunsOfRow, bool kOneToken>
+template <class Policy, int kRunsOfRow, bool kOneToken, Elements kElements>
 __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow == 1 ? 0 : 4)
     selective_state_update_kernel(const __grid_constant__ Params p) {
   constexpr int kRows = Policy::kRuns / kRunsOfRow, kRun = Policy::kRun, kParts = Policy::kParts, kValues = kRun * kParts;
   constexpr bool kMamba1 = Policy::kForm == Form::mamba1, kVector = Policy::kAccess == Access::vector;
   constexpr DType kRate = kParts == 2 ? DType::complex64 : DType::float32;
   constexpr unsigned kAll = 0xffffffffu;
+  const auto dtype_of = [](const View& t) { return kElements == Elements::bfloat16 ? DType::bfloat16 : t.dtype; };
   using Run = cuda::Run<Policy::kAccess, kRun, kParts>;
   const std::int64_t pieces = kRunsOfRow == 1 ? 1 : p.pieces, ntokens = kOneToken ? 1 : p.ntokens;
   const Unit unit = unit_of<kRows>(p);
@@ -146,7 +159,7 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
   if (from < 0) {
     char* y = first_y;
     for (std::int64_t t = 0; t < ntokens; ++t, y += p.y.token)
-      if (stores_row) cuda::store_element(y, p.y.dtype, 0.0f);
+      if (stores_row) cuda::store_element(y, dtype_of(p.y), 0.0f);
     return;
   }
 
@@ -162,8 +175,8 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
     }
     const auto count_of = [&](int r, int v) { return r < unit.rows ? count[v] : 0; };
     // From one state to the next, in bytes; a constant where it can be.
-    const auto step_of = [](const View& t) -> std::int64_t {
-      return !kVector ? t.column : (kParts == 2 ? 8 : cuda::bytes_of(t.dtype));
+    const auto step_of = [&](const View& t) -> std::int64_t {
+      return !kVector ? t.column : (kParts == 2 ? 8 : cuda::bytes_of(dtype_of(t)));
     };
     const std::int64_t state_step = kVector ? 16 / kRun : p.state.column, rate_step = kVector ? 4 * kParts : p.A.column;
 
@@ -182,17 +195,17 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
       const std::int64_t step = step_of(view);
 #pragma unroll
       for (int v = 0; v < kRunsOfRow; ++v)
-        packed[v].load(first + r * view.row + column[v] * step, view.dtype, step, count_of(r, v));
+        packed[v].load(first + r * view.row + column[v] * step, dtype_of(view), step, count_of(r, v));
     };
     const char *x_at = first_x, *dt_at = first_dt, *z_at = first_z, *B_at = first_B, *C_at = first_C;
     char* y_at = first_y;
     std::uint32_t dt_bits, x_bits, z_bits;
     const auto load_token = [&] {
-      dt_bits = load_if(has_step, p.dt, dt_at);
-      x_bits = load_if(has_row, p.x, x_at);
+      dt_bits = load_if(has_step, p.dt, dt_at, dtype_of(p.dt));
+      x_bits = load_if(has_row, p.x, x_at, dtype_of(p.x));
       load_projection(p.B, B_at, 0, packed_B);
       load_projection(p.C, C_at, 0, packed_C);
-      z_bits = load_if(has_row, p.z, z_at);
+      z_bits = load_if(has_row, p.z, z_at, dtype_of(p.z));
     };
     if (ntokens > 0) load_token();
     const float bias = __uint_as_float(load_if(has_step, p.dt_bias, bias_at));  // float32, as A and D
@@ -208,13 +221,18 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
       head_rate = __uint_as_float(load_if(unit.rows > 0, p.A, rate_at));
     }
 
+    const std::int64_t to = p.to.data ? slot_at(p.to, unit.batch, p.slots) : from;
+    if constexpr (kElements != Elements::any) {  // all of them are on their way by here
+      stay_packed(dt_bits), stay_packed(x_bits), stay_packed(z_bits);
+      stay_packed(packed_B), stay_packed(packed_C), stay_packed(packed_state);
+    }
+
     float state[kRows][kRunsOfRow][kValues];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int v = 0; v < kRunsOfRow; ++v) packed_state[r][v].widen(Policy::kState, state[r][v]);
 
-    const std::int64_t to = p.to.data ? slot_at(p.to, unit.batch, p.slots) : from;
     char* const to_at = slots_at + to * p.state.batch;
     const auto store_states = [&] {
       if (to < 0) return;
@@ -226,8 +244,8 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
     };
 #pragma unroll 1
     for (std::int64_t t = 0; t < ntokens; ++t) {
-      const float dt = discretise(cuda::widen_bits(dt_bits, p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max);
-      const float x = cuda::widen_bits(x_bits, p.x.dtype), u = dt * x;
+      const float dt = discretise(cuda::widen_bits(dt_bits, dtype_of(p.dt)), bias, p.dt_softplus, p.dt_min, p.dt_max);
+      const float x = cuda::widen_bits(x_bits, dtype_of(p.x)), u = dt * x;
       const float head_decay = kMamba1 ? 1.0f : expf(dt * head_rate);
       float B[kRunsOfRow][kValues], C[kRunsOfRow][kValues], sums[kRows];
 #pragma unroll
@@ -237,8 +255,8 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
         if (r > 0 && own_C) load_projection(p.C, C_at, r, packed_C);
 #pragma unroll
         for (int v = 0; v < kRunsOfRow; ++v) {
-          if (r == 0 || own_B) packed_B[v].widen(p.B.dtype, B[v]);
-          if (r == 0 || own_C) packed_C[v].widen(p.C.dtype, C[v]);
+          if (r == 0 || own_B) packed_B[v].widen(dtype_of(p.B), B[v]);
+          if (r == 0 || own_C) packed_C[v].widen(dtype_of(p.C), C[v]);
         }
         const float u_r = __shfl_sync(kAll, u, r, unit.lanes), dt_r = kMamba1 ? __shfl_sync(kAll, dt, r, unit.lanes) : dt;
         sums[r] = 0.0f;
@@ -267,8 +285,8 @@ __global__ void __launch_bounds__(most_threads<Policy>(kRunsOfRow), kRunsOfRow =
         if (!is_last) *partial = y;
       }
       if (p.D.data) y = fmaf(D, x, y);
-      if (p.z.data) y *= cuda::fast_silu(cuda::widen_bits(z_bits, p.z.dtype));
-      if (stores_row && is_last) cuda::store_element(y_at, p.y.dtype, y);
+      if (p.z.data) y *= cuda::fast_silu(cuda::widen_bits(z_bits, dtype_of(p.z)));
+      if (stores_row && is_last) cuda::store_element(y_at, dtype_of(p.y), y);
       x_at += p.x.token, dt_at += p.dt.token, z_at += p.z.token, B_at += p.B.token, C_at += p.C.token, y_at += p.y.token;
       if (t + 1 < ntokens) load_token();
     }

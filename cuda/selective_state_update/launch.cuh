@@ -9,7 +9,7 @@
 
 namespace statescan::selective_state_update {
 
-template <class Policy, int kRunsOfRow, bool kOneToken>
+template <class Policy, int kRunsOfRow, bool kOneToken, Elements kElements>
 void launch_rows(Params params, const Dims& dims, std::int64_t bands, Stream stream) {
   constexpr std::int64_t kRows = Policy::kRuns / kRunsOfRow;
   const std::int64_t runs = std::min<std::int64_t>(divide_up(dims.dstate, Policy::kRun * kRunsOfRow), kWarp);
@@ -21,7 +21,7 @@ void launch_rows(Params params, const Dims& dims, std::int64_t bands, Stream str
   const std::int64_t warps = divide_up(dims.batch * units * params.lanes, kWarp);
   const int threads = static_cast<int>(std::clamp(divide_up(warps, kMultiprocessors), kLeastWarps, kMostWarps)) * kWarp;
   params.tiles = static_cast<std::uint32_t>(divide_up(units, threads / params.lanes));
-  cuda::launch("selective_state_update_kernel", selective_state_update_kernel<Policy, kRunsOfRow, kOneToken>,
+  cuda::launch("selective_state_update_kernel", selective_state_update_kernel<Policy, kRunsOfRow, kOneToken, kElements>,
                {.blocks = dims.batch * params.tiles, .threads = threads, .early = true}, stream, params);
 }
 
@@ -55,10 +55,19 @@ void launch(const Args& args, const Dims& dims, Stream stream) {
   params.dt_bias = axes.of_heads(args.dt_bias);
   params.y = axes.channels(args.y);
   params.partial = static_cast<float*>(args.workspace.data);
+  const auto run = [&]<int runs_of_row, bool one_token, Elements elements> {
+    launch_rows<Policy, runs_of_row, one_token, elements>(params, dims, axes.bands(), stream);
+  };
   constexpr bool kVector = Policy::kAccess == Access::vector;
-  if (dims.dstate > kWarp * Policy::kRun) launch_rows<Policy, Policy::kLongRuns, false>(params, dims, axes.bands(), stream);
-  else if (kVector && dims.ntokens == 1) launch_rows<Policy, 1, kVector>(params, dims, axes.bands(), stream);
-  else launch_rows<Policy, 1, false>(params, dims, axes.bands(), stream);
+  if (dims.dstate > kWarp * Policy::kRun) return run.template operator()<Policy::kLongRuns, false, Elements::any>();
+  if (!kVector || dims.ntokens != 1) return run.template operator()<1, false, Elements::any>();
+  if constexpr (kVector && (Policy::kState == DType::float32 || Policy::kState == DType::bfloat16)) {
+    bool is_bfloat16 = true;
+    for (const Tensor* t : {&args.x, &args.dt, &args.B, &args.C, &args.z, &args.y})
+      if (*t && t->dtype != DType::bfloat16) is_bfloat16 = false;
+    if (is_bfloat16) return run.template operator()<1, true, Elements::bfloat16>();
+  }
+  run.template operator()<1, kVector, Elements::any>();
 }
 
 }  // namespace statescan::selective_state_update

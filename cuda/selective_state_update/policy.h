@@ -15,6 +15,11 @@ enum class Form {
 
 using cuda::Access;
 
+// What a call's x, dt, z, B, C and y are. One token of bfloat16, beside states of that or of float32, has a kernel that takes
+// it for granted: asked at run time, it is much of a batch of one. H100, h80 p64 n128, b1, and in L2, us: float32 state 3.22
+// to 3.08 and 2.61 to 2.27, bfloat16 2.65 to 2.33 and 2.21 to 1.86.
+enum class Elements { any, bfloat16 };
+
 // Both ways of access give a lane the same states, so they sum in the same order and give the same bits.
 template <DType state, Form form, Access access>
 struct Policy {
