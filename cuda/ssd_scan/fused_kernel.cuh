@@ -1046,9 +1046,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
           });
         }
         if constexpr (kExtra == Extra::scaled_y) {
-          int slice = head * p.slices + channel / kTile;
+          int slice = head * static_cast<int>(p.slices.value) + channel / kTile;
           asm volatile("" : "+r"(slice));  // addresses are worked out here, and take no registers from the loop
-          const int step = p.nheads * p.slices;
+          const int step = p.nheads * static_cast<int>(p.slices.value);
           const std::int64_t first = (static_cast<std::int64_t>(task.batch) * p.seqlen + token) * step;
           store_scaled(tile_y, y, at, p.y_exponents + first + slice, step, valid);
         } else {
