@@ -247,20 +247,25 @@ def test_vectors_and_elements_of_ssd_scan_give_the_same_bits(rng, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("lengths", (None, [5900], [3, 3600, 0, 2097, 200]), ids=str)
+@pytest.mark.parametrize(
+    "nheads,seqlen,lengths",
+    # many segments; a few, the first of which has a length of its own
+    ((4, 6000, None), (4, 6000, [5900]), (4, 6000, [3, 3600, 0, 2097, 200]), (100, 1500, None), (100, 1500, [1400])),
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
-def test_segments_of_few_long_sequences(rng, dtype, lengths, reverse):
+def test_segments_of_few_long_sequences(rng, dtype, nheads, seqlen, lengths, reverse):
     """Sequences are cut where batch and heads are few, by the shape alone, and never with batch_invariant."""
     gpu, sequences = DEVICES[1], len(lengths or [0])
-    sizes = dict(batch=1, seqlen=6000, nheads=4, ngroups=2, headdim=20, dstate=32)
+    sizes = dict(batch=1, seqlen=seqlen, nheads=nheads, ngroups=2, headdim=20, dstate=32)
     inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=sequences)
     options = dict(dt_softplus=True, reverse=reverse)
     if lengths:
         options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
     on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
     cut = statescan.plan("ssd_scan", **on_device)
-    assert cut.workspace_bytes % (4 * 4 * (20 * 32 + 1) * sequences) == 0 and cut.workspace_bytes > 0
-    assert 0 < cut.segment_tokens < 6000
+    assert cut.workspace_bytes % (4 * nheads * (20 * 32 + 1) * sequences) == 0 and cut.workspace_bytes > 0
+    assert 0 < cut.segment_tokens < seqlen
     assert statescan.plan("ssd_scan", **on_device, batch_invariant=True)[2:] == (0, 0)
     for batch_invariant in (False, True):
         cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=batch_invariant)

@@ -12,6 +12,7 @@
 //          out of the products that reach earlier tokens
 #pragma once
 
+#include "../common/early.cuh"
 #include "state.cuh"
 
 namespace statescan::ssd_scan {
@@ -390,7 +391,7 @@ __device__ void finish_outputs(Outputs<Policy>& y, const Params& p, const LaneOf
       y0 *= cuda::fast_silu(gate.x);
       y1 *= cuda::fast_silu(gate.y);
     });
-  lane.store(p.y, start, count, y);
+  if (p.y.data) lane.store(p.y, start, count, y);
 }
 
 // D of the lane's rows.
@@ -435,10 +436,12 @@ template <class Policy>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
   extern __shared__ __align__(16) char memory[];
+  cuda::let_next_kernel_in();
   const GeneralLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
   const Task task = task_of(p.tasks);
   const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
   if (task.sequence == p.sequences.count) {
+    cuda::wait_for_earlier_kernels();
     clear_outputs<Policy>(p, task, walk);
     return;
   }
@@ -446,19 +449,27 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(c
   const int warp = threadIdx.x / 32;
   const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
 
-  const bool ends_sequence = task.segment + 1 == p.tasks.segments, hands_on = p.done && !ends_sequence;
+  const bool ends_sequence = task.segment + 1 == p.tasks.end_segment, hands_on = p.done && !ends_sequence;
   const bool needs_last_state = hands_on || (ends_sequence && (p.final_state.data || p.positions.data));
-  const bool receives = p.done && task.segment > 0;
-  const StateView& from = receives ? p.handed_on : p.start;
+  const bool receives = p.places > 0 && (task.segment > 0 || !p.done);
+  const StateView& from = receives ? p.between : p.start;
   unsigned* const done = p.done + task.sequence * p.tasks.tiles + blockIdx.x % p.tasks.tiles;
-  if (receives) wait_for_segments(done, task.segment);
+  if (p.done && receives) wait_for_segments(done, task.segment);
   const PositionsOfSequence positions(p.positions, task.sequence);
+  cuda::wait_for_earlier_kernels();  // nothing was read before that they write
   State<Policy> state{};
   float D[2][2] = {};
   if (has_rows) {
-    if (from.data) {
-      const std::int64_t at = p.starts > 0 ? task.sequence * p.starts + task.segment * p.sequences.pieces : task.sequence;
-      load_state<Policy>(state, from, StatePlace(from, p, at, task.first_head + head, first_row), p.dstate);
+    const auto place = [&](std::int64_t at) { return StatePlace(from, p, at, task.first_head + head, first_row); };
+    const std::int64_t at = receives ? task.sequence * p.places : task.sequence;
+    if (receives && p.log2_decay) {
+#pragma unroll 1
+      for (std::int64_t i = at; i < at + task.segment; ++i) {
+        const float decay = i > at ? exp2_fast(p.log2_decay[i * p.nheads + task.first_head + head]) : 0.0f;
+        add_state<Policy>(state, decay, place(i), p.dstate);
+      }
+    } else if (from.data) {
+      load_state<Policy>(state, from, place(receives && !p.done ? at + task.segment * p.sequences.pieces : at), p.dstate);
     }
     load_D<Policy>(D, p, task.first_head + head, first_row);
   }
@@ -526,7 +537,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_general_kernel(c
     which = 1 - which;
   }
 
-  const StateView& to = hands_on ? p.handed_on : p.final_state;
+  const StateView& to = hands_on ? p.between : p.final_state;
   if (has_rows && (hands_on || (ends_sequence && to.data)))
     store_state<Policy>(state, to, StatePlace(to, p, task.sequence, task.first_head + head, first_row), p.dstate);
   if (hands_on) segment_is_done(done, task.segment);

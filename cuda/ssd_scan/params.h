@@ -39,9 +39,10 @@ struct Sequences {
   std::int64_t stride;
   std::int64_t count, seqlen;
   bool reverse;
-  std::int64_t segments;  // of each sequence
-  std::int64_t pieces;    // of a segment
-  std::int64_t chunk;     // tokens; segments and pieces begin on multiples of it
+  std::int64_t segments;            // of each sequence
+  std::int64_t pieces;              // of a segment
+  std::int64_t chunk;               // tokens; segments and pieces begin on multiples of it
+  std::int64_t first_share, share;  // of a sequence's chunks, that its first segment and each other takes; 0: as many
 };
 
 // state_positions [num_sequences, count], and where the walks leave states for them (positions.cuh).
@@ -59,14 +60,13 @@ struct KeptStates {
   std::int64_t step;  // from one to the next, in bytes
 };
 
-// Blocks of threads, tile fastest, then segments, then sequences. A slot is what a warp takes, 16 rows of a head; the
+// Blocks of threads, tile fastest, then sequences, then segments. A slot is what a warp takes, 16 rows of a head; the
 // slots of a group are those of its heads, one after the other, and a tile is some of them: parts of a head, or of several.
 struct Tasks {
   std::uint32_t tiles, tiles_of_group;
   std::uint32_t slots, slots_of_head, slots_of_group;  // slots: of a tile
   std::uint32_t heads, heads_of_group;                 // heads: that a tile has slots of, at most
-  std::uint32_t segments, sequences;
-  bool segments_last;  // slowest instead of sequences
+  std::uint32_t sequences, first_segment, end_segment;
 };
 
 struct Params {
@@ -78,17 +78,19 @@ struct Params {
   HeadView A, D, dt_bias;
   bool dt_softplus;
   float dt_min, dt_max;
-  StateView start, final_state;  // start: of the first segment, or of every segment, then per segment
-  std::int64_t starts;  // of a sequence, one for each piece, where each segment has its own; else 0
-  StateView handed_on;  // of each sequence, from segment to segment
-  unsigned* done;       // segments that have handed theirs on, of each (sequence, tile); null: they are not
+  StateView start, final_state;
+  StateView between;    // in the workspace (plan.h)
+  std::int64_t places;  // of a sequence there; 0: it is not cut, or this is its first segment
+  unsigned* done;       // segments that have handed theirs on, of each (sequence, tile); null: they do not
+  float* log2_decay;    // of what segments add; null: their states are combined
   Positions positions;
   KeptStates kept;
-  float* log2_decay;  // of the segments
 };
 
+// Of segments from the first on, to the one before the end.
 template <class Policy>
-Tasks tasks_of(const Dims& dims, std::int64_t segments, std::int64_t max_heads) {
+Tasks tasks_of(const Dims& dims, std::int64_t sequences, std::int64_t first_segment, std::int64_t end_segment,
+               std::int64_t max_heads) {
   const std::int64_t slots_of_head = divide_up(dims.headdim, kRowsOfWarp), heads_of_group = dims.nheads / dims.ngroups;
   const std::int64_t slots_of_group = heads_of_group * slots_of_head;
   const auto heads_of = [&](std::int64_t slots) {
@@ -106,9 +108,9 @@ Tasks tasks_of(const Dims& dims, std::int64_t segments, std::int64_t max_heads) 
           u32(slots_of_group),
           u32(heads_of(slots)),
           u32(heads_of_group),
-          u32(segments),
-          1,
-          false};
+          u32(sequences),
+          u32(first_segment),
+          u32(end_segment)};
 }
 
 inline TokenView token_view(const Tensor& t) {
@@ -187,7 +189,7 @@ inline KeptStates kept_states(const Tensor& states, bool packed) {
   return {first, states.stride[1] * size_of(states.dtype)};
 }
 
-// States in the workspace: one for each (sequence, piece of a segment), or for each sequence.
+// States in the workspace.
 inline StateView segment_states(const SegmentWorkspace& workspace, const Dims& dims, const Segments& segments) {
   return state_view(Tensor::contiguous(workspace.states, DType::float32,
                                        {dims.num_sequences * segments.states(), dims.nheads, dims.headdim, dims.dstate}));
@@ -203,7 +205,9 @@ inline Sequences sequences_of(const Inputs& in, const Dims& dims, const Segments
           in.reverse,
           segments.count,
           segments.pieces,
-          segments.chunk};
+          segments.chunk,
+          segments.first_chunks,
+          segments.chunks_per_segment};
 }
 
 // What the first pass and the main pass share.

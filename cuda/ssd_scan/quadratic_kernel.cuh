@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_quadratic_kernel
     if (task.segment == 0) clear_outputs<Policy>(p, task, walk);
     return;
   }
-  const std::int64_t rows = task.segment * kChunk;
+  const std::int64_t rows = (p.tasks.end_segment - 1 - task.segment) * kChunk;  // the longest first
   if (rows >= walk.length) return;
 
   const int warp = threadIdx.x / 32;

@@ -13,14 +13,18 @@ void launch_quadratic(const Args& args, const Dims& dims, Stream stream) {
   if (dims.nheads == 0 || dims.headdim == 0) return;
   const Segments whole{.count = 1, .chunk = Policy::kChunk};
   Params params = main_params(args, dims, whole);
-  params.tasks = tasks_of<Policy>(dims, divide_up(dims.seqlen, Policy::kChunk), most_heads<Policy, Layout>());
   const std::int64_t sequences = dims.num_sequences + (args.cu_seqlens ? 1 : 0);
-  const std::int64_t blocks = sequences * params.tasks.segments * params.tasks.tiles;
+  params.tasks = tasks_of<Policy>(dims, sequences, 0, divide_up(dims.seqlen, Policy::kChunk), most_heads<Policy, Layout>());
+  const std::int64_t blocks = sequences * params.tasks.end_segment * params.tasks.tiles;
   if (blocks > 0)
     cuda::launch("ssd_scan_quadratic_kernel", ssd_scan_quadratic_kernel<Policy>,
                  {blocks, Policy::kThreads, Layout::bytes(1, params.tasks.heads)}, stream, params);
   // After y: final_state may lie where initial_state does.
-  if (args.final_state || args.state_positions || args.chunk_states) launch_states<Policy>({args, whole}, dims, stream);
+  if (args.final_state || args.state_positions || args.chunk_states) {
+    Args states = args;
+    states.y = {};
+    launch_general<Policy>(states, dims, stream);
+  }
   if (args.state_positions) launch_position_states(args, dims, entries_of(args, dims, whole), Policy::kChunk, stream);
 }
 

@@ -1,6 +1,5 @@
-// ssd_scan, states without y: those that segments of a sequence start from (plan.h), or those that the caller asks for
+// ssd_scan, states without y: what segments of a sequence add to them (plan.h)
 // Math     states:  u = sum_j B[j] exp(s[last] - s[j]) dt[j] x[j] over the tokens of a segment, and s[last] itself
-//                   or h = exp(s[last]) h + u over a whole sequence, from its initial state
 //          combine: h[0] = initial state, h[k+1] = exp(s_k[last]) h[k] + u[k]; h[k] takes u[k]'s place where a segment starts
 // Shapes   u, h [num_sequences, pieces of segments, h, p, n] float32
 // Traffic  states: x, dt once, B once for each tile of heads, write u; combine: read u, write h
@@ -8,6 +7,7 @@
 // Numerics as the main pass
 #pragma once
 
+#include "../common/early.cuh"
 #include "state.cuh"
 
 namespace statescan::ssd_scan {
@@ -39,22 +39,19 @@ struct SegmentLayout {
   }
 };
 
-// From p.start or zeros, to p.final_state, of every (sequence, segment).
+// What a segment adds to the state, to its place in the workspace, with its decay.
 template <class Policy>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(const __grid_constant__ Params p, int stages) {
   constexpr int kChunk = Policy::kChunk;
   extern __shared__ __align__(16) char memory[];
+  cuda::let_next_kernel_in();
   const SegmentLayout<Policy> shared{memory, stages, static_cast<int>(p.tasks.heads)};
   const Task task = task_of(p.tasks);
   const Walk walk = walk_of(p.sequences, task.sequence, task.segment);
   const int warp = threadIdx.x / 32;
   const auto [head, first_row, has_rows] = Slot(p.tasks, task, warp);
 
-  const std::int64_t at = p.starts > 0 ? task.sequence * p.starts + task.segment : task.sequence;
   State<Policy> state{};
-  if (has_rows && p.start.data)
-    load_state<Policy>(state, p.start, StatePlace(p.start, p, at, task.first_head + head, first_row), p.dstate);
-  const PositionsOfSequence positions(p.positions, task.sequence);
   const auto load_B = group_loader<Policy>(p.B, p, task, walk);
   const auto load_x = head_loader<Policy>(p.x, p, task, walk);
   const auto count_at = [&](std::int64_t start) {
@@ -82,12 +79,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
 
   int stage = 0, chunk = 0;
 #pragma unroll 1
-  for (std::int64_t start = 0;; start += kChunk, ++chunk) {
-    const std::int64_t before = walk.before + min(start, walk.length);
-    if (has_rows)
-      leave_states<Policy>(state, positions, before, before + (start < walk.length ? count_at(start) : 1), start < walk.length,
-                           p, task, task.first_head + head, first_row);
-    if (start >= walk.length) break;
+  for (std::int64_t start = 0; start < walk.length; start += kChunk, ++chunk) {
     const bool is_last = start + kChunk >= walk.length;
     cute::cp_async_wait<0>();
     __syncthreads();
@@ -108,9 +100,9 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
     if (stages > 1) stage = 1 - stage;
   }
 
-  if (has_rows && p.final_state.data)
-    store_state<Policy>(state, p.final_state, StatePlace(p.final_state, p, at, task.first_head + head, first_row), p.dstate);
-  if (!p.log2_decay) return;
+  const std::int64_t at = task.sequence * p.places + task.segment;
+  if (has_rows)
+    store_state<Policy, true>(state, p.between, StatePlace(p.between, p, at, task.first_head + head, first_row), p.dstate);
   __shared__ double decays[Policy::kWarps];
   if (lane_id() == 0) decays[warp] = log2_decay;
   __syncthreads();
@@ -118,6 +110,8 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_states_kernel(co
     for (int i = 1; i < ahead; ++i) log2_decay += decays[i * task.heads + warp];
     p.log2_decay[at * p.nheads + task.first_head + warp] = static_cast<float>(log2_decay);
   }
+  // What comes after this kernel comes after the one before it, too.
+  cuda::wait_for_earlier_kernels();
 }
 
 struct CombineParams {
@@ -136,6 +130,8 @@ inline constexpr int kCombineThreads = 256;
 // Launch   a thread for each element of a head's state, eight pieces loaded ahead
 // Numerics float32, the pieces in order
 inline __global__ void __launch_bounds__(kCombineThreads) ssd_scan_segment_combine_kernel(const CombineParams p) {
+  cuda::let_next_kernel_in();
+  cuda::wait_for_earlier_kernels();
   const std::int64_t task = blockIdx.x / p.tiles, sequence = task / p.nheads, head = task % p.nheads;
   const std::int64_t size = p.headdim * p.dstate, i = std::int64_t(blockIdx.x % p.tiles) * kCombineThreads + threadIdx.x;
   if (i >= size) return;

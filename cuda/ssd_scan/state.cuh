@@ -137,6 +137,22 @@ __device__ void load_state(State<Policy>& state, const StateView& t, const State
   for (int i = 0; i < Policy::kDstate / 2; ++i) state[i / 4][i % 4] = copy[i];
 }
 
+// state = decay state + one in the workspace, whose dstate is even.
+template <class Policy>
+__device__ void add_state(State<Policy>& state, float decay, const StatePlace& place, std::int64_t dstate) {
+  const float* from = reinterpret_cast<const float*>(place.row) + lane_id() % 4 * 2;
+#pragma unroll
+  for (int q = 0; q < Policy::kDstate / 8; ++q)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float2 v = {0.0f, 0.0f};
+      if (r < place.rows && 8 * q + lane_id() % 4 * 2 < dstate)
+        v = *reinterpret_cast<const float2*>(from + 8 * r * dstate + 8 * q);
+      state[q][2 * r] = fmaf(decay, state[q][2 * r], v.x);
+      state[q][2 * r + 1] = fmaf(decay, state[q][2 * r + 1], v.y);
+    }
+}
+
 // kFloat: the tensor is always float32.
 template <class Policy, bool kFloat = false>
 __device__ void store_state(const State<Policy>& state, const StateView& t, const StatePlace& place, std::int64_t dstate) {

@@ -35,9 +35,14 @@ inline __device__ Walk walk_of(const Sequences& s, std::int64_t sequence, std::i
     last = sequence == s.count ? s.seqlen : boundary(s, sequence + 1);
   }
   const std::int64_t length = last > first ? last - first : 0;
-  const std::int64_t chunks = (length + s.chunk - 1) / s.chunk, pieces = s.segments * s.pieces;
-  const std::int64_t each = (chunks + pieces - 1) / pieces * s.pieces * s.chunk;
-  const std::int64_t begin = min(segment * each, length), end = min(begin + each, length);
+  const std::int64_t chunks = (length + s.chunk - 1) / s.chunk, others = s.segments - 1;
+  // So many chunks of a sequence, of which each segment after the first has `share` and all have `of`, rounded up.
+  const auto part = [&](std::int64_t share, std::int64_t of) { return (chunks * share + of - 1) / of; };
+  const std::int64_t each =
+      s.first_share > 0 ? part(s.share, s.first_share + others * s.share) : part(1, s.segments * s.pieces) * s.pieces;
+  const std::int64_t of_first = s.first_share > 0 ? max(chunks - others * each, 0l) : each;
+  const auto end_of = [&](std::int64_t i) { return i < 0 ? 0l : min((of_first + i * each) * s.chunk, length); };
+  const std::int64_t begin = end_of(segment - 1), end = end_of(segment);
   return {batch, s.reverse ? last - 1 - begin : first + begin, end - begin, s.reverse ? -1 : 1, begin};
 }
 
@@ -58,8 +63,8 @@ inline __device__ Task task_of(const Tasks& t) {
   const std::uint32_t tile = blockIdx.x % t.tiles, rest = blockIdx.x / t.tiles;
   const std::uint32_t group = tile / t.tiles_of_group, first = tile % t.tiles_of_group * t.slots;
   const std::uint32_t slots = min(t.slots, t.slots_of_group - first), head = first / t.slots_of_head;
-  return {t.segments_last ? rest % t.sequences : rest / t.segments,
-          t.segments_last ? rest / t.sequences : rest % t.segments,
+  return {rest % t.sequences,
+          rest / t.sequences + t.first_segment,
           group,
           std::int64_t(group) * t.heads_of_group + head,
           static_cast<int>((first + slots - 1) / t.slots_of_head - head + 1),
