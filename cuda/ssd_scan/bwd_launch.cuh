@@ -69,10 +69,10 @@ void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
     launch_split_sum(params.dB_sums, plan.splits, args.dB, d, stream);
     launch_split_sum(params.dC_sums, plan.splits, args.dC, d, stream);
   }
-  launch_chunk_sums({params.sequences,
-                     {chunk_sum(params.dA_shares, args.dA, 1), chunk_sum(params.ddt_bias_shares, args.ddt_bias, 1),
-                      chunk_sum(params.dD_shares, args.dD, args.dD.ndim == 2 ? 1 : d.headdim)}},
-                    stream);
+  launch_chunk_sums<false>({params.sequences,
+                            {chunk_sum(params.dA_shares, args.dA, 1), chunk_sum(params.ddt_bias_shares, args.ddt_bias, 1),
+                             chunk_sum(params.dD_shares, args.dD, args.dD.ndim == 2 ? 1 : d.headdim)}},
+                           stream);
   if (args.cu_seqlens) launch_clear(params.sequences, args, d, stream);
 }
 

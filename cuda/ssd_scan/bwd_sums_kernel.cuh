@@ -52,11 +52,14 @@ struct ChunkSumParams {
 // Math     to[column] = sum over sequences, their chunks and `inner`
 // Shapes   shares [slots,columns,inner], columns: heads, or heads x channels
 // Traffic  read the shares once
-// Launch   a block of 32 warps for 32 columns of a gradient; each warp takes every 32nd share, several on their way together
+// Launch   a block of 32 warps for 32 columns of a gradient; each warp takes every 32nd share, several on their way together.
+//          Early in sources for sm_90a alone: what else is compiled for the build's lowest architecture may not be able to
+//          wait, and two kernels of one name would be one
 // Numerics float; the order depends on sequences and chunks alone, so a batch and its packing give the same bits
-inline __global__ void __launch_bounds__(kChunkSumThreads)
+template <bool kEarly>
+__global__ void __launch_bounds__(kChunkSumThreads)
     ssd_scan_backward_chunk_sums_kernel(const __grid_constant__ ChunkSumParams p) {
-  cuda::wait_for_earlier_kernels();
+  if constexpr (kEarly) cuda::wait_for_earlier_kernels();
   constexpr unsigned kWarps = kChunkSumThreads / 32;
   __shared__ float sums[kWarps][32];
   std::int64_t tile = blockIdx.x;

@@ -26,13 +26,14 @@ inline ChunkSum chunk_sum(const float* shares, const Tensor& gradient, std::int6
           per_channel ? gradient.stride[1] * 4 : 0};
 }
 
-inline void launch_chunk_sums(const ChunkSumParams& params, Stream stream) {
+template <bool kEarly>
+void launch_chunk_sums(const ChunkSumParams& params, Stream stream) {
   std::int64_t tiles = 0;
   for (const ChunkSum& sum : params.sums) tiles += sum.tiles();
   cuda::LaunchShape shape{tiles, kChunkSumThreads};
-  shape.early = true;
+  shape.early = kEarly;
   if (tiles > 0)
-    cuda::launch("ssd_scan_backward_chunk_sums_kernel", ssd_scan_backward_chunk_sums_kernel, shape, stream, params);
+    cuda::launch("ssd_scan_backward_chunk_sums_kernel", ssd_scan_backward_chunk_sums_kernel<kEarly>, shape, stream, params);
 }
 
 inline void launch_clear(const Sequences& sequences, const BackwardArgs& args, const Dims& d, Stream stream) {

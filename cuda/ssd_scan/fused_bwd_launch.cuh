@@ -120,7 +120,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     launch("ssd_scan_fused_split_sum_kernel", fused::ssd_scan_fused_split_sum_kernel<Policy>, 8 * slots * d.ngroups,
            fused::kWarpgroup, 0, sums);
   }
-  launch_chunk_sums(
+  launch_chunk_sums<true>(
       {p.sequences,
        {chunk_sum(p.dA_shares, args.dA, 1), chunk_sum(p.ddt_bias_shares, args.ddt_bias, 1), chunk_sum(p.dD_shares, args.dD, 1)},
        p.packed_count},
