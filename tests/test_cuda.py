@@ -581,6 +581,7 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
         dict(batch=1, seqlen=700, nheads=24, ngroups=1),
         dict(batch=70, seqlen=130, nheads=4),  # more sequences and chunks than multiprocessors: each takes several
         dict(batch=80, seqlen=128, nheads=7, ngroups=1),  # of whole pairs of chunks: the adjoints wait in dx
+        dict(seqlen=256),
         dict(seqlen=384, headdim=128, dstate=64, nheads=6, ngroups=3),
         dict(batch=1, seqlen=1024, nheads=24, ngroups=1, dstate=96),
         dict(batch=90, seqlen=67, nheads=7, ngroups=1, headdim=72, dstate=40),  # dA of three heads would be three numbers
@@ -589,8 +590,11 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate
 )
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("keeps_states", (False, True))
-def test_fused_backward_of_ssd_scan(rng, dtype, keeps_states, sizes):
+def test_fused_backward_of_ssd_scan(request, rng, dtype, keeps_states, sizes):
     """Two heads at a time share the tensor cores: the same bits again, and none that the other head left."""
+    if dtype == "float16" and sizes == dict(seqlen=256):
+        reason = "dA of 12 heads loses to operands of 16 bits: 6.1e-4, where its gate is 3.9e-4"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
     made = op.inputs(rng, dtype, omit=("z",), **sizes)
