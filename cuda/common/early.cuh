@@ -6,6 +6,8 @@ namespace statescan::cuda {
 
 // Before the first access to memory, by every thread of a kernel launched `early`: returns when all that earlier kernels of the
 // stream wrote can be read. A kernel that skipped it could end before them, and the order of the stream with it.
+// Where the kernel ahead is of the same call and waited itself, all that came before it is there: then those threads wait that
+// read what it writes, or that keep this kernel from ending before it.
 inline __device__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

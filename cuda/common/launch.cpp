@@ -3,7 +3,6 @@
 #include <limits>
 
 #include "device.h"
-#include "overlap.h"
 
 namespace statescan::cuda {
 
@@ -54,13 +53,6 @@ void launch_kernel(const char* name, const void* kernel, const LaunchShape& shap
   (void)cudaGetLastError();
   fail<CudaError>("launching ", name, " (", shape.blocks, " blocks of ", shape.threads, " threads, ", shape.shared_bytes,
                   " bytes of shared memory) failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status));
-}
-
-void launch_overlapping_kernel(const char* name, const void* kernel, const LaunchShape& shape, Stream stream,
-                               void** parameters) {
-  LaunchShape early = shape;
-  early.early = true;
-  launch_kernel(name, kernel, early, stream, parameters);
 }
 
 }  // namespace statescan::cuda

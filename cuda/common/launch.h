@@ -20,8 +20,8 @@ struct LaunchShape {
   int shared_bytes = 0;
   int cluster = 1;           // blocks that meet in shared memory; from sm_90 on, at most 8
   bool cooperative = false;  // all blocks must run at the same time: the kernel waits for the whole grid
-  // The kernel starts with wait_for_earlier_kernels() (early.cuh): from sm_90 on its blocks may then take their places while
-  // the kernel before it on the stream ends.
+  // The kernel calls wait_for_earlier_kernels() (early.cuh): from sm_90 on its blocks may then take their places while the
+  // kernel before it on the stream ends.
   bool early = false;
 };
 

@@ -7,8 +7,8 @@
 // Numerics float32, the pieces in order
 #pragma once
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
-#include "../common/overlap.h"
 #include "fused_params.h"
 
 namespace statescan::ssd_scan {
@@ -19,7 +19,7 @@ inline constexpr int kCombineThreads = 256;
 inline __global__ void __launch_bounds__(kCombineThreads)
     ssd_scan_fused_combine_kernel(const __grid_constant__ FusedParams p, unsigned tiles) {
   constexpr int kAhead = 16;
-  cuda::let_next_kernel_start();
+  cuda::let_next_kernel_in();
   const unsigned values = tiles * kCombineThreads, i = blockIdx.x % tiles * kCombineThreads + threadIdx.x;
   const unsigned slices = static_cast<unsigned>(p.nheads) * p.slices.value, task = blockIdx.x / tiles;
   const unsigned sequence = task / slices, slice = task % slices;
@@ -38,7 +38,7 @@ inline __global__ void __launch_bounds__(kCombineThreads)
   float* states = p.piece_states + (std::int64_t{sequence} * p.pieces * slices + slice) * values + i;
   const std::int64_t step = std::int64_t{slices} * values;
   int of_segment = 0;
-  cuda::wait_for_kernel_ahead();
+  cuda::wait_for_earlier_kernels();
 #pragma unroll 1
   for (int first = 0; first < p.pieces; first += kAhead, log_decay += kAhead * p.nheads, states += kAhead * step) {
     float added[kAhead], decay[kAhead];

@@ -18,8 +18,8 @@
 
 #include <statescan/math.h>
 
+#include "../common/early.cuh"
 #include "../common/element.cuh"
-#include "../common/overlap.h"
 #include "../common/scaled.cuh"
 #include "../common/vector.cuh"
 #include "fused_policy.h"
@@ -847,7 +847,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     // that came before where first chunks went ahead.
     const bool all_before = p.pieces_combined || p.first_chunk > 0;
     const int pieces_end = p.piece_states && !p.beside ? task.segment * p.pieces_per_segment + all_before : 0;
-    if (pieces_end > 0) cuda::wait_for_kernel_ahead();
+    if (pieces_end > 0) cuda::wait_for_earlier_kernels();
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     if (tasks.part() > 0) {
@@ -1122,7 +1122,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   auto& shared = *reinterpret_cast<SharedStorage<Policy, kStateOnly>*>(shared_bytes);
   const int warpgroup = cutlass::canonical_warp_group_idx();
 
-  if (kStateOnly || p.beside) cuda::let_next_kernel_start();
+  if (kStateOnly || p.beside) cuda::let_next_kernel_in();
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.B, &p.x, &p.C, &p.y})
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
@@ -1146,7 +1146,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
     } else if constexpr (kStateOnly) {
       // The next kernel waits for this one alone: it must not end before the one beside it. One block that stays is enough, and
       // leaves the next kernel the places of the others.
-      if (p.beside && blockIdx.x == 0) cuda::wait_for_kernel_ahead();
+      if (p.beside && blockIdx.x == 0) cuda::wait_for_earlier_kernels();
     } else if (p.has_z) {
       if (cute::elect_one_sync()) load_gates<Policy, kStateOnly>(p, shared);
     }

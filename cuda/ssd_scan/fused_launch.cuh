@@ -4,7 +4,7 @@
 
 #include "../../cpp/ops/backend.h"
 #include "../common/device.h"
-#include "../common/overlap.h"
+#include "../common/launch.h"
 #include "../common/tma.h"
 #include "fused_combine_kernel.cuh"
 #include "fused_kernel.cuh"
@@ -80,9 +80,13 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   }
   if constexpr (Policy::kScalesOutput)
     if (p.y_exponents) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::scaled_y>;
-  const auto launch_output = [&](bool overlapping) {
-    const auto launch = overlapping ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
-    launch("ssd_scan_fused_kernel", output, {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, false>)}, stream, p);
+  const auto launch_output = [&](bool early) {
+    cuda::launch("ssd_scan_fused_kernel", output,
+                 {.blocks = blocks,
+                  .threads = Policy::kThreads,
+                  .shared_bytes = sizeof(fused::SharedStorage<Policy, false>),
+                  .early = early},
+                 stream, p);
   };
 
   const std::int64_t first = plan.first_chunks;
@@ -101,16 +105,19 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     cut(first, (plan.segments - 1) * plan.pieces_per_segment, plan.chunks_per_piece,
         first + (plan.segments - 1) * plan.chunks_per_segment,
         p.beside ? std::max<std::int64_t>(multiprocessors - blocks, 1) : multiprocessors);
-    const auto launch_states = p.beside ? cuda::launch_overlapping<FusedParams> : cuda::launch<FusedParams>;
-    launch_states("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
-                  {blocks, Policy::kThreads, sizeof(fused::SharedStorage<Policy, true>)}, stream, p);
+    cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
+                 {.blocks = blocks,
+                  .threads = Policy::kThreads,
+                  .shared_bytes = sizeof(fused::SharedStorage<Policy, true>),
+                  .early = p.beside},
+                 stream, p);
     p.beside = false;
 
     if (plan.combines) {
       constexpr std::int64_t kTiles = kFusedTile * Policy::kState / kCombineThreads;
-      cuda::launch_overlapping("ssd_scan_fused_combine_kernel", ssd_scan_fused_combine_kernel,
-                               {d.num_sequences * d.nheads * plan.slices * kTiles, kCombineThreads}, stream, p,
-                               static_cast<unsigned>(kTiles));
+      cuda::launch("ssd_scan_fused_combine_kernel", ssd_scan_fused_combine_kernel,
+                   {.blocks = d.num_sequences * d.nheads * plan.slices * kTiles, .threads = kCombineThreads, .early = true},
+                   stream, p, static_cast<unsigned>(kTiles));
       p.pieces_combined = true;
     }
   }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../common/device.h"
+#include "../common/launch.h"
 #include "../common/tma.h"
 #include "short_kernel.cuh"
 #include "short_plan.h"
