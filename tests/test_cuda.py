@@ -78,6 +78,14 @@ def test_every_row_is_reachable(rng):
         del scan["initial_state"]
         short = row.replace("fused", "short")
         assert statescan.plan("ssd_scan", **scan, ssd_mode=mode)[:2] == ("cuda", short)
+    for dstate, options, row in (
+        (256, {}, "fused_float16"),
+        (256, {"save_states": True}, "general"),
+        (136, {"state_positions": np.array([[1], [2]])}, "general"),
+    ):
+        scan = cases.ssd_scan(rng, "float16", headdim=8, dstate=dstate, omit=("initial_state",)) | options
+        scan = {name: value if value is True else DEVICES[1].put(value) for name, value in scan.items()}
+        assert statescan.plan("ssd_scan", **scan)[:2] == ("cuda", row)
 
 
 @needs_gpu
@@ -233,15 +241,16 @@ def test_both_rows_of_norms_give_the_same_bits(group_size, dtype):
 @needs_gpu
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_vectors_and_elements_of_ssd_scan_give_the_same_bits(rng, dtype):
-    made = cases.ssd_scan(rng, dtype, seqlen=150, headdim=40, dstate=136)  # more than the fused row takes
+    made = cases.ssd_scan(rng, dtype, seqlen=150, headdim=40, dstate=136)
     gpu = DEVICES[1]
     inputs = {name: gpu.put(value) for name, value in made.items()}
     views = {name: gapped(value) for name, value in inputs.items()}
+    options = dict(dt_softplus=True, state_positions=gpu.put(np.array([[70], [100]])))  # with so many states, not for the fused row
     one, other = (
-        statescan.ssd_scan(**arrays, dt_softplus=True, return_final_state=True, out=out)
+        statescan.ssd_scan(**arrays, **options, return_final_state=True, out=out)
         for arrays, out in ((inputs, None), (views, gapped(inputs["x"])))
     )
-    for name, a, b in zip(("y", "final_state"), one, other):
+    for name, a, b in zip(("y", "final_state", "states"), one, other, strict=True):
         assert_same_bits(gpu.get(b), gpu.get(a), name)
 
 
@@ -299,10 +308,11 @@ def test_positions_in_segments(rng, dtype, nheads, packed, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("nheads,dstate", ((60, 16), (28, 136)))
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_first_chunks_beside_the_states_of_the_others(rng, dtype, reverse):
+def test_first_chunks_beside_the_states_of_the_others(rng, dtype, nheads, dstate, reverse):
     """The first 13 chunks of these sequences go through a kernel that runs beside the one for the states of the rest."""
-    shape = dict(batch=2, seqlen=5000, nheads=60, ngroups=2, headdim=8, dstate=16)
+    shape = dict(batch=2, seqlen=5000, nheads=nheads, ngroups=2, headdim=8, dstate=dstate)
     inputs, gpu, options = cases.ssd_scan(rng, dtype, **shape), DEVICES[1], dict(dt_softplus=True, reverse=reverse)
     on_device = {name: gpu.put(value) for name, value in inputs.items()}
     assert statescan.plan("ssd_scan", **on_device, **options)[1::2] == (f"fused_{dtype}", 33 * 64)
@@ -310,6 +320,8 @@ def test_first_chunks_beside_the_states_of_the_others(rng, dtype, reverse):
     for _ in range(3):
         for name, value in cases.SSD_SCAN.run(gpu, inputs, **options).items():
             assert_same_bits(value, got[name], name)
+    if dstate > 128:
+        return
 
     positions = gpu.put(np.array([[0, 1, 640, 776, 777, 831, 832, 833, 2888, 2944, 2945, 5000, -1]]).repeat(2, 0))
     y, final_state, states = (
@@ -334,14 +346,22 @@ def test_first_chunks_beside_the_states_of_the_others(rng, dtype, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("row,dtype,headdim", (("fused_bfloat16", "bfloat16", 8), ("general", "bfloat16", 20), ("general", "float32", 20)))
-def test_states_handed_from_block_to_block(rng, row, dtype, headdim, reverse):
+@pytest.mark.parametrize(
+    "row,dtype,headdim,dstate",
+    (
+        ("fused_bfloat16", "bfloat16", 8, 16),
+        ("fused_float16", "float16", 8, 136),  # two blocks for a piece of work
+        ("general", "bfloat16", 20, 16),
+        ("general", "float32", 20, 16),
+    ),
+)
+def test_states_handed_from_block_to_block(rng, row, dtype, headdim, dstate, reverse):
     """Where blocks of work are no multiple of the multiprocessors, sequences go on in other blocks, and no bit depends on it."""
     import torch
 
     quarter = -(-torch.cuda.get_device_properties(0).multi_processor_count // 4)  # of the work of a round, for each of 5 sequences
-    seqlen, nheads = (1100, 2 * quarter) if row == "fused_bfloat16" else (550, 4 * quarter)  # of a block: two heads, four of 20 rows
-    inputs = cases.ssd_scan(rng, dtype, batch=5, seqlen=seqlen, nheads=nheads, ngroups=1, headdim=headdim, dstate=16)
+    seqlen, nheads = (1100, 2 * quarter) if row.startswith("fused") else (550, 4 * quarter)  # of a block: two heads, four of 20 rows
+    inputs = cases.ssd_scan(rng, dtype, batch=5, seqlen=seqlen, nheads=nheads, ngroups=1, headdim=headdim, dstate=dstate)
     gpu, options = DEVICES[1], dict(dt_softplus=True, reverse=reverse, batch_invariant=True)
     on_device = {name: gpu.put(value) for name, value in inputs.items()}
     plan = statescan.plan("ssd_scan", **on_device, batch_invariant=True)
@@ -357,13 +377,60 @@ def test_states_handed_from_block_to_block(rng, row, dtype, headdim, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(),
+        dict(headdim=40),
+        dict(headdim=200, nheads=3, ngroups=1, seqlen=129),
+        dict(seqlen=1),
+        dict(batch=1, nheads=4, ngroups=1, seqlen=1100),  # in segments, which a kernel combines
+        dict(batch=1, nheads=20, ngroups=1, headdim=8, seqlen=1990),  # a few
+        dict(batch=1, nheads=4, ngroups=1, headdim=8, seqlen=2000, lengths=[100, 1890]),
+        dict(batch=1, seqlen=700, lengths=[0, 300, 0, 1, 64, 330]),
+        dict(omit=("z", "initial_state")),
+        dict(omit=("D", "initial_state", "dt_bias"), state_dtype="bfloat16"),
+        dict(D="per channel"),
+        dict(state_dtype="float16"),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype,dstate", (("float16", 136), ("bfloat16", 136), ("bfloat16", 200), ("float16", 256), ("bfloat16", 256)))
+def test_more_states_than_a_block_holds(rng, dtype, dstate, sizes, reverse):
+    """Two blocks have a side of them each, and add up what comes of these. A third head of a group leaves one without work."""
+    sizes = dict(seqlen=150, nheads=6, ngroups=2, headdim=64, dstate=dstate) | sizes
+    lengths, D = sizes.pop("lengths", None), sizes.pop("D", None)
+    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if D:
+        inputs["D"] = rng.standard_normal(inputs["x"].shape[2:]).astype(np.float32)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    gpu = DEVICES[1]
+    on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
+    plan = statescan.plan("ssd_scan", **on_device)
+    assert plan.kernel == f"fused_{dtype}" and (plan.segment_tokens > 0) == (sizes["seqlen"] > 1000)
+    got = cases.SSD_SCAN.check(gpu, inputs, **options)
+    for name, value in cases.SSD_SCAN.run(gpu, inputs, **options).items():
+        assert_same_bits(value, got[name], name)
+    invariant = cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=True)
+    if "batch" not in sizes:
+        for i in range(2):
+            alone = cases.SSD_SCAN.rows(inputs, slice(i, i + 1))
+            for name, value in cases.SSD_SCAN.run(gpu, alone, **options, batch_invariant=True).items():
+                assert_same_bits(value[0], invariant[name][i], f"{name} of row {i}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("lengths", ([130] * 300, [0, 1, 64, 65, 0, 0, 130, 7, 200] * 40), ids=("rows", "packed"))
-def test_blocks_that_take_many_tasks(rng, lengths, reverse):
+@pytest.mark.parametrize("dstate", (16, 136))
+def test_blocks_that_take_many_tasks(rng, dstate, lengths, reverse):
     """The fused row's blocks enter a sequence while the last outputs of the one before are on their way. With three heads, every
     other task has work for one half of a block."""
     packed = len(set(lengths)) > 1
     shape = dict(batch=1, seqlen=sum(lengths) + 3) if packed else dict(batch=len(lengths), seqlen=lengths[0])
-    inputs = cases.ssd_scan(rng, "bfloat16", **shape, nheads=3, ngroups=1, headdim=8, dstate=16, sequences=len(lengths))
+    inputs = cases.ssd_scan(rng, "bfloat16", **shape, nheads=3, ngroups=1, headdim=8, dstate=dstate, sequences=len(lengths))
     options = dict(dt_softplus=True, reverse=reverse)
     if packed:
         options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
@@ -402,11 +469,11 @@ def test_short_sequences_without_states(rng, dtype, batch, seqlen, nheads, ngrou
 
 
 @needs_gpu
-@pytest.mark.parametrize("nheads", (3, 24, 80))  # many segments, and a few
+@pytest.mark.parametrize("nheads,dstate", ((3, 16), (24, 16), (80, 16), (3, 136), (24, 136)))  # many segments, and a few
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-def test_state_in_place_in_segments(rng, dtype, nheads):
+def test_state_in_place_in_segments(rng, dtype, nheads, dstate):
     """The last segment writes the final state where the initial one lies, and others begin at the same time."""
-    inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=1990, nheads=nheads, ngroups=1, headdim=8, dstate=16)
+    inputs = cases.ssd_scan(rng, dtype, batch=1, seqlen=1990, nheads=nheads, ngroups=1, headdim=8, dstate=dstate)
     gpu, expected = DEVICES[1], cases.SSD_SCAN.expected(inputs, dt_softplus=True)
     elsewhere = cases.SSD_SCAN.run(gpu, inputs, dt_softplus=True)
     for _ in range(3):

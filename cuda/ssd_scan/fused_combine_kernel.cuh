@@ -27,7 +27,7 @@ inline __global__ void __launch_bounds__(kCombineThreads)
   const StateView& t = p.initial_state;
   float state = 0.0f;
   if (t.data) {
-    // Value i % 4 of the i / 4-th four: by threads, then by columns.
+    // Value i % 4 of the i / 4-th four: by threads, then by columns, of one side and the other.
     const int lane = i / 4 % 32, warp = i / 128 % 4, of_thread = static_cast<int>(i % 4);
     const int row = p.slices.remainder(static_cast<int>(slice)) * kFusedTile + 16 * warp + lane / 4 + of_thread / 2 * 8;
     const int column = static_cast<int>(i / 512) * 8 + lane % 4 * 2 + of_thread % 2;

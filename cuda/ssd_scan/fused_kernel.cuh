@@ -2,11 +2,14 @@
 // Math     per chunk of 64 tokens, a = cumulative sum of dt A in the chunk:
 //          y = (C B^T * exp(a_i - a_j) dt_j [j <= i]) x + exp(a_i) C h;   h = exp(a_last) h + (dt_j exp(a_last - a_j) x_j)^T B
 // Shapes   x, z, y [b,l,h,p]; dt [b,l,h]; B, C [b,l,g,n]; h [p,n] of each head in float32 registers, p in slices of 64
-// Traffic  read x, dt, z, write y: once; read B, C: once per pair of slices, from L2 after the first
+// Traffic  read x, dt, z, write y: once; read B, C: once per pair of slices, from L2 after the first. With more than 128 states
+//          x and dt a second time, from L2, and 16 KB a slice and chunk from one block of a cluster to the other
 //          Floor of B8 L2048 H80 P64 G1 N128 bf16: 348 MB, 0.116 ms; matmuls 75 GFLOP, 0.10 ms
 // Launch   a block per multiprocessor, which takes tasks in turns (FusedParams): a pair of slices in a segment of a sequence,
 //          or in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one
-//          warp for each consumer
+//          warp for each consumer. With more than 128 states two blocks, a cluster, take a task, each for a side of them: as
+//          states do not mix, each finds y from its own, hands that of one slice to the other block and adds up that of the
+//          other
 // Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order. y as the
 //          element type or, for the norm of a Mamba-2 block, as halves with shared exponents
 #pragma once
@@ -18,6 +21,7 @@
 
 #include <statescan/math.h>
 
+#include "../common/cluster.cuh"
 #include "../common/early.cuh"
 #include "../common/element.cuh"
 #include "../common/scaled.cuh"
@@ -74,6 +78,7 @@ struct SharedStorage {
   alignas(16) float D[2][kTile];
   alignas(8) Barrier full[kStages], empty[kStages];
   Barrier z_full[2][2], z_empty[2][2];
+  Barrier sums_full, sums_empty;  // what the other block of a cluster adds to this one's output; its place for that of this one
 };
 
 inline constexpr int kMostSharedBytes = 227 * 1024;
@@ -87,11 +92,18 @@ struct Ring {
   }
 };
 
-// The tasks of a block, one after the other.
+// Blocks that share a task.
+template <class Policy, bool kStateOnly>
+__device__ int sides_of_task(const FusedParams& p) {
+  return kStateOnly && Policy::kState == 128 ? p.sides : Policy::kSides;
+}
+
+// The tasks of a block, one after the other. Of two blocks with the same tasks each has a side of the states.
 class TasksOfBlock {
  public:
-  __device__ explicit TasksOfBlock(const FusedParams& p)
+  __device__ TasksOfBlock(const FusedParams& p, int sides)
       : turns_(p.turns),
+        sides_(sides),
         left_(p.left.remainder(block())),
         part_(p.turns.left > 0 ? p.left.quotient(block()) : parts_of_all()),
         turn_of_part_(parts_of_all() > 1 ? p.gaps.quotient(part_ * whole() + (parts_of_all() - 1) / 2) : whole()) {}
@@ -100,18 +112,21 @@ class TasksOfBlock {
 
   // Of all, and of those that are left over.
   __device__ int index() const {
-    const int blocks = static_cast<int>(gridDim.x);
+    const int blocks = static_cast<int>(gridDim.x >> (sides_ - 1));
     return is_part() ? whole() * blocks + left_ : block() + (turn_ - (has_part() && turn_ > turn_of_part_)) * blocks;
   }
-  __device__ int left() const { return left_; }
+  __device__ int sides() const { return sides_; }
+  __device__ int side() const { return static_cast<int>(blockIdx.x & (sides_ - 1)); }
+  // A slice of a task that is left over, with a side of its states.
+  __device__ int slice_left(int which) const { return (left_ * 2 + which) * sides_ + side(); }
   __device__ int part() const { return is_part() ? part_ : 0; }
   __device__ int parts() const { return is_part() ? parts_of_all() : 1; }
 
  private:
   const Turns& turns_;
-  int left_, part_, turn_of_part_, turn_ = -1;
+  int sides_, left_, part_, turn_of_part_, turn_ = -1;
 
-  static __device__ int block() { return static_cast<int>(blockIdx.x); }
+  __device__ int block() const { return static_cast<int>(blockIdx.x >> (sides_ - 1)); }
   __device__ int whole() const { return static_cast<int>(turns_.whole); }
   __device__ int parts_of_all() const { return static_cast<int>(turns_.parts); }
   __device__ bool has_part() const { return part_ < parts_of_all(); }
@@ -120,9 +135,9 @@ class TasksOfBlock {
 
 // Which tokens a task takes, and for which slices.
 struct Task {
-  int sequence, first_token, length, segment, batch, chunks, chunk_begin, chunk_count, group, first_slice;
+  int sequence, first_token, length, segment, batch, chunks, chunk_begin, chunk_count, group, first_slice, sides, side;
 
-  __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) {
+  __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) : sides(tasks.sides()), side(tasks.side()) {
     const int task = tasks.index(), rest = p.pairs.quotient(task), pair = p.pairs.remainder(task);
     sequence = p.segments.quotient(rest), segment = p.segments.remainder(rest);
     group = p.pairs_per_group.quotient(pair), first_slice = p.pairs_per_group.remainder(pair) * 2;
@@ -183,12 +198,20 @@ struct Task {
   __device__ int channel_of(const FusedParams& p, int which) const { return p.slices.remainder(first_slice + which) * kTile; }
 };
 
+// Whether a block leaves the output of a slice. Of a cluster's two, each does so for one: to what its states give it adds what
+// the other's do.
+template <class Policy>
+__device__ bool leaves_output(const Task& task, int which) {
+  return Policy::kSides == 1 || task.side == which;
+}
+
 // The place of a piece's state, and of its decay.
 inline __device__ float4* piece_state(const FusedParams& p, const Task& task, int piece, int which, int values, int thread) {
   const std::int64_t slices = static_cast<std::int64_t>(p.nheads) * p.slices.value;
   const std::int64_t at =
       (std::int64_t{task.sequence} * p.pieces + piece) * slices + task.group * p.slices_of_group + task.first_slice;
-  return reinterpret_cast<float4*>(p.piece_states) + (at + which) * (values / 4) * kWarpgroup + thread;
+  return reinterpret_cast<float4*>(p.piece_states) + ((at + which) * task.sides + task.side) * (values / 4) * kWarpgroup +
+         thread;
 }
 inline __device__ float& piece_decay(const FusedParams& p, const Task& task, int piece, int head) {
   return p.piece_decays[(std::int64_t{task.sequence} * p.pieces + piece) * p.nheads + head];
@@ -210,7 +233,7 @@ template <class Policy, bool kStateOnly>
 __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
   constexpr int kTilesOfBC = Policy::kState / kTile;
   Ring<stages_of<Policy, kStateOnly>> ring;
-  for (TasksOfBlock tasks(p); tasks.next();) {
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
     const int slices = task.has_slice(p, 1) ? 2 : 1;
     for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
@@ -220,8 +243,9 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
       full.arrive_and_expect_tx(kTileBytes * ((kStateOnly ? 1 : 2) * kTilesOfBC + slices));
 #pragma unroll
       for (int k = 0; k < kTilesOfBC; ++k) {
-        load_tile(p.B, full, shared.B[stage][k], k * kTile, task.group, token, task.batch);
-        if constexpr (!kStateOnly) load_tile(p.C, full, shared.C[stage][k], k * kTile, task.group, token, task.batch);
+        const int first_state = task.side * Policy::kState + k * kTile;
+        load_tile(p.B, full, shared.B[stage][k], first_state, task.group, token, task.batch);
+        if constexpr (!kStateOnly) load_tile(p.C, full, shared.C[stage][k], first_state, task.group, token, task.batch);
       }
       for (int which = 0; which < slices; ++which)
         load_tile(p.x, full, shared.x[stage][which], task.channel_of(p, which), task.head_of(p, which), token, task.batch);
@@ -233,13 +257,13 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
 template <class Policy, bool kStateOnly>
 __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
   Ring<2> ring[2];  // of each consumer
-  for (TasksOfBlock tasks(p); tasks.next();) {
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
     for (int i = 0; i < task.chunk_count; ++i) {
       const int token = task.first_token + task.template start_of<kStateOnly>(p, i);
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        if (!task.has_slice(p, which)) continue;
+        if (!task.has_slice(p, which) || !leaves_output<Policy>(task, which)) continue;
         const int slot = ring[which].stage;
         shared.z_empty[which][slot].wait(ring[which].parity ^ 1);
         shared.z_full[which][slot].arrive_and_expect_tx(kTileBytes);
@@ -257,7 +281,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
   constexpr float kLog2e = 1.4426950408889634f;
   const int lane = threadIdx.x % 32, place = p.reverse ? 31 - lane : lane;  // tokens 2 place and 2 place + 1
   Ring<stages_of<Policy, kStateOnly>> ring;
-  for (TasksOfBlock tasks(p); tasks.next();) {
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
     const bool present = task.has_slice(p, which);
     const int head = task.head_of(p, present ? which : 0);
@@ -619,11 +643,12 @@ struct SliceOfState {
 
   template <class Params>
   __device__ SliceOfState(const Params& p, const StateView& t, std::int64_t sequence, int head, int channel, const Fragment& at,
-                          std::int64_t offset = 0)
+                          std::int64_t offset = 0, int first_state = 0)
       : view(t),
-        first(t.data + offset + sequence * t.sequence + head * t.head + (channel + at.row) * t.row + at.column * t.column),
+        first(t.data + offset + sequence * t.sequence + head * t.head + (channel + at.row) * t.row +
+              (first_state + at.column) * t.column),
         rows(p.headdim - channel - at.row),
-        columns(p.dstate - at.column) {}
+        columns(p.dstate - first_state - at.column) {}
 
   __device__ char* pair(int k) const { return first + k % 2 * 8 * view.row + k / 2 * 8 * view.column; }
   __device__ int left(int k) const { return k % 2 * 8 < rows ? columns - k / 2 * 8 : 0; }
@@ -698,7 +723,7 @@ __device__ void add_values(State& state, const float4* from, float decay) {
 
 // The state of a slice from one part of a task to the next, in another block.
 inline __device__ float4* part_state(const FusedParams& p, const TasksOfBlock& tasks, int which, int values, int thread) {
-  return reinterpret_cast<float4*>(p.part_states) + (tasks.left() * 2 + which) * (values / 4) * kWarpgroup + thread;
+  return reinterpret_cast<float4*>(p.part_states) + tasks.slice_left(which) * (values / 4) * kWarpgroup + thread;
 }
 
 template <int kValues, class State>
@@ -707,7 +732,7 @@ __device__ void hand_over_state(const State& state, const FusedParams& p, const 
   __threadfence();
   cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
   if (thread == 0)
-    asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p.parts_done + tasks.left() * 2 + which), "r"(tasks.part() + 1)
+    asm volatile("st.release.gpu.u32 [%0], %1;" ::"l"(p.parts_done + tasks.slice_left(which)), "r"(tasks.part() + 1)
                  : "memory");
 }
 
@@ -715,7 +740,7 @@ template <int kValues, class State>
 __device__ void receive_state(State& state, const FusedParams& p, const TasksOfBlock& tasks, int which, int thread) {
   if (thread == 0) {
     unsigned done;
-    do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(done) : "l"(p.parts_done + tasks.left() * 2 + which) : "memory");
+    do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(done) : "l"(p.parts_done + tasks.slice_left(which)) : "memory");
     while (static_cast<int>(done) < tasks.part());
   }
   cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which);
@@ -725,6 +750,19 @@ __device__ void receive_state(State& state, const FusedParams& p, const TasksOfB
     const float4 v = __ldcg(from + k * kWarpgroup);
     state(4 * k) = v.x, state(4 * k + 1) = v.y, state(4 * k + 2) = v.z, state(4 * k + 3) = v.w;
   }
+}
+
+// To the same thread of the other block of a cluster, whose barrier counts the bytes.
+template <int kValues, class Values>
+__device__ void send_values(const Values& values, const float4* place, const Barrier& full, int block) {
+  const std::uint32_t to = cute::set_block_rank(cute::cast_smem_ptr_to_uint(place), block);
+  const std::uint32_t barrier = cute::set_block_rank(cute::cast_smem_ptr_to_uint(&full), block);
+#pragma unroll
+  for (int k = 0; k < kValues / 4; ++k)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     to + 16 * k * kWarpgroup),
+                 "f"(values(4 * k)), "f"(values(4 * k + 1)), "f"(values(4 * k + 2)), "f"(values(4 * k + 3)), "r"(barrier)
+                 : "memory");
 }
 
 // What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
@@ -745,7 +783,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
-  for (TasksOfBlock tasks(p); tasks.next();) {
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, true>(p)); tasks.next();) {
     const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
       keep_up(shared, ring, task.chunk_count);
@@ -833,14 +871,16 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
 
   Ring<kStages> ring;
   Ring<2> slots;
+  Ring<1> sums;         // that one block of a cluster hands to the other
   bool stored = false;  // a chunk before this one, in the other slot
-  for (TasksOfBlock tasks(p); tasks.next();) {
+  for (TasksOfBlock tasks(p, Policy::kSides); tasks.next();) {
     const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
       keep_up(shared, ring, task.chunk_count);
       continue;
     }
-    const int head = task.head_of(p, which), channel = task.channel_of(p, which);
+    const int head = task.head_of(p, which), channel = task.channel_of(p, which), first_state = task.side * kState;
+    const bool leaves_y = leaves_output<Policy>(task, which);
 
     // ---- start
     // Combined pieces are the states before them; else what each before this task adds, with its decay. Piece 0 stands for all
@@ -853,7 +893,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     if (tasks.part() > 0) {
       receive_state<kStateValues>(state, p, tasks, which, thread);
     } else if (p.initial_state.data && !all_before) {
-      load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at));
+      load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at, 0, first_state));
     }
     for (int piece = p.pieces_combined ? pieces_end - 1 : 0; piece < pieces_end; ++piece) {
       const float decay = p.pieces_combined || (all_before && piece == 0) ? 0.0f : expf(piece_decay(p, task, piece, head));
@@ -1031,7 +1071,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(y);
         enter_chunk(i + 1, total);
-        if (p.D.data) {
+        if (leaves_y && p.D.data) {
           at.template each_pair<NativeElement>(tile_x, [&](int v, int column, const float* x_pair) {
             const float2 D = load2(shared.D[which] + column);
             y(v) += D.x * x_pair[0], y(v + 1) += D.y * x_pair[1];
@@ -1039,11 +1079,29 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         }
         shared.empty[stage].arrive();
         char* tile_y = shared.y[which][slots.stage];
-        if (p.has_z) {
+        // What another block adds comes to where the other consumer, which hands its own values over, would have y.
+        if constexpr (Policy::kSides > 1) {
+          const float4* place = reinterpret_cast<const float4*>(shared.y[which ^ 1]) + thread;
+          if (leaves_y) {
+            if (thread == 0) shared.sums_full.arrive_and_expect_tx(2 * kTileBytes);
+            shared.sums_full.wait(sums.parity);
+#pragma unroll
+            for (int k = 0; k < kTile / 8; ++k) {
+              const float4 v = place[k * kWarpgroup];
+              y(4 * k) += v.x, y(4 * k + 1) += v.y, y(4 * k + 2) += v.z, y(4 * k + 3) += v.w;
+            }
+            __syncwarp();
+            if (at.lane == 0) shared.sums_empty.arrive(which ^ 1, 1u);
+          } else {
+            shared.sums_empty.wait(sums.parity ^ 1);
+            send_values<kTile / 2>(y, place, shared.sums_full, which);
+          }
+          sums.advance();
+        }
+        if (leaves_y && p.has_z) {
           shared.z_full[which][slots.stage].wait(slots.parity);
-          at.template each_pair<NativeElement>(tile_y, [&](int v, int, const float* z) {
-            y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]);
-          });
+          at.template each_pair<NativeElement>(
+              tile_y, [&](int v, int, const float* z) { y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]); });
         }
         if constexpr (kExtra == Extra::scaled_y) {
           int slice = head * static_cast<int>(p.slices.value) + channel / kTile;
@@ -1051,7 +1109,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
           const int step = p.nheads * static_cast<int>(p.slices.value);
           const std::int64_t first = (static_cast<std::int64_t>(task.batch) * p.seqlen + token) * step;
           store_scaled(tile_y, y, at, p.y_exponents + first + slice, step, valid);
-        } else {
+        } else if (leaves_y) {
 #pragma unroll
           for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
         }
@@ -1059,7 +1117,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_fence_operand(scores);
         cutlass::arch::fence_view_async_shared();
         sync();
-        if (p.cu_seqlens && valid < kTile) {
+        if (leaves_y && p.cu_seqlens && valid < kTile) {
           const int row = thread / 2;
           char* to = p.packed_y.data + (token + row) * p.packed_y.token + head * p.packed_y.head;
 #pragma unroll 1
@@ -1071,14 +1129,14 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
               if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
             }
           }
-        } else if (thread == 0) {
+        } else if (leaves_y && thread == 0) {
           cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, token, task.batch);
         }
         if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
           if (kExtra == Extra::kept_states) keep_state(i + 1);
           cute::tma_store_arrive();
           cute::tma_store_wait<1>();
-          if (p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
+          if (leaves_y && p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
         }
         stored = true;
         slots.advance();
@@ -1092,7 +1150,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     }
     if (p.beside) store_values<kStateValues>(piece_state(p, task, 0, which, kStateValues, thread), state);
     if (task.segment + 1 != static_cast<int>(p.segments.value)) continue;
-    if (p.final_state.data) store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at));
+    if (p.final_state.data)
+      store_state(state, SliceOfState<kState>(p, p.final_state, task.sequence, head, channel, at, 0, first_state));
     if constexpr (kPositions) {
       if (task.chunk_begin + task.chunk_count < task.chunks) continue;
 #pragma unroll 1
@@ -1132,9 +1191,12 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
     }
     for (int which = 0; which < 2; ++which)
       for (int slot = 0; slot < 2; ++slot) shared.z_full[which][slot].init(1), shared.z_empty[which][slot].init(1);
+    shared.sums_full.init(1), shared.sums_empty.init(kWarpgroup / 32);
     cutlass::arch::fence_barrier_init();
   }
-  __syncthreads();
+  constexpr bool kCluster = !kStateOnly && Policy::kSides > 1;
+  if constexpr (kCluster) cuda::sync_cluster();
+  else __syncthreads();
 
   if (warpgroup == Policy::kConsumers) {
     cutlass::arch::warpgroup_reg_dealloc<Policy::kProducerRegisters>();
@@ -1154,6 +1216,10 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
     cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters>();
     if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
     else compute_output<Policy, kExtra>(p, shared, warpgroup);
+  }
+  if constexpr (kCluster) {  // the other block may still arrive here
+    __syncwarp();
+    cuda::sync_cluster();
   }
 }
 

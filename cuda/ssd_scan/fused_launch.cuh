@@ -59,8 +59,9 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   auto* workspace = static_cast<char*>(args.workspace.data);
   const auto entries = workspace + plan.workspace_bytes();
   p.positions = positions_of(args, d, entries, true);
-  const std::int64_t multiprocessors = cuda::multiprocessors(args.x.device.index);
-  std::int64_t blocks = 0;
+  p.sides = Policy::kSides;
+  const std::int64_t at_once = cuda::multiprocessors(args.x.device.index) / Policy::kSides;  // tasks
+  std::int64_t takers = 0;                                                                   // of tasks, in turns
   const auto set_turns = [&](const Turns& turns) {
     p.turns = turns, p.left = divisor(turns.left), p.gaps = divisor(std::int64_t{turns.parts} - 1);
   };
@@ -70,8 +71,8 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     p.first_chunk = static_cast<int>(first), p.segments = divisor(segments);
     p.chunks_per_segment = static_cast<int>(chunks_per_segment), p.chunk_limit = static_cast<int>(limit);
     const std::int64_t tasks = plan.pairs * segments * d.num_sequences;
-    blocks = std::min(tasks, places);
-    set_turns({static_cast<unsigned>(tasks / blocks), static_cast<unsigned>(tasks % blocks), 1});
+    takers = std::min(tasks, places);
+    set_turns({static_cast<unsigned>(tasks / takers), static_cast<unsigned>(tasks % takers), 1});
   };
   auto output = ssd_scan_fused_kernel<Policy, false>;
   if constexpr (Policy::kLeavesStates) {
@@ -82,9 +83,10 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     if (p.y_exponents) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::scaled_y>;
   const auto launch_output = [&](bool early) {
     cuda::launch("ssd_scan_fused_kernel", output,
-                 {.blocks = blocks,
+                 {.blocks = takers * Policy::kSides,
                   .threads = Policy::kThreads,
                   .shared_bytes = sizeof(fused::SharedStorage<Policy, false>),
+                  .cluster = Policy::kSides,
                   .early = early},
                  stream, p);
   };
@@ -97,24 +99,25 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     p.beside = first > 0;
     if (p.beside) {
       // As any kernel, it begins after those ahead of it: the state pass need not wait for them again.
-      cut(0, 1, first, first, multiprocessors);
+      cut(0, 1, first, first, at_once);
       const StateView final_state = std::exchange(p.final_state, {});
       launch_output(false);
       p.final_state = final_state;
     }
     cut(first, (plan.segments - 1) * plan.pieces_per_segment, plan.chunks_per_piece,
         first + (plan.segments - 1) * plan.chunks_per_segment,
-        p.beside ? std::max<std::int64_t>(multiprocessors - blocks, 1) : multiprocessors);
-    cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<Policy, true>,
-                 {.blocks = blocks,
+        p.beside ? std::max<std::int64_t>(at_once - takers, 1) : at_once);
+    using OfBlock = FusedPolicy<Policy::kDType, Policy::kState>;  // sides need not meet here
+    cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<OfBlock, true>,
+                 {.blocks = takers * Policy::kSides,
                   .threads = Policy::kThreads,
-                  .shared_bytes = sizeof(fused::SharedStorage<Policy, true>),
+                  .shared_bytes = sizeof(fused::SharedStorage<OfBlock, true>),
                   .early = p.beside},
                  stream, p);
     p.beside = false;
 
     if (plan.combines) {
-      constexpr std::int64_t kTiles = kFusedTile * Policy::kState / kCombineThreads;
+      constexpr std::int64_t kTiles = kFusedTile * Policy::kSides * Policy::kState / kCombineThreads;
       cuda::launch("ssd_scan_fused_combine_kernel", ssd_scan_fused_combine_kernel,
                    {.blocks = d.num_sequences * d.nheads * plan.slices * kTiles, .threads = kCombineThreads, .early = true},
                    stream, p, static_cast<unsigned>(kTiles));
@@ -122,10 +125,10 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     }
   }
 
-  cut(first, plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), multiprocessors);
-  set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), multiprocessors));
+  cut(first, plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), at_once);
+  set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), at_once));
   if (p.turns.parts > 1) {
-    const PartBytes bytes(p.turns, Policy::kState);
+    const PartBytes bytes(p.turns, Policy::kSides * Policy::kState);
     char* parts = entries + aligned(entry_bytes(args, d, true));
     p.part_states = reinterpret_cast<float*>(parts), p.parts_done = reinterpret_cast<unsigned*>(parts + bytes.states);
     cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");

@@ -60,6 +60,7 @@ struct FusedParams {
   std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
+  int sides;  // of the states, each the work of a block of its own
   int heads_per_group, slices_of_group;
   Divisor slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
   Divisor segments;

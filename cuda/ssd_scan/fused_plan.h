@@ -31,6 +31,7 @@ struct FusedPlan {
 // multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Costs are in units of one
 // chunk through the whole kernel (H100: 2 us).
 constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant) {
+  const std::int64_t at_once = kMultiprocessors / sides_of(padded_dstate);  // tasks
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
   // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
   // it takes half as much of the memory.
@@ -48,30 +49,30 @@ constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bo
   const std::int64_t items = std::max<std::int64_t>(plan.pairs * d.num_sequences, 1);
   const auto rounds = [](std::int64_t count, std::int64_t places) { return static_cast<double>(divide_up(count, places)); };
   plan.segments = 1, plan.chunks_per_segment = longest, plan.pieces_per_segment = 1;
-  double least = rounds(items, kMultiprocessors) * static_cast<double>(chunks);
+  double least = rounds(items, at_once) * static_cast<double>(chunks);
   // More blocks than this many rounds hold would only add tasks.
-  const std::int64_t most_segments = std::min({chunks, kMostSegments, divide_up(kMostRounds * kMultiprocessors, items)});
-  if (!batch_invariant && items < 2 * kMultiprocessors)
+  const std::int64_t most_segments = std::min({chunks, kMostSegments, divide_up(kMostRounds * at_once, items)});
+  if (!batch_invariant && items < 2 * at_once)
     for (std::int64_t count = 2; count <= most_segments; ++count)
       for (std::int64_t pieces = 1; pieces <= kMostPiecesPerSegment; ++pieces) {
-        if (pieces > 1 && items * (count - 1) * pieces > kMostRounds * kMultiprocessors) break;
+        if (pieces > 1 && items * (count - 1) * pieces > kMostRounds * at_once) break;
         const auto chunk_of_states = [&](std::int64_t tasks, std::int64_t places) {
-          const double busy = static_cast<double>(std::min(tasks, places)) + static_cast<double>(kMultiprocessors - places) / 2;
-          return std::max(busy / kMultiprocessors * kStateChunk, kLeastStateChunk);
+          const double busy = static_cast<double>(std::min(tasks, places)) + static_cast<double>(at_once - places) / 2;
+          return std::max(busy / at_once * kStateChunk, kLeastStateChunk);
         };
         const auto consider = [&](std::int64_t first, std::int64_t of_piece) {
           const std::int64_t length = of_piece * pieces, segments = divide_up(chunks - first, length);
-          const std::int64_t tasks = items * (segments - 1) * pieces, places = kMultiprocessors - (first > 0 ? items : 0);
+          const std::int64_t tasks = items * (segments - 1) * pieces, places = at_once - (first > 0 ? items : 0);
           double states = rounds(tasks, places) * (static_cast<double>(of_piece) * chunk_of_states(tasks, places) + kStateTask);
           if (first > 0) states = std::max(states + kBeside, static_cast<double>(first) + kFirstTask);
-          const double output = rounds(items * segments, kMultiprocessors) * (static_cast<double>(length) + kOutputTask);
+          const double output = rounds(items * segments, at_once) * (static_cast<double>(length) + kOutputTask);
           if (states + output + kLaunches >= least) return;
           least = states + output + kLaunches;
           plan.first_chunks = first, plan.chunks_per_segment = length, plan.pieces_per_segment = pieces;
           plan.segments = divide_up(longest - first, length);
         };
         consider(0, divide_up(divide_up(chunks, count), pieces));
-        const std::int64_t tasks = items * (count - 1) * pieces, places = kMultiprocessors - items;
+        const std::int64_t tasks = items * (count - 1) * pieces, places = at_once - items;
         if (packed || places <= 0 || (count - 1) * pieces >= kFewPieces) continue;
         // Both take as long where chunks - count pieces of_piece + kFirstTask is the time of the states.
         const auto of_piece = static_cast<std::int64_t>(
@@ -100,12 +101,12 @@ inline Tensor chunk_states_of(const Tensor& t) {
   return rows;
 }
 
-// The turns of the output pass. Whole tasks alone, 320 take 132 multiprocessors three rounds, of which the last leaves 76
-// without work; the 56 tasks of that round in two parts each take half of it.
-constexpr Turns fused_turns(const Dims& d, const FusedPlan& plan, bool packed, std::int64_t multiprocessors) {
+// The turns of the output pass, where so many tasks run at the same time. Whole tasks alone, 320 take 132 multiprocessors three
+// rounds, of which the last leaves 76 without work; the 56 tasks of that round in two parts each take half of it.
+constexpr Turns fused_turns(const Dims& d, const FusedPlan& plan, bool packed, std::int64_t places) {
   constexpr std::int64_t kLeastChunks = 8;  // that this saves: less is not worth handing over a state
   const std::int64_t tasks = std::max<std::int64_t>(plan.pairs * plan.segments * d.num_sequences, 1);
-  const std::int64_t blocks = std::min(tasks, multiprocessors);
+  const std::int64_t blocks = std::min(tasks, places);
   const std::int64_t whole = tasks / blocks, left = tasks % blocks, chunks = plan.chunks_per_segment;
   std::int64_t parts = left > 0 && plan.segments == 1 && !packed ? std::min(blocks / left, whole + 1) : 1;
   if (parts > 1 && chunks - divide_up(chunks, parts) < kLeastChunks) parts = 1;
@@ -118,7 +119,7 @@ struct PartBytes {
 
   constexpr PartBytes(const Turns& turns, int padded_dstate)
       : states(turns.parts > 1 ? std::size_t{turns.left} * 2 * kFusedTile * padded_dstate * sizeof(float) : 0),
-        counts(turns.parts > 1 ? aligned(turns.left * 2 * sizeof(unsigned)) : 0) {}
+        counts(turns.parts > 1 ? aligned(turns.left * 2 * sides_of(padded_dstate) * sizeof(unsigned)) : 0) {}
 
   constexpr std::size_t sum() const { return states + counts; }
 };

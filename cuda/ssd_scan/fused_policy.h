@@ -5,19 +5,26 @@
 
 namespace statescan::ssd_scan {
 
+// More states are the work of two blocks, a side of them each.
+inline constexpr int kMostStatesOfBlock = 128;
+
+constexpr int sides_of(int padded_dstate) { return padded_dstate > kMostStatesOfBlock ? 2 : 1; }
+
 // Two consumer warpgroups, each with a slice of a head: they share B and C. A third warpgroup feeds them.
 template <DType dtype, int padded_dstate>
 struct FusedPolicy {
   static constexpr DType kDType = dtype;
-  static constexpr int kState = padded_dstate;  // 64 or 128
+  static constexpr int kSides = sides_of(padded_dstate);
+  static constexpr int kState = padded_dstate / kSides;  // of a block: 64 or 128
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Registers of a thread: the state takes kState / 2, scores and output 32 each, matrix operands 32.
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   // Chunks on their way: what fits beside the state and the output.
   static constexpr int kStages = kState == 128 ? 3 : 4;
-  static constexpr bool kLeavesStates = kState == 128;  // at positions or between stretches: rare, for all dstate
-  static constexpr bool kScalesOutput = kDType == DType::bfloat16 && kState == 128;  // y with shared exponents, as well
+  // At positions or between stretches: rare, for all dstate up to 128.
+  static constexpr bool kLeavesStates = padded_dstate == kMostStatesOfBlock;
+  static constexpr bool kScalesOutput = kDType == DType::bfloat16 && kLeavesStates;  // y with shared exponents, as well
 };
 
 }  // namespace statescan::ssd_scan

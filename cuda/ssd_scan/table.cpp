@@ -33,6 +33,7 @@ std::string why_not_dstate(const Dims& dims, std::int64_t most) {
 }
 
 int padded_dstate(const Args& args, const Dims& dims) {
+  if (dims.dstate > kMostStatesOfBlock) return 2 * kMostStatesOfBlock;
   return dims.dstate <= 64 && !args.state_positions && !args.chunk_states ? 64 : 128;
 }
 
@@ -65,7 +66,9 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.chunk_states && args.state_positions) return "keeps no chunk_states beside state_positions";
   if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
-  if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
+  const bool leaves_states = args.state_positions || args.chunk_states;
+  if (std::string reason = why_not_dstate(dims, leaves_states ? kMostStatesOfBlock : 2 * kMostStatesOfBlock); !reason.empty())
+    return leaves_states ? reason + " with states between" : reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
     return "needs at least one sequence, token, channel and state";
@@ -87,6 +90,7 @@ std::string why_not_short(const Args& args, const Dims& dims) {
   if (args.reverse) return "does not go in reverse";
   if (args.initial_state || args.final_state || args.state_positions || args.chunk_states)
     return "begins with zeros and leaves no state";
+  if (std::string reason = why_not_dstate(dims, kMostStatesOfBlock); !reason.empty()) return reason;
   return why_not_fused(args, dims);
 }
 
@@ -98,7 +102,8 @@ void run_short(const Args& args, const Dims& dims, Stream stream) {
 // The segments' states, those at positions, and those between parts.
 std::size_t fused_workspace(const Args& args, const Dims& dims) {
   const FusedPlan plan = fused_plan_of(args, dims);
-  const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), cuda::multiprocessors(args.x.device.index));
+  const std::int64_t at_once = cuda::multiprocessors(args.x.device.index) / sides_of(padded_dstate(args, dims));
+  const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), at_once);
   return plan.workspace_bytes() + aligned(entry_bytes(args, dims, true)) + PartBytes(turns, padded_dstate(args, dims)).sum();
 }
 
@@ -111,8 +116,11 @@ std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
 template <DType dtype>
 void run_fused_scaled(const Args& args, const Dims& dims, std::uint8_t* y_exponents, Stream stream) {
   const FusedPlan plan = fused_plan_of(args, dims);
-  if (padded_dstate(args, dims) == 64) launch_fused<FusedPolicy<dtype, 64>>(args, dims, plan, y_exponents, stream);
-  else launch_fused<FusedPolicy<dtype, 128>>(args, dims, plan, y_exponents, stream);
+  const auto launch = [&]<int padded> { launch_fused<FusedPolicy<dtype, padded>>(args, dims, plan, y_exponents, stream); };
+  const int padded = padded_dstate(args, dims);
+  if (padded == 64) launch.template operator()<64>();
+  else if (padded == kMostStatesOfBlock) launch.template operator()<kMostStatesOfBlock>();
+  else launch.template operator()<2 * kMostStatesOfBlock>();
 }
 
 template <DType dtype>
