@@ -835,7 +835,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kState = Policy::kState, kStages = Policy::kStages, kStateValues = kState / 2;
-  constexpr bool kPositions = kExtra == Extra::positions;
+  constexpr bool kPositions = kExtra == Extra::positions, kKeepsDiagonal = Policy::kKeepsDiagonal;
   const int thread = threadIdx.x % kWarpgroup;
   const Fragment at(thread);
   auto sync = [&] { cutlass::arch::NamedBarrier::sync(kWarpgroup, 1 + which); };
@@ -899,9 +899,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
       const float decay = p.pieces_combined || (all_before && piece == 0) ? 0.0f : expf(piece_decay(p, task, piece, head));
       add_values<kStateValues>(state, piece_state(p, task, piece, which, kStateValues, thread), decay);
     }
-    if (p.D.data && thread < kTile)
+    if ((p.D.data || kKeepsDiagonal) && thread < kTile)
       shared.D[which][thread] =
-          channel + thread < p.headdim
+          p.D.data && leaves_y && channel + thread < p.headdim
               ? *reinterpret_cast<const float*>(p.D.data + head * p.D.head + (channel + thread) * p.D.column)
               : 0.0f;
 #pragma unroll
@@ -1022,6 +1022,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
 
         // Scores, decayed and masked, become a matrix operand.
+        [[maybe_unused]] float lost[2] = {};  // what rounding takes from a row's score on the diagonal
 #pragma unroll
         for (int j = 0; j < kTile / 16; ++j) {
           const int later = p.reverse ? at.warp - j : j - at.warp;  // blocks of 16 x 16: 0 holds the diagonal, above it nothing
@@ -1034,6 +1035,11 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
               const float pair[2] = {scores(8 * j + 2 * w) * decays.own_block[w].x,
                                      scores(8 * j + 2 * w + 1) * decays.own_block[w].y};
               masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair) & diagonal[w];
+              if (kKeepsDiagonal && w % 3 == 0) {
+                float rounded[2];
+                cuda::widen_word<NativeElement>(masked_words(4 * j + w), rounded);
+                lost[w / 3] = at.lane / 4 % 2 ? pair[1] - rounded[1] : pair[0] - rounded[0];
+              }
             }
           } else {
 #pragma unroll
@@ -1046,6 +1052,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
             }
           }
         }
+        if constexpr (kKeepsDiagonal)  // of a row's four lanes one has it
+          for (float& v : lost) v = __shfl_sync(~0u, v, at.lane / 4 * 4 + at.lane / 8);
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(y);
 #pragma unroll
@@ -1071,9 +1079,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(y);
         enter_chunk(i + 1, total);
-        if (leaves_y && p.D.data) {
+        if (p.D.data || kKeepsDiagonal) {
           at.template each_pair<NativeElement>(tile_x, [&](int v, int column, const float* x_pair) {
-            const float2 D = load2(shared.D[which] + column);
+            float2 D = load2(shared.D[which] + column);
+            if constexpr (kKeepsDiagonal) D.x += lost[v / 2 % 2], D.y += lost[v / 2 % 2];
             y(v) += D.x * x_pair[0], y(v + 1) += D.y * x_pair[1];
           });
         }
