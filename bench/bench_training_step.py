@@ -49,7 +49,9 @@ def _batches(batch: int, seqlen: int, device: str) -> Iterator[Any]:
     rng = np.random.default_rng(0)
     while True:
         starts = rng.integers(0, len(text) - seqlen - 1, batch)
-        yield torch.from_numpy(np.stack([text[i : i + seqlen + 1] for i in starts])).to(device).long()
+        tokens = torch.from_numpy(np.stack([text[i : i + seqlen + 1] for i in starts]))
+        # As loaders do: a copy from pageable memory would have the host wait for the step before.
+        yield (tokens.pin_memory() if device == "cuda" else tokens).to(device, non_blocking=True).long()
 
 
 def _language_model(sizes: Mapping[str, int], batch: int, seqlen: int, device: str) -> Step:
