@@ -18,7 +18,8 @@ struct OutputView {
 };
 
 // Division of numbers from 0 to 2^31 - 1 by one that the host knows: three instructions in place of thirty. A kernel starts
-// with many, and it is for instructions, which come from memory, that a start waits.
+// with many, and it is for instructions, which come from memory, that a start waits. (cutlass::FastDivmod asks whether the
+// divisor is 1 at every division: 64 to 144 instructions more in a kernel that is 2,000 to 7,000 long.)
 struct Divisor {
   unsigned value, multiplier, shift;
 

@@ -1,6 +1,7 @@
-"""Ops for JAX: inside and outside jit, on the CPU and on CUDA, with gradient and vmap. Import it as ``statescan.jax``.
+"""state_scan for JAX: inside and outside jit, on the CPU and on CUDA, with gradient and vmap. Import it as ``statescan.jax``.
 
-Each op is an XLA FFI call into the same library that the other frameworks use; importing statescan never imports jax.
+It is an XLA FFI call into the same library that the other frameworks use; importing statescan never imports jax. The other ops take
+JAX arrays outside of jit, as ``statescan.<op>``.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def state_scan(
         ValueError, TypeError: while tracing, a shape or dtype does not fit; the message names the argument.
         jax.errors.JaxRuntimeError: at run time, no kernel of this build serves the call, or a CUDA call failed.
 
-    Source: Dao & Gu 2024, Transformers are SSDs, section 6 (arXiv:2405.21060).
+    Source: Dao & Gu 2024, Transformers are SSMs, section 6 (arXiv:2405.21060).
     """
     return _state_scan(log_decay, update, initial_state, bool(reverse))
 

@@ -74,8 +74,8 @@ def mamba2_scan(
         TypeError: a dtype is not supported.
         NotImplementedError: no kernel of this build serves the call.
 
-    A GPU rounds x, B, C and, before a norm, y to the dtype of zxbcdt on their way from one part to the next, as separate calls
-    would; the CPU does not.
+    With 16-bit inputs a GPU rounds x, B, C and, before a norm, y to 16 bits on their way from one part to the next, as separate
+    calls would; the CPU does not.
 
     Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), section 7.
     """

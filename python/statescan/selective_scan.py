@@ -46,8 +46,8 @@ def selective_scan(
         dt_bias: [dim] float32, added to dt first.
         dt_softplus: take softplus of dt + dt_bias, exact for very negative values.
         dt_limit: (low, high) that dt is limited to after bias and softplus; None for no limit.
-        initial_state: [batch, dim, dstate] float32 or narrower (complex64 with a complex A), the state before the first token; zero when None. With
-            cu_seqlens its first axis counts sequences.
+        initial_state: [batch, dim, dstate] float32 or narrower (complex64 with a complex A), the state before the first token;
+            zero when None. With cu_seqlens its first axis counts sequences.
         return_final_state: also return the state after the last token.
         cu_seqlens: [num_sequences + 1] int32 or int64: sequence i is tokens cu_seqlens[i] to cu_seqlens[i+1] of a batch of
             one, scanned from its own initial state. An empty sequence returns its initial state; rows past the last entry

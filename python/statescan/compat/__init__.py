@@ -1,7 +1,7 @@
 """compat: statescan's ops under the names, argument lists and layouts of mamba-ssm and causal-conv1d.
 
 After ``statescan.compat.install()``, ``import mamba_ssm`` and ``import causal_conv1d`` find the functions that models call,
-differentiable, without either package, on the CPU, and on CUDA where statescan has kernels for the op underneath:
+differentiable, without either package, on the CPU and on CUDA:
 
 ==================================================  ====================================================================
 module                                              functions

@@ -1,7 +1,7 @@
 """Muon: momentum whose step, for each matrix, is replaced by the nearest orthogonal one.
 
-The update is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". That goes matrix by matrix, with 25 small launches each:
-in the demo half of a step's time on the host. Here matrices of one shape go together.
+The update is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw". That goes matrix by matrix, with 25 small launches
+each: in the demo nearly half of a step's time on the host. Here matrices of one shape go together.
 
 K. Jordan et al., 2024 (kellerjordan.github.io/posts/muon), with the step scaled to the size of AdamW's: Liu et al., 2025,
 arXiv:2502.16982.
@@ -52,7 +52,8 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
                 steps = orthogonalised(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, steps.to(parameters[0].dtype).unbind(), alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                size = 0.2 * math.sqrt(max(shape))  # of AdamW's steps, as a root mean square
+                torch._foreach_add_(parameters, steps.to(parameters[0].dtype).unbind(), alpha=-size * group["lr"])
 
     def _momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
