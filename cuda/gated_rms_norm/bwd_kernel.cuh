@@ -2,7 +2,7 @@
 // Math     with s = silu(z), v = x (or x s), n = v r, r = 1 / sqrt(mean(v^2) + eps), dn = dy weight (times s): dv = r (dn - n
 //          mean(dn n)); dx = dv (times s); dz = dy weight n silu'(z), or dv x silu'(z); dweight = sum over rows of dy n (times
 //          s)
-// Shapes   x, z, dy, dx, dz [..., d]; weight, dweight [d]
+// Shapes   x, z, dy, dx, dz [..., d]; weight, dweight [d]; x as in the forward
 // Traffic  read x, z and dy, write dx and dz: 5*rows*d*sizeof(Element); floor: that over 3.0 TB/s. The shares of dweight are
 //          8*d*shares bytes. A group of up to 8,192 elements stays in registers; a longer one is read twice
 // Launch   one axis of groups x shares of the rows; a warp (up to 256 elements) or a block takes a group through its share of
@@ -22,7 +22,8 @@ struct BackwardParams {
   std::int64_t shares;  // of the rows, each of every shares-th
   View x, z, weight, dy, dx, dz;
   End end;
-  float* partial;  // [shares, d]: each share's sum of dweight; null: not wanted
+  const std::uint8_t* x_exponents;  // null: x has its dtype
+  float* partial;                   // [shares, d]: each share's sum of dweight; null: not wanted
 };
 
 // How the elements of a group lie on a team.
@@ -77,7 +78,9 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
   // What a thread has of a row, as it comes from memory.
   struct Packed {
     Run x[kRuns], z[kRuns], dy[kRuns];
+    std::uint32_t exponent[kRuns];  // of x
   };
+  const bool is_scaled = kDType == DType::bfloat16 && p.x_exponents;
   const auto load = [&](Packed& packed, std::int64_t row, std::int64_t chunk) {
     const auto load_of = [&](const View& t, Run(&run)[kRuns]) {
       if (!t.data) return;
@@ -90,6 +93,14 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
     load_of(p.x, packed.x);
     load_of(p.z, packed.z);
     load_of(p.dy, packed.dy);
+    if (!is_scaled) return;
+    const std::uint8_t* const exponents =
+        p.x_exponents + (row * p.rows.groups * p.rows.group_size + first) / cuda::kScaledTogether;
+#pragma unroll
+    for (int v = 0; v < kRuns; ++v) {
+      const std::int64_t column = column_of(chunk, v);
+      packed.exponent[v] = count_of(column) > 0 ? exponents[column / cuda::kScaledTogether] : 0;
+    }
   };
   // And as numbers: v and dn, the gate silu(z), and what dz is a multiple of.
   struct Held {
@@ -99,7 +110,12 @@ __global__ void __launch_bounds__(team == Team::warp ? Policy::kSmallThreads : b
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       float x[kRun], dy[kRun], z[kRun], weight[kRun];
-      packed.x[r].widen(kDType, x);
+      packed.x[r].widen(is_scaled ? DType::float16 : kDType, x);
+      if (is_scaled && packed.exponent[r] != 0) {
+        const float scale = cuda::scale_up(static_cast<std::uint8_t>(packed.exponent[r]));
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) x[i] *= scale;
+      }
       packed.dy[r].widen(kDType, dy);
       if (p.z.data) packed.z[r].widen(kDType, z);
       if (p.weight.data) {

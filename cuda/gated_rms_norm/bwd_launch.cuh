@@ -20,6 +20,7 @@ void launch_backward(const GradientArgs& args, const Dims& dims, Stream stream) 
   params.dx = layout.view(args.dx);
   params.dz = layout.view(args.dz);
   params.end = args.end;
+  params.x_exponents = args.x_exponents;
   if (args.dweight) params.partial = static_cast<float*>(args.workspace.data);
 
   const std::int64_t teams = params.shares * params.rows.groups;

@@ -60,7 +60,7 @@ struct End {
   bool is_int64 = false;
 };
 
-// A call with padding: as a part of a Mamba-2 block. There x in bfloat16 may come as halves with shared exponents (scaled.cuh),
+// Calls with padding: as parts of a Mamba-2 block. There x in bfloat16 may come as halves with shared exponents (scaled.cuh),
 // which lie as [..., d / kScaledTogether], contiguous; the size of groups is a multiple of kScaledTogether then.
 struct ForwardArgs : Args {
   Padding padding;
@@ -69,6 +69,7 @@ struct ForwardArgs : Args {
 };
 struct GradientArgs : BackwardArgs {
   End end;
+  const std::uint8_t* x_exponents = nullptr;
 };
 void run_padded(const ForwardArgs& args, const Dims& dims, Stream stream);
 void run_padded(const GradientArgs& args, const Dims& dims, Stream stream);

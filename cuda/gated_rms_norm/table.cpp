@@ -78,8 +78,8 @@ Plan plan_cuda(const Args& args, const Dims& dims) { return kForward.plan({args}
 void run_cuda(const Args& args, const Dims& dims, Stream stream) { run_padded(ForwardArgs{args}, dims, stream); }
 void run_padded(const ForwardArgs& args, const Dims& dims, Stream stream) { kForward.run(args, dims, stream); }
 
-Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan({args, {}}, dims); }
-void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { run_padded(GradientArgs{args, {}}, dims, stream); }
+Plan plan_cuda(const BackwardArgs& args, const Dims& dims) { return kBackward.plan({args}, dims); }
+void run_cuda(const BackwardArgs& args, const Dims& dims, Stream stream) { run_padded(GradientArgs{args}, dims, stream); }
 void run_padded(const GradientArgs& args, const Dims& dims, Stream stream) { kBackward.run(args, dims, stream); }
 
 }  // namespace statescan::gated_rms_norm
