@@ -105,10 +105,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     if (kOutput) clear_rows(p.y, span, task);
     return;
   }
-  if (p.links > 1) {
-    span = link_of(span, link, p.links);
-    if (link > 0) wait_for_turn(p.turns + index, link);
-  }
+  if (!kFromZero && p.links > 1) span = link_of(span, link, p.links);
 
   uint4* const slot_x = memory + thread;  // of three tiles by turns
   const Slot<kRun> slot_dt{slot_x + 3 * kThreads, kThreads}, slot_z{slot_x + 4 * kThreads, kThreads};
@@ -151,9 +148,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   load(p.A, 0, rate);
 #pragma unroll
   for (int k = 0; k < states; ++k) rate[k] *= kRateScale;
-  const View carried = view_of<Policy>(p, p.carried);
-  if (link > 0) load(carried, task.sequence, h);
-  else if (!kFromZero) load(p.initial_state, task.sequence, h);
+  if (link == 0 && !kFromZero) load(p.initial_state, task.sequence, h);
 
   const Place place = lanes_place<Policy, Shape>(p.reverse, thread);
   const char* at_x = place_at(p, p.x, span, place, span.begin, task.channel);
@@ -404,11 +399,20 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   convert(0, 0, tokens_from(span.begin));
   fetch_inputs(1, tokens_from(span.begin + kTokens));
   commit_copies();
+  // A link waits with its first tile ready, and hands its state on before it has done with the last one.
+  const View carried = view_of<Policy>(p, p.carried);
+  if (!kFromZero && link > 0) {
+    wait_for_turn(p.turns + index, link);
+    load(carried, task.sequence, h);
+  }
   int turn = 0, half = 0;
 #pragma unroll 1
   for (std::int64_t token = span.begin; token < span.end + kTokens; token += kTokens) {
+    const bool hands_on = !kFromZero && token >= span.end && link + 1 < p.links;
+    if (hands_on) store(carried, task.sequence, h), __threadfence();
     wait_for_copies();
     __syncthreads();
+    if (hands_on) begin_turn(p.turns + index, link + 1);
     const int before = turn == 0 ? 2 : turn - 1, after = turn == 2 ? 0 : turn + 1;
     if (kOutput && token > span.begin) finish_tile(before, half ^ 1, tokens_from(token - kTokens));
     if (token >= span.end) break;
@@ -430,12 +434,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     if (task.segment > 0) store_end(p.adjoint_ends, task.segment - 1, adjoint);
     return;
   }
-  if (link + 1 < p.links) {
-    store(carried, task.sequence, h);
-    end_turn(p.turns + index, link + 1);
-  } else if (kOutput) {
-    store(p.final_state, task.sequence, h);
-  }
+  if (kOutput && link + 1 == p.links) store(p.final_state, task.sequence, h);
 }
 
 }  // namespace statescan::selective_scan

@@ -81,10 +81,14 @@ inline __device__ void wait_for_turn(const std::uint32_t* done, std::uint32_t co
   }
   __syncthreads();
 }
+// After a fence of every thread, and a barrier.
+inline __device__ void begin_turn(std::uint32_t* done, std::uint32_t count) {
+  if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(done), "r"(count) : "memory");
+}
 inline __device__ void end_turn(std::uint32_t* done, std::uint32_t count) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(done), "r"(count) : "memory");
+  begin_turn(done, count);
 }
 
 // A row of a tensor that changes with the token, which counts in scan order.

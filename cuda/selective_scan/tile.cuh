@@ -7,13 +7,14 @@
 
 namespace statescan::selective_scan {
 
-// Memory to shared memory without a register in between: 8 or 16 bytes, or as many zeros.
+// Memory to shared memory without a register in between: 8 or 16 bytes, or as many zeros. L2 gets the whole line of 128 bytes,
+// of which the following tiles of rows along the tokens take the rest.
 template <int kBytes>
 __device__ void copy_async(void* to, const char* from, bool wanted) {
   const std::uint32_t at = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
   const int bytes = wanted ? kBytes : 0;
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(from), "n"(kBytes), "r"(bytes) : "memory");
 }
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
