@@ -49,6 +49,7 @@ struct Ends {
 
 struct Params {
   std::int64_t sequences, segments, seqlen;
+  int first_share = kShare;  // how long the segment is that begins a sequence
   std::uint32_t groups, blocks_of_group, blocks, group_channels;
   std::int64_t dim, dstate, piece;  // states of a piece
   const void* cu_seqlens;           // null: sequence i is row i of the batch, whole
@@ -209,7 +210,10 @@ inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
   const BackwardScratch scratch(args, d);
   float* const memory = static_cast<float*>(args.workspace.data);
   p.checkpoints = memory + scratch.checkpoints;
-  if (p.segments > 1 && suits_lanes(args, d)) p.checkpoint_steps = memory + scratch.checkpoint_steps;
+  if (p.segments > 1 && suits_lanes(args, d)) {
+    p.checkpoint_steps = memory + scratch.checkpoint_steps;
+    p.first_share = kFirstShare;
+  }
   p.starts = memory + scratch.starts;
   p.ends = {memory + scratch.end_states, memory + scratch.end_steps};
   p.adjoint_ends = {memory + scratch.adjoint_states, memory + scratch.adjoint_steps};

@@ -78,6 +78,10 @@ inline std::int64_t segments(const Dims& d, bool batch_invariant) {
   return std::max<std::int64_t>(std::min(divide_up(kWantedBlocks, tasks), tokens / kLeastTokens), 1);
 }
 
+// How long the segment that begins a sequence is where lanes make its checkpoints, others being kShare: nobody asks for the
+// adjoint at its start, without which its tokens take five eighths of the instructions.
+inline constexpr int kShare = 16, kFirstShare = 24;
+
 // Into how many links a segment is cut, which blocks work on one after the other, the state handed on. Blocks of whole
 // segments, a few on each multiprocessor, are done at different times and leave it to ever fewer; links even that out. They
 // change no bits.

@@ -42,9 +42,10 @@ inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int6
   Span s{sequence, 0, p.seqlen, 0, 0};
   if (p.cu_seqlens) s = {0, boundary(p, sequence), sequence == p.sequences ? p.seqlen : boundary(p, sequence + 1), 0, 0};
   const std::int64_t length = s.last > s.first ? s.last - s.first : 0;
-  const std::int64_t tiles = (length + kTile - 1) / kTile, each = (tiles + p.segments - 1) / p.segments * kTile;
-  s.begin = segment * each < length ? segment * each : length;
-  s.end = s.begin + each < length ? s.begin + each : length;
+  const std::int64_t tiles = (length + kTile - 1) / kTile, others = p.segments - 1,
+                     each = kShare * tiles / (kShare * others + p.first_share) * kTile, first = tiles * kTile - others * each;
+  s.begin = segment == 0 ? 0 : min(first + (segment - 1) * each, length);
+  s.end = min(first + segment * each, length);
   return s;
 }
 
