@@ -203,6 +203,7 @@ inline Params params_of(const Args& args, const Dims& d) {
 inline BackwardParams params_of(const BackwardArgs& args, const Dims& d) {
   BackwardParams p{};
   set_inputs(p, args, d, kBackwardStates);
+  p.links = static_cast<std::uint32_t>(backward_links(args, d));
   p.piece = std::clamp<std::int64_t>(divide_up(d.dstate, kBackwardStates), 1, backward_warps(d)) * kBackwardStates;
   const auto tokens = [&](const Tensor& t) { return tokens_view(t, args.reverse); };
   p.dy = tokens(args.dy), p.dx = tokens(args.dx), p.ddt = tokens(args.ddt), p.dz = tokens(args.dz);

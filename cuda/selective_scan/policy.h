@@ -92,6 +92,16 @@ inline std::int64_t links(const Inputs& args, const Dims& d) {
   return std::max<std::int64_t>(divide_up(divide_up(d.seqlen, cut), kTokens), 1);
 }
 
+// The backward's links are each half as long as the one before.
+inline std::int64_t backward_links(const Inputs& args, const Dims& d) {
+  constexpr std::int64_t kLeastTokens = 256;
+  if (links(args, d) == 1) return 1;
+  const std::int64_t tokens = divide_up(d.seqlen, segments(d, args.batch_invariant));
+  std::int64_t count = 1;
+  while (((std::int64_t{2} << count) - 1) * kLeastTokens <= tokens) ++count;
+  return count;
+}
+
 // Hands out places in the workspace, counted in floats.
 class Scratch {
  public:
@@ -208,7 +218,7 @@ struct BackwardScratch : Scratch {
     dA = take(rows * floats_of_states(d));
     dB = take(d.varying_B ? 0 : rows * floats_of_states(d)), dC = take(d.varying_C ? 0 : rows * floats_of_states(d));
     dD = take(rows * d.dim), ddt_bias = take(rows * d.dim);
-    const bool is_linked = links(args, d) > 1;
+    const bool is_linked = backward_links(args, d) > 1;
     const LanesPlan plan = checkpoints_plan(args, d);
     carried = take(is_linked ? rows * floats_of_states(d) : 0);
     lanes_carried = take(plan.links > 1 ? d.num_sequences * floats_of_states(d) : 0);
