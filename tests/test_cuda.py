@@ -721,6 +721,51 @@ def test_fused_backward_of_ssd_scan_with_D_per_channel(rng, dtype, sizes, length
             assert_same_bits(again, first[name], name)
 
 
+@needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(),
+        dict(reverse=True),
+        dict(seqlen=384),  # the adjoints of the first call wait in dx
+        dict(headdim=80, nheads=7, ngroups=1, D="per channel"),
+        dict(headdim=40, seqlen=190, omit=("z", "D", "dt_bias")),
+        dict(batch=1, seqlen=1024, nheads=24, ngroups=1),  # in splits, and the second call in pieces
+        dict(batch=70, seqlen=130, nheads=4),
+        dict(batch=1, seqlen=530, lengths=[63, 64, 65, 1, 0, 267]),
+        dict(batch=1, seqlen=530, lengths=[300, 0, 160], reverse=True),
+        dict(dtype="float16"),
+        dict(dtype="float16", batch=1, seqlen=530, lengths=[300, 0, 160], reverse=True),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dstate", (136, 200, 256))
+def test_fused_backward_of_more_states_than_a_block_holds(rng, dstate, sizes):
+    """Two calls of a side of the states each, of which the second adds to the dx of the first."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=dstate, omit=("z",)) | sizes
+    lengths, reverse, D, dtype = (sizes.pop(name, None) for name in ("lengths", "reverse", "D", "dtype"))
+    dtype = dtype or "bfloat16"
+    made = op.inputs(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=bool(reverse))
+    if D:
+        made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths])
+        for name, value in made.items():
+            if value is not None and op.has_tokens(name, value):
+                value[:, sum(lengths) :] = np.nan
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
+    got = op.check(gpu, made, **options)
+    for name in ("dx", "ddt", "dB", "dC") if lengths else ():
+        assert not np.any(got[name][:, sum(lengths) :]), f"{name} is not zero past the last packed token"
+    for _ in range(3):
+        for name, again in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
+            if again is not None:
+                assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
+
+
 PACKED = ([300, 190, 64], [63, 64, 65, 1, 0, 400, 127, 128, 129], [0, 0, 1000, 0], [700], [1, 2, 3, 257, 0, 191])
 
 
@@ -865,8 +910,8 @@ def test_backward_keeps_less_than_one_and_a_half_times_x():
     x, dt = torch.empty(2, 4096, 64, 64, device="cuda", dtype=torch.bfloat16), torch.empty(2, 4096, 64, device="cuda")
     A, D = torch.empty(64, device="cuda"), torch.empty(64, device="cuda")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for ngroups in (1, 8):
-            B = torch.empty(2, 4096, ngroups, 128, device="cuda", dtype=dtype)
+        for ngroups, dstate in ((1, 128), (8, 128), (1, 256)) if dtype.itemsize == 2 else ((1, 128), (8, 128)):
+            B = torch.empty(2, 4096, ngroups, dstate, device="cuda", dtype=dtype)
             plan = statescan.plan("ssd_scan_backward", x.to(dtype), dt, A, B, B, x.to(dtype), D=D)
             assert plan.workspace_bytes <= 1.5 * x.numel() * dtype.itemsize
 

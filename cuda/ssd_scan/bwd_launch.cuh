@@ -66,8 +66,8 @@ void launch_backward(const BackwardArgs& args, const Dims& d, Stream stream) {
                    params);
   }
   if (plan.splits > 1) {
-    launch_split_sum(params.dB_sums, plan.splits, args.dB, d, stream);
-    launch_split_sum(params.dC_sums, plan.splits, args.dC, d, stream);
+    launch_split_sum<false>(params.dB_sums, plan.splits, args.dB, d, stream);
+    launch_split_sum<false>(params.dC_sums, plan.splits, args.dC, d, stream);
   }
   launch_chunk_sums<false>({params.sequences,
                             {chunk_sum(params.dA_shares, args.dA, 1), chunk_sum(params.ddt_bias_shares, args.ddt_bias, 1),

@@ -18,10 +18,11 @@ struct SplitSumParams {
 // Math     dB or dC = sum over the splits
 // Shapes   sums [splits,b,l,g,n], dB, dC [b,l,g,n]
 // Traffic  read the sums of every split, write the gradient
-// Launch   a thread for each element
+// Launch   a thread for each element. Early as the sums over chunks below are
 // Numerics float, the splits in order
-inline __global__ void __launch_bounds__(kSumThreads)
-    ssd_scan_backward_split_sum_kernel(const __grid_constant__ SplitSumParams p) {
+template <bool kEarly>
+__global__ void __launch_bounds__(kSumThreads) ssd_scan_backward_split_sum_kernel(const __grid_constant__ SplitSumParams p) {
+  if constexpr (kEarly) cuda::wait_for_earlier_kernels();
   const std::int64_t i = std::int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
   if (i >= p.count) return;
   float sum = 0;

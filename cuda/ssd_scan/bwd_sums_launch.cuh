@@ -5,12 +5,14 @@
 
 namespace statescan::ssd_scan {
 
-inline void launch_split_sum(const float* sums, std::int64_t splits, const Tensor& gradient, const Dims& d, Stream stream) {
+template <bool kEarly>
+void launch_split_sum(const float* sums, std::int64_t splits, const Tensor& gradient, const Dims& d, Stream stream) {
   if (!gradient || gradient.numel() == 0) return;
   const SplitSumParams params{sums,      splits,   gradient.numel(),     d.seqlen,
                               d.ngroups, d.dstate, token_view(gradient), gradient.dtype};
-  cuda::launch("ssd_scan_backward_split_sum_kernel", ssd_scan_backward_split_sum_kernel,
-               {divide_up(params.count, kSumThreads), kSumThreads}, stream, params);
+  cuda::LaunchShape shape{divide_up(params.count, kSumThreads), kSumThreads};
+  shape.early = kEarly;
+  cuda::launch("ssd_scan_backward_split_sum_kernel", ssd_scan_backward_split_sum_kernel<kEarly>, shape, stream, params);
 }
 
 // `inner` shares of each chunk and head, or head and channel. An absent gradient has no columns.

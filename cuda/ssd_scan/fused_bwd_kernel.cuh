@@ -12,6 +12,7 @@
 // Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and pair; p in slices of 64: an item
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
+//          More than 128 states are two calls, of which the second reads dx as well, where it adds its own to that of the first
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
 //          whose items it goes. Where dx holds the adjoints, of which both blocks of a pair read both tiles and each writes
 //          over one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside
@@ -739,6 +740,31 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   });
 }
 
+// The words of a tile of dx as the call for other states left it, or of what changes no bit of a sum: -0. A warp stores the
+// rows that it has loaded here.
+inline __device__ void load_before(const FusedBackwardParams& p, const GradientTask& task, int head, int channel,
+                                   const Tokens& tokens, std::uint32_t (&words)[kTile / 16][4]) {
+  const GradientView& t = p.dx_before;
+#pragma unroll
+  for (auto& of_rows : words)
+#pragma unroll
+    for (std::uint32_t& word : of_rows) word = 0x80008000;
+  if (!t.data) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int token = task.span.place_of(task.chunk) * kTile + memory_of_row(task.span.reverse, tokens.row[r]);
+    const char* from = t.data + task.span.batch * t.batch + (task.span.first + token) * t.token + head * t.head;
+    const int left = token < task.span.length ? p.headdim - channel - tokens.in_order.column : 0;
+#pragma unroll
+    for (int k = 0; k < kTile / 8; ++k) {
+      const char* pair = from + 2 * (channel + tokens.in_order.column + 8 * k);
+      std::uint32_t& word = words[k / 2][k % 2 * 2 + r];
+      if (8 * k + 1 < left) word = *reinterpret_cast<const std::uint32_t*>(pair);
+      else if (8 * k < left) word = *reinterpret_cast<const std::uint16_t*>(pair);
+    }
+  }
+}
+
 // What lies inside the chunk: dx, the sums of W for ddt, and the sum over items of T L dt. Values are [j][i], j as dealt.
 template <class Policy>
 __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& shared) {
@@ -802,6 +828,14 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(scores);
     const float own_score[2] = {on_diagonal(scores, 0), on_diagonal(scores, 1)};
+    // What rounding takes from these: most of what dx is off by but for its own rounding, of which there are two then.
+    [[maybe_unused]] float lost[2];
+    if constexpr (Policy::kRare) {
+      float rounded[2];
+      cuda::widen_word<NativeElement>(cuda::narrow_word<NativeElement>(own_score), rounded);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) lost[r] = __shfl_sync(~0u, own_score[r] - rounded[r], at.lane / 4 * 4 + at.lane / 8);
+    }
 
     for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
       const int stage = ring.stage;
@@ -855,6 +889,9 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         }
       }
       const float own[2] = {on_diagonal(pairs, 0), on_diagonal(pairs, 1)};
+      const int head = task.head_of(p, item), channel = task.channel_of(p, item);
+      [[maybe_unused]] std::uint32_t before_words[kTile / 16][4];
+      if constexpr (Policy::kRare) load_before(p, task, head, channel, tokens, before_words);
       const int columns = sum_of_columns(before);
       store2(sums.before[at.warp] + 8 * columns, at.column / 2, before[0], before[1]);
       cute::warpgroup_wait<0>();
@@ -875,7 +912,6 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         sums.strictly_below[token[r]] = strictly_below[r];
       }
       shared.sums_full[slots.stage].arrive();
-      const int head = task.head_of(p, item), channel = task.channel_of(p, item);
       std::uint32_t g_words[kTile / 16][4];
 #pragma unroll
       for (int b = 0; b < kTile / 16; ++b) tokens.in_order.load(shared.g[stage], b, g_words[b]);
@@ -895,12 +931,19 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
         for (int w = 0; w < 4; ++w) {
           float pair[2];
           cuda::widen_word<NativeElement>(g_words[b][w], pair);
+          [[maybe_unused]] float before_pair[2];
+          if constexpr (Policy::kRare) cuda::widen_word<NativeElement>(before_words[b][w], before_pair);
           float2 D = {D_of_head, D_of_head};
           if constexpr (Policy::kRare) D = load2(steps.leave + 16 * b + w / 2 * 8 + at.column);
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int v = 8 * b + 2 * w + c;
-            dx(v) *= dt_j[w % 2];
+            if constexpr (Policy::kRare) {
+              if (p.of_side) dx(v) = fmaf(lost[w % 2], pair[c], dx(v));
+              dx(v) = fmaf(dx(v), dt_j[w % 2], before_pair[c]);
+            } else {
+              dx(v) *= dt_j[w % 2];
+            }
             if (p.D.data) dx(v) = fmaf(c == 0 ? D.x : D.y, pair[c], dx(v));
           }
         }
@@ -950,7 +993,7 @@ __global__ void __launch_bounds__(kWarpgroup) ssd_scan_fused_split_sum_kernel(co
       (is_C ? p.dC_sums : p.dB_sums) + (std::int64_t{slot} * p.ngroups + group) * kCount * kWarpgroup + threadIdx.x;
   const Tokens tokens(at, !is_C);
   PackedChunk chunk{0, 0, static_cast<int>(p.seqlen), slot % p.chunks};
-  char* to = gradient.data + group * gradient.group;
+  char* to = gradient.data + group * gradient.head;
   if (p.packed_chunks) {
     if (static_cast<unsigned>(slot) >= *p.packed_count) return;
     chunk = p.packed_chunks[slot];

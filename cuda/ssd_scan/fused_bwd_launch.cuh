@@ -9,8 +9,10 @@
 
 namespace statescan::ssd_scan {
 
+// of_side: for some of the states, one after the other; adds_to_dx: to what lies there.
 template <class Policy>
-void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedBackwardPlan& plan, Stream stream) {
+void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedBackwardPlan& plan, bool of_side,
+                           bool adds_to_dx, Stream stream) {
   FusedBackwardParams p{};
   p.has_dx = static_cast<bool>(args.dx), p.has_dB = static_cast<bool>(args.dB), p.has_dC = static_cast<bool>(args.dC);
   p.maps.x = cuda::tma_map(args.x), p.maps.dy = cuda::tma_map(args.dy);
@@ -78,6 +80,8 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     const std::int64_t size = size_of(t.dtype);
     return {static_cast<char*>(t.data), t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
   };
+  p.of_side = of_side;
+  if (adds_to_dx) p.dx_before = gradient(args.dx);
   if (packed) {
     p.slots = static_cast<unsigned>(plan.slots);
     launch("ssd_scan_fused_packed_kernel", fused::ssd_scan_fused_packed_kernel, divide_up(d.num_sequences, fused::kPackedWarps),
@@ -107,7 +111,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     using Plain = fused::GradientPolicy<Policy, false>;
     auto kernel = ssd_scan_fused_gradient_kernel<Plain>;
     if constexpr (Policy::kState == 128)
-      if (packed || args.reverse || d.D_per_channel)
+      if (packed || args.reverse || d.D_per_channel || of_side)
         kernel = ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, true>>;
     const int cluster = p.adjoints_in_dx ? 2 : 1;  // a pair of chunks
     launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors / cluster * cluster),
@@ -126,6 +130,54 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
        p.packed_count},
       stream);
   if (packed) launch_clear(p.sequences, args, d, stream);
+}
+
+// Side `side` of a tensor's states, its last axis.
+inline Tensor side_of(const Tensor& t, int side) {
+  if (!t) return t;
+  Tensor of_side = t;
+  const std::int64_t first = side * kMostStatesOfBlock;
+  of_side.data = static_cast<char*>(t.data) + first * t.stride[3] * size_of(t.dtype);
+  of_side.shape[3] = std::min<std::int64_t>(t.shape[3] - first, kMostStatesOfBlock);
+  return of_side;
+}
+
+template <class Policy>
+void launch_fused_backward_sides(const BackwardArgs& args, const Dims& d, const FusedBackwardSides& sides, Stream stream) {
+  auto* const ddt = reinterpret_cast<float*>(static_cast<char*>(args.workspace.data) + sides.kept_bytes());
+  float *const dA = ddt + 2 * sides.steps, *const ddt_bias = dA + 2 * sides.heads;
+  const auto sum_of = [](const Tensor& t, float* sums, int side) {
+    if (!t) return t;
+    if (t.ndim == 1) return Tensor::contiguous(sums + side * t.numel(), DType::float32, {t.shape[0]}, t.device);
+    return Tensor::contiguous(sums + side * t.numel(), DType::float32, {t.shape[0], t.shape[1], t.shape[2]}, t.device);
+  };
+  for (int turn = 0; turn < 2; ++turn) {
+    const int side = 1 - turn;  // the smaller one first, and without D: its dx is rounded once more
+    BackwardArgs call = args;
+    Dims dims = d;
+    for (Tensor BackwardArgs::* tensor :
+         {&BackwardArgs::dB, &BackwardArgs::dC, &BackwardArgs::dinitial_state, &BackwardArgs::dfinal_state})
+      call.*tensor = side_of(args.*tensor, side);
+    for (Tensor Inputs::* tensor : {&Inputs::B, &Inputs::C, &Inputs::initial_state}) call.*tensor = side_of(args.*tensor, side);
+    dims.dstate = call.B.shape[3];
+    call.ddt = sum_of(args.ddt, ddt, side), call.dA = sum_of(args.dA, dA, side);
+    call.ddt_bias = sum_of(args.ddt_bias, ddt_bias, side);
+    if (turn == 0) call.D = call.dD = {}, dims.D_per_channel = false;
+    launch_fused_backward<Policy>(call, dims, sides.calls[turn], true, turn == 1, stream);
+  }
+  const auto add_up = [&](const float* sums, Tensor gradient) {
+    if (!gradient) return;
+    Dims dims = d;
+    dims.ngroups = d.nheads, dims.dstate = 1;
+    if (gradient.ndim == 1) {  // as [1,1,h,1]
+      dims.seqlen = 1;
+      gradient.shape[2] = gradient.shape[0], gradient.stride[2] = gradient.stride[0];
+      gradient.shape[0] = gradient.shape[1] = 1, gradient.stride[0] = gradient.stride[1] = 0;
+    }
+    gradient.ndim = 4, gradient.shape[3] = gradient.stride[3] = 1;
+    launch_split_sum<true>(sums, 2, gradient, dims, stream);
+  };
+  add_up(ddt, args.ddt), add_up(dA, args.dA), add_up(ddt_bias, args.ddt_bias);
 }
 
 }  // namespace statescan::ssd_scan

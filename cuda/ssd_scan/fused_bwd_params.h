@@ -26,6 +26,12 @@ struct alignas(16) PackedChunk {
 };
 static_assert(sizeof(TokenMaps) == kTokenMapsBytes && sizeof(PackedChunk) == kPackedChunkBytes);
 
+// [b,l,h,p] or [b,l,g,n] of 16-bit elements, contiguous along the last axis; strides in bytes.
+struct GradientView {
+  char* data;
+  std::int64_t batch, token, head;  // head: or group
+};
+
 struct FusedBackwardParams {
   TokenMaps maps;
   Sequences sequences;
@@ -44,6 +50,8 @@ struct FusedBackwardParams {
   char* ddt;  // null: not wanted
   DType ddt_dtype;
   std::int64_t ddt_batch, ddt_token, ddt_head;  // strides in bytes
+  GradientView dx_before;  // what dx is added to: dx of other states, where it will lie itself; null: nothing
+  bool of_side;            // a call for some of the states
   bool dt_softplus, has_dx, has_dB, has_dC, D_per_channel;
   float dt_min, dt_max;
   int nheads, headdim, ngroups, dstate;
@@ -59,12 +67,6 @@ struct FusedBackwardParams {
   float4 *dB_sums, *dC_sums;                       // of splits and pieces (kept_sums)
   bool keeps_sums;                                 // this part leaves them, else it writes dB and dC
   float *dA_shares, *ddt_bias_shares, *dD_shares;  // [slots,h], dD [slots,h,p] too
-};
-
-// [b,l,g,n] of 16-bit elements, contiguous along n; strides in bytes.
-struct GradientView {
-  char* data;
-  std::int64_t batch, token, group;
 };
 
 struct FusedSplitSumParams {

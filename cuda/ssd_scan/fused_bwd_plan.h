@@ -72,10 +72,12 @@ constexpr bool adjoints_fit_dx(const Dims& d, bool packed, bool batch_invariant)
   return !packed && !batch_invariant && d.seqlen % (2 * kFusedTile) == 0 && d.headdim % kFusedTile == 0;
 }
 
+// What may be kept between the kernels, in units of x.
+inline constexpr double kMostMemory = 1.45, kMostMemoryOfSide = 1.37;
+
 // The parts and splits that make the estimated time least, of those whose memory is in bounds. Times in us, of an H100.
 constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
-                                                bool wants_dx) {
-  constexpr double kMostMemory = 1.45;  // what is kept between the kernels, in units of x
+                                                bool wants_dx, double most_memory = kMostMemory) {
   constexpr std::int64_t kMostSplits = 8, kMoreParts = 3;
   constexpr double kLaunch = 2.0, kSplitSum = 4.0;
   constexpr double kWalkStart = 1.5, kWalkStep = 0.3;  // a task; a chunk and slice, where nothing waits for memory
@@ -97,7 +99,7 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   // Of a row: what bounds the memory, what an item keeps, the sums of dB and dC of a split.
   // With batch_invariant that of a pair of whole chunks: how heads are cut must not depend on what is packed together.
   const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
-  const double bound = kMostMemory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
+  const double bound = most_memory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
   const double kept =
       static_cast<double>((batch_invariant ? 1 : plan.pairs) * ((plan.adjoints_in_dx ? 1 : 2) * state + 2 * (columns + steps)));
   const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
@@ -176,5 +178,29 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
     *bytes = (*bytes + 255) / 256 * 256;
   return plan;
 }
+
+// More states than a block holds are the work of two calls, a side of them each: states do not mix. dB, dC and dinitial_state
+// are each call's own, the rest is the sum of what both find. The second adds its dx to that of the first, where it lies: no
+// adjoints do.
+struct FusedBackwardSides {
+  FusedBackwardPlan calls[2];
+  std::size_t steps, heads;  // numbers of ddt; of dA or ddt_bias
+
+  constexpr FusedBackwardSides(const Dims& d, bool packed, bool batch_invariant, bool wants_dx)
+      : calls{plan_of(d, packed, batch_invariant, wants_dx), plan_of(d, packed, batch_invariant, false)},
+        steps(static_cast<std::size_t>(d.batch * d.seqlen * d.nheads)),
+        heads(static_cast<std::size_t>(d.nheads)) {}
+
+  // What both keep, one after the other; then in float32 what each finds of ddt, dA and ddt_bias.
+  constexpr std::size_t kept_bytes() const { return std::max(calls[0].workspace_bytes(), calls[1].workspace_bytes()); }
+  constexpr std::size_t workspace_bytes() const { return kept_bytes() + 2 * sizeof(float) * (steps + 2 * heads); }
+
+ private:
+  static constexpr FusedBackwardPlan plan_of(const Dims& d, bool packed, bool batch_invariant, bool wants_dx) {
+    Dims of_side = d;
+    of_side.dstate = kMostStatesOfBlock;
+    return fused_backward_plan(of_side, kMostStatesOfBlock, packed, batch_invariant, wants_dx, kMostMemoryOfSide);
+  }
+};
 
 }  // namespace statescan::ssd_scan

@@ -24,7 +24,11 @@ template <class Policy>
 void launch_short(const Args& args, const Dims& dims, Stream stream);
 
 template <class Policy>
-void launch_fused_backward(const BackwardArgs& args, const Dims& dims, const FusedBackwardPlan& plan, Stream stream);
+void launch_fused_backward(const BackwardArgs& args, const Dims& dims, const FusedBackwardPlan& plan, bool of_side,
+                           bool adds_to_dx, Stream stream);
+
+template <class Policy>
+void launch_fused_backward_sides(const BackwardArgs& args, const Dims& dims, const FusedBackwardSides& sides, Stream stream);
 
 namespace {
 
@@ -232,14 +236,20 @@ int padded_dstate(const BackwardArgs& args, const Dims& dims) {
   return dims.dstate <= 64 && !args.cu_seqlens && !args.reverse && !dims.D_per_channel ? 64 : 128;
 }
 
+FusedBackwardSides fused_backward_sides_of(const BackwardArgs& args, const Dims& dims) {
+  return {dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant, static_cast<bool>(args.dx)};
+}
+
+// Of the call, or of the first of two.
 FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& dims) {
+  if (dims.dstate > kMostStatesOfBlock) return fused_backward_sides_of(args, dims).calls[0];
   return fused_backward_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant,
                              static_cast<bool>(args.dx));
 }
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   if (args.z) return "takes no z";
-  if (std::string reason = why_not_dstate(dims, 128); !reason.empty()) return reason;
+  if (std::string reason = why_not_dstate(dims, 2 * kMostStatesOfBlock); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
   // What 16-bit states lose is then a share of every sum: ddt of one token is off by twice what rounding it costs.
@@ -254,14 +264,19 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
 }
 
 std::size_t fused_backward_workspace(const BackwardArgs& args, const Dims& dims) {
+  if (dims.dstate > kMostStatesOfBlock) return fused_backward_sides_of(args, dims).workspace_bytes();
   return fused_backward_plan_of(args, dims).workspace_bytes();
 }
 
 template <DType dtype>
 void run_fused_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  if (dims.dstate > kMostStatesOfBlock) {
+    launch_fused_backward_sides<FusedPolicy<dtype, 128>>(args, dims, fused_backward_sides_of(args, dims), stream);
+    return;
+  }
   const FusedBackwardPlan plan = fused_backward_plan_of(args, dims);
-  if (padded_dstate(args, dims) == 64) launch_fused_backward<FusedPolicy<dtype, 64>>(args, dims, plan, stream);
-  else launch_fused_backward<FusedPolicy<dtype, 128>>(args, dims, plan, stream);
+  if (padded_dstate(args, dims) == 64) launch_fused_backward<FusedPolicy<dtype, 64>>(args, dims, plan, false, false, stream);
+  else launch_fused_backward<FusedPolicy<dtype, 128>>(args, dims, plan, false, false, stream);
 }
 
 constexpr cuda::Row<Args, Dims> kForwardRows[] = {
