@@ -135,6 +135,8 @@ class TasksOfBlock {
 
 // Which tokens a task takes, and for which slices.
 struct Task {
+  static constexpr int kChunksOfStretch = kStretch / kTile;
+
   int sequence, first_token, length, segment, batch, chunks, chunk_begin, chunk_count, group, first_slice, sides, side;
 
   __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) : sides(tasks.sides()), side(tasks.side()) {
@@ -171,12 +173,12 @@ struct Task {
     return (p.reverse ? chunks - 1 - chunk : chunk) * kTile;
   }
 
+  __device__ bool begins_stretch(int i) const { return (chunk_begin + i) % kChunksOfStretch == 0; }
+
   // The row of chunk_states of the stretch that begins with the i-th chunk, or -1.
   __device__ std::int64_t stretch_of(const FusedParams& p, int i) const {
-    constexpr int kChunks = kStretch / kTile;
-    const int chunk = chunk_begin + i;
-    if (chunk % kChunks != 0 || i == chunk_count) return -1;
-    return (p.cu_seqlens ? first_token / kStretch + sequence : sequence * p.stretches) + chunk / kChunks;
+    if (!begins_stretch(i) || i == chunk_count) return -1;
+    return (p.cu_seqlens ? first_token / kStretch + sequence : sequence * p.stretches) + (chunk_begin + i) / kChunksOfStretch;
   }
 
   // Tokens of the sequence that the scan meets before the i-th chunk.
@@ -1070,7 +1072,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(state);
         const float total = await_chunk(i + 1);
-        if (kExtra == Extra::kept_states && thread == 0) cute::tma_store_wait<0>();  // the old one has gone out
+        if (kExtra == Extra::kept_states && thread == 0 && task.begins_stretch(i))
+          cute::tma_store_wait<0>();  // the old one has gone out; the latest y as well, for which no other chunk waits
         sync();
 #pragma unroll
         for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
