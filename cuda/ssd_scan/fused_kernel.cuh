@@ -1191,6 +1191,8 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   static_assert(sizeof(SharedStorage<Policy, kStateOnly>) <= kMostSharedBytes);
   auto& shared = *reinterpret_cast<SharedStorage<Policy, kStateOnly>*>(shared_bytes);
+  // Where states leave from inside of the loop, each of the two consumers takes half of what the third warpgroup can spare.
+  constexpr int kSpared = kExtra == Extra::kept_states || kExtra == Extra::positions ? 16 : 0;
   const int warpgroup = cutlass::canonical_warp_group_idx();
 
   if (kStateOnly || p.beside) cuda::let_next_kernel_in();
@@ -1211,7 +1213,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   else __syncthreads();
 
   if (warpgroup == Policy::kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<Policy::kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<Policy::kProducerRegisters - kSpared>();
     const int role = cutlass::canonical_warp_idx_sync() % 4;
     if (role == 0) {
       if (cute::elect_one_sync()) load_chunks<Policy, kStateOnly>(p, shared);
@@ -1225,7 +1227,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
       if (cute::elect_one_sync()) load_gates<Policy, kStateOnly>(p, shared);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters + kSpared / 2>();
     if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
     else compute_output<Policy, kExtra>(p, shared, warpgroup);
   }
