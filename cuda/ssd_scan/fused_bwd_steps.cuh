@@ -80,23 +80,32 @@ inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool 
   if (lane == 0) to.total = fast_exp2(s.total);
 }
 
-// Every kThreads-th run of eight elements of a tile, times the weight of its row.
-template <class NativeElement, int kThreads, int kUnroll>
-__device__ void weight_tile(void* tile, const WalkSteps& steps, int thread) {
+// Every kThreads-th run of eight elements of a tile, times the weight of its row. `rest`, where it is kept, is what rounding takes
+// from them.
+template <class NativeElement, int kThreads, int kUnroll, bool kKeepsRest = false>
+__device__ void weight_tile(void* tile, const WalkSteps& steps, int thread, [[maybe_unused]] void* rest = nullptr) {
   auto* const units = static_cast<uint4*>(tile);
 #pragma unroll kUnroll
   for (int unit = thread; unit < kTileBytes / 16; unit += kThreads) {
     const float weight = steps.weight[unit / (kTile / 8)];
     const uint4 v = units[unit];
     std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    [[maybe_unused]] std::uint32_t rests[4];
 #pragma unroll
-    for (std::uint32_t& word : words) {
-      float pair[2];
-      cuda::widen_word<NativeElement>(word, pair);
-      pair[0] *= weight, pair[1] *= weight;
-      word = cuda::narrow_word<NativeElement>(pair);
+    for (int w = 0; w < 4; ++w) {
+      float pair[2], weighted[2];
+      cuda::widen_word<NativeElement>(words[w], pair);
+      weighted[0] = pair[0] * weight, weighted[1] = pair[1] * weight;
+      words[w] = cuda::narrow_word<NativeElement>(weighted);
+      if constexpr (kKeepsRest) {
+        float rounded[2];
+        cuda::widen_word<NativeElement>(words[w], rounded);
+        const float lost[2] = {fmaf(pair[0], weight, -rounded[0]), fmaf(pair[1], weight, -rounded[1])};
+        rests[w] = cuda::narrow_word<NativeElement>(lost);
+      }
     }
     units[unit] = make_uint4(words[0], words[1], words[2], words[3]);
+    if constexpr (kKeepsRest) static_cast<uint4*>(rest)[unit] = make_uint4(rests[0], rests[1], rests[2], rests[3]);
   }
 }
 

@@ -9,7 +9,8 @@
 //          these leave multiprocessors without work. A warpgroup for each tile of the states; one weights x or dy where it
 //          lies, one loads and prepares the steps: what a chunk waits for in the one before it is to decay the state and add a
 //          product to it
-// Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands; fixed order
+// Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands, and what that takes from them as others
+//          where states hardly decay; fixed order
 #pragma once
 
 #include "fused_bwd_kept.cuh"
@@ -19,14 +20,21 @@ namespace statescan::ssd_scan {
 
 namespace fused {
 
+// Where more than this of a state outlives a chunk, what rounding takes from the weighted rows of many chunks adds up in it, and
+// goes into a product of its own. Such a chunk takes 1.4 times as long. Infinity leaves that product out; with 0.35 gradients of
+// long sequences are within 1.5 roundings at any decay, but one such head makes a batch of one as slow as all of them.
+inline constexpr float kSlowDecay = 0.7f;
+
 template <class Policy>
 struct WalkStorage {
-  static constexpr int kStages = 4, kTiles = Policy::kState / kTile, kAhead = 4;
+  static constexpr int kStages = 4, kRests = 2, kTiles = Policy::kState / kTile, kAhead = 4;
+  static_assert(kStages % kRests == 0, "or the walkers would count chunks for them");
   static constexpr int kWalkers = 2 * kTiles;                       // warpgroups that have a tile of the state of a slice each
   static constexpr int kWarpgroups = kWalkers + 2, kPreparing = 3;  // warps that prepare steps
   using Tile = char[kTileBytes];
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
+  alignas(1024) Tile rests[kRests][2];             // what rounding takes from them once weighted
   alignas(1024) Tile kept[kWalkers];
   WalkSteps steps[kStages][2];
   uint2 raw[kPreparing][kAhead][32];  // what each warp that prepares has loaded ahead
@@ -162,22 +170,31 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
 // Two warps per slice, or four where there is one: a row of its tile times the weight of that token.
 template <class Policy>
 __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
-                            Ring<WalkStorage<Policy>::kStages>& ring) {
+                            unsigned& position) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kThreads = kWarpgroup / 2;
+  constexpr int kThreads = kWarpgroup / 2, kStages = WalkStorage<Policy>::kStages, kRests = WalkStorage<Policy>::kRests;
   const bool single = p.items_of_walk == 1;
   const int which = single ? 0 : threadIdx.x % kWarpgroup / kThreads;
   const bool present = task.has_item(p, which);
-  for (int i = 0; i < task.chunks; ++i, ring.advance()) {
-    shared.full[ring.stage].wait(ring.parity);
+  for (int i = 0; i < task.chunks; ++i, ++position) {
+    const unsigned stage = position % kStages, before = position - kRests;  // before: whose rests lay where these will
+    shared.full[stage].wait(position / kStages % 2);
     if (present) {
-      auto& rows = shared.rows[ring.stage][which];
-      const WalkSteps& steps = shared.steps[ring.stage][which];
-      if (single) weight_tile<NativeElement, kWarpgroup, 4>(rows, steps, threadIdx.x % kWarpgroup);
-      else weight_tile<NativeElement, kThreads, 8>(rows, steps, threadIdx.x % kThreads);
+      char* const rows = shared.rows[stage][which];
+      char* const rests = shared.rests[position % kRests][which];
+      const WalkSteps& steps = shared.steps[stage][which];
+      if (steps.total > kSlowDecay) {
+        shared.empty[before % kStages].wait(before / kStages % 2);
+        if (single) weight_tile<NativeElement, kWarpgroup, 4, true>(rows, steps, threadIdx.x % kWarpgroup, rests);
+        else weight_tile<NativeElement, kThreads, 4, true>(rows, steps, threadIdx.x % kThreads, rests);
+      } else if (single) {
+        weight_tile<NativeElement, kWarpgroup, 4>(rows, steps, threadIdx.x % kWarpgroup);
+      } else {
+        weight_tile<NativeElement, kThreads, 8>(rows, steps, threadIdx.x % kThreads);
+      }
       cutlass::arch::fence_view_async_shared();
     }
-    shared.weighted[ring.stage].arrive();
+    shared.weighted[stage].arrive();
   }
 }
 
@@ -202,6 +219,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
   using M = Matmuls<Policy>;
   using Element = typename M::Element;
   constexpr int kStages = WalkStorage<Policy>::kStages, kTiles = WalkStorage<Policy>::kTiles, kValues = kTile / 2;
+  constexpr int kRests = WalkStorage<Policy>::kRests;
   const int thread = threadIdx.x % kWarpgroup, which = walker / kTiles, tile = walker % kTiles;
   const Fragment at(thread);
   Fragment at_tile = at;
@@ -213,6 +231,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
   const auto mine = mma.get_thread_slice(thread);
   auto state = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
   const auto rows = mine.partition_fragment_A(M::tensor(shared.rows, typename M::template Columns<kTile, 2 * kStages>{}));
+  const auto rests = mine.partition_fragment_A(M::tensor(shared.rests, typename M::template Columns<kTile, 2 * kRests>{}));
   const auto projection =
       mine.partition_fragment_B(M::tensor(shared.projection, typename M::template Columns<kTile, kStages * kTiles>{}));
   constexpr auto _ = cute::_;
@@ -249,6 +268,10 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       for (int v = 0; v < kValues; ++v) state(v) *= total;
       shared.weighted[stage].wait(ring.parity);
       cute::warpgroup_fence_operand(state);
+      if (total > kSlowDecay) {
+        cute::warpgroup_arrive();
+        issue<false>(mma, rests(_, _, _, 2 * (stage % kRests) + which), projection(_, _, _, kTiles * stage + tile), state);
+      }
       cute::warpgroup_arrive();
       issue<false>(mma, rows(_, _, _, 2 * stage + which), projection(_, _, _, kTiles * stage + tile), state);
 
@@ -318,7 +341,8 @@ __global__ void __launch_bounds__(128 * fused::WalkStorage<Policy>::kWarpgroups,
   if constexpr (kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<kOtherRegisters>();
   Ring<Storage::kStages> ring;
   if (warpgroup == kWalkers) {
-    for_each_walk(p, [&](const WalkTask& task) { weight_rows<Policy>(p, task, shared, ring); });
+    unsigned position = 0;  // in the ring
+    for_each_walk(p, [&](const WalkTask& task) { weight_rows<Policy>(p, task, shared, position); });
     return;
   }
   const int role = cutlass::canonical_warp_idx_sync() % 4;
