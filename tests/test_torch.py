@@ -2,6 +2,7 @@
 torch runs an op: eager, autocast, checkpointed, compiled, exported, captured."""
 
 import contextlib
+import importlib
 import shutil
 
 import cases
@@ -335,6 +336,39 @@ def test_states_are_kept_for_a_gradient_alone(rng, device):
     with implemented(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         assert_same(statescan.torch.ssd_scan(**inputs, save_states=True).detach(), y)
     assert saved[-1] == (2, 1, *inputs["initial_state"].shape[1:])
+
+
+@pytest.mark.parametrize("given", ("float32", "bfloat16", "autocast"))
+def test_states_are_kept_for_a_backward_that_reads_them(rng, device, given):
+    """A GPU's fused backward makes them again all the same."""
+    sizes = dict(seqlen=300, headdim=16, dstate=24)
+    arrays = OPS["ssd_scan"].inputs(rng, "bfloat16" if given == "bfloat16" else "float32", **sizes)
+    inputs = {name: tensor for name, tensor in tensors(arrays, device, requires_grad=True).items() if name != "z"}
+    dtype = torch.float32 if given == "float32" else torch.bfloat16
+    planned = {name: t.detach().to(dtype) if name in ("x", "B", "C") else t.detach() for name, t in inputs.items()}
+    plan = statescan.plan("ssd_scan_backward", **planned, dy=planned["x"])
+    assert plan.reads_kept_states != plan.kernel.startswith("fused")
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
+    with implemented(), hooks, torch.autocast(device.name, torch.bfloat16, enabled=given == "autocast"):
+        y = statescan.torch.ssd_scan(**inputs, dt_softplus=True, save_states=True)
+    assert ((2, 2, *inputs["initial_state"].shape[1:]) in saved) == plan.reads_kept_states
+    scalar([y]).backward()
+    assert inputs["x"].grad.isfinite().all()
+
+
+def test_whether_states_are_read_is_asked_of_the_library(rng, device, monkeypatch):
+    asked, op = [], importlib.import_module("statescan.torch.ssd_scan")._OP
+    kernel = op._backward_kernel
+    monkeypatch.setattr(op, "_backward_kernel", lambda *args: asked.append(kernel(*args)) or (*asked[-1][:-1], False))
+    inputs = tensors(OPS["ssd_scan"].inputs(rng), device, requires_grad=True)
+    saved = []
+    with implemented(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        statescan.torch.ssd_scan(**inputs, save_states=True)
+    assert statescan.Plan(*asked[0]).reads_kept_states  # in float32 everywhere
+    assert (2, 1, *inputs["initial_state"].shape[1:]) not in saved
+    with pytest.raises(ValueError, match="^ssd_scan: "):
+        statescan.torch.ssd_scan(**{**inputs, "A": inputs["A"][1:]}, save_states=True)
 
 
 @pytest.mark.parametrize("asked", ((), ("final_state",), ("final_state", "position_states")), ids=lambda a: f"with {len(a)}")

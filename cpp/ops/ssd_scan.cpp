@@ -98,7 +98,11 @@ Dims validate(const BackwardArgs& args) {
 }
 
 Plan plan(const Args& args, const Dims& dims) { return plan_on(args, dims, args.x.device); }
-Plan plan(const BackwardArgs& args, const Dims& dims) { return plan_on(args, dims, args.x.device); }
+Plan plan(const BackwardArgs& args, const Dims& dims) {
+  Plan plan = plan_on(args, dims, args.x.device);
+  if (args.x.device.type == DeviceType::cpu) plan.reads_kept_states = true;
+  return plan;
+}
 
 void run(const Args& args, Stream stream) {
   const Dims dims = validate(args);

@@ -301,9 +301,9 @@ constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
      run_fused_backward<DType::bfloat16>},
 #endif
     {"ahead_bfloat16", just(DType::bfloat16), cuda::kSm80AndNewer, why_not_ahead, backward_workspace<States::one_term>,
-     backward<States::one_term>, backward_segment_tokens<States::one_term>},
+     backward<States::one_term>, backward_segment_tokens<States::one_term>, true},
     {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>,
-     backward_segment_tokens<States::full>},
+     backward_segment_tokens<States::full>, true},
 };
 constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x, kBackwardRows};
 

@@ -118,7 +118,8 @@ class __attribute__((visibility("hidden"))) Call {
   template <class Args, class Dims>
   static nb::object describe(const Args& args, const Dims& dims) {
     const Plan chosen = plan(args, dims);
-    return nb::make_tuple(chosen.backend, chosen.kernel, chosen.workspace_bytes, chosen.segment_tokens);
+    return nb::make_tuple(chosen.backend, chosen.kernel, chosen.workspace_bytes, chosen.segment_tokens,
+                          chosen.reads_kept_states);
   }
 
  private:

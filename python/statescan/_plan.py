@@ -24,13 +24,15 @@ BACKWARD_OPS = tuple(f"{op}_backward" for op in OPS if not op.endswith("_update"
 class Plan(NamedTuple):
     """The backend ("cpu" or "cuda"), the kernel (a row of the op's table) and the scratch memory of a call. On a GPU, where few
     sequences and heads would not fill it, sequences are cut into segments of segment_tokens, the first and the last apart,
-    which changes how results round; 0: not cut, as always with batch_invariant.
+    which changes how results round; 0: not cut, as always with batch_invariant. reads_kept_states: of ssd_scan_backward, whether
+    it reads the chunk_states that a forward with save_states returns, or makes them again all the same.
     """
 
     backend: str
     kernel: str
     workspace_bytes: int
     segment_tokens: int = 0
+    reads_kept_states: bool = False
 
 
 def plan(op: str, *args: Any, **kwargs: Any) -> Plan:
@@ -41,7 +43,7 @@ def plan(op: str, *args: Any, **kwargs: Any) -> Plan:
         args, kwargs: what the op itself would be called with.
 
     Returns:
-        Plan(backend, kernel, workspace_bytes, segment_tokens).
+        Plan(backend, kernel, workspace_bytes, segment_tokens, reads_kept_states).
 
     Raises:
         ValueError: no op has that name, or the arguments do not fit it.

@@ -63,7 +63,8 @@ def ssd_scan(
         ssd_mode: "chunked" (matrix products inside chunks, a state between them), "recurrent" (token by token), "quadratic"
             (one chunk, the masked attention form, whose work grows with the square of seqlen), or None: what is fastest.
         save_states: also return the state that enters each stretch of 256 tokens, for ssd_scan_backward, which then need
-            not look for them again: dstate/256 of the memory of x. A GPU's fused kernels do all the same, and are no slower.
+            not make them again: dstate/256 of the memory of x. A GPU's fused backward does all the same, and is no slower
+            (``plan("ssd_scan_backward", ...).reads_kept_states``).
         out, final_state_out, position_states_out, chunk_states_out: arrays to write the results to; states may have a narrower
             dtype, those of chunk_states_out that of x or float32.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.

@@ -25,6 +25,8 @@ struct Plan {
   // Sequences are cut into segments of so many tokens, the first and the last apart, and the segments computed side by side,
   // which few sequences and heads need to fill a device, and which batch_invariant forbids; 0: not cut.
   std::int64_t segment_tokens = 0;
+  // Of a backward: it reads what the forward can keep for it (ssd_scan's chunk_states), which is worth keeping then.
+  bool reads_kept_states = false;
 };
 
 STATESCAN_API const char* version();

@@ -260,6 +260,21 @@ class Op(_Operator):
         kinds[self._cotangents[0]] = kinds[names[0]] = "Tensor"
         self._backward_arguments = ", ".join(f"{kinds[n]} {n}" for n in arguments)
 
+    def reads_kept(self, args: Sequence[Any]) -> bool:
+        """Whether the backward of a call with these arguments would read what the forward can keep for it. While a call is traced
+        nobody knows the kernel, and it is taken to."""
+        if _is_compiling() or _count_dispatch_modes() or _transforms_are_active():
+            return True
+        if _autocast_is_active():
+            args = self._autocast(args)
+        cotangents = (args[self._narrow[0]], *[None] * (len(self._cotangents) - 1))  # shaped as the first result
+        arguments = self._assembled((*self._saved(args), None, *self._options(args), *cotangents))
+        try:
+            with torch.no_grad():
+                return self._backward_kernel(*arguments, None, True)[-1]
+        except (ValueError, TypeError, NotImplementedError):  # the call itself says what is wrong with its arguments
+            return True
+
     def _define_backward(self) -> None:
         name = f"{self.name}_backward"
         kernel = getattr(_C, name)

@@ -87,9 +87,10 @@ def ssd_scan(
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
         state_positions: [batch or num_sequences, npositions] int32 or int64: after how many tokens the state is wanted as well.
         ssd_mode: "chunked", "recurrent" or "quadratic", the form of the computation; None lets the library pick.
-        save_states: keep the state that enters each stretch of 256 tokens for the backward, which then need not look for them
-            again: dstate/256 of the memory of x, until the backward. Without a gradient nothing is kept. A GPU's fused kernels
-            look for them all the same, and are no slower.
+        save_states: keep the state that enters each stretch of 256 tokens for the backward, which then need not make them
+            again: dstate/256 of the memory of x, until the backward. Nothing is kept without a gradient, nor for a backward that
+            would not read it, as a GPU's fused one (the plan of ssd_scan_backward: reads_kept_states); under torch.compile, which
+            does not know the kernel, always.
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32.
@@ -103,8 +104,11 @@ def ssd_scan(
 
     Source: Dao & Gu 2024, Transformers are SSMs (arXiv:2405.21060), equation 16 and section 6.
     """
-    return _OP.call((
+    args = (
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, initial_state, return_final_state, cu_seqlens, reverse,
         chunk_size or 0, _batch_invariant(batch_invariant), state_positions, ssd_mode,
         save_states and wants_gradient(x, dt, A, B, C, D, z, dt_bias, initial_state),
-    ))  # fmt: skip
+    )  # fmt: skip
+    if args[-1] and not _OP.reads_kept(args):
+        args = (*args[:-1], False)
+    return _OP.call(args)
