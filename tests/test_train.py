@@ -12,12 +12,11 @@ import plain_torch
 from statescan.demo import train
 from statescan.demo.model import WEIGHTS
 from statescan.demo.model import LanguageModel as NumpyModel
-from statescan.demo.muon import Muon
 
 CONFIG = Config(d_model=32, n_layer=2, headdim=16, dstate=16, ngroups=2)
 SETTINGS = train.Settings(steps=20, rows=2, window=64, learning_rate=1e-2, warmup=0.1, evaluations=2, fake_quantise_from=0.8)
 DOCUMENTS = corpus.load_bytes(corpus.default_root() / name for name in ("bisect.py", "colorsys.py", "sched.py"))
-MUON = {"muon_learning_rate": 1e-2}
+MUON = [{"muon_learning_rate": 1e-2}] if hasattr(torch.optim, "Muon") else []  # torch 2.9 and newer
 
 
 def trainer(settings=SETTINGS):
@@ -51,7 +50,7 @@ def test_it_learns_step_for_step_as_plain_torch_does(monkeypatch):
     assert math.log(256) == pytest.approx(ours[0], rel=0.05)
 
 
-@pytest.mark.parametrize("options", ({}, {"dropout": 0.2}, MUON), ids=str)
+@pytest.mark.parametrize("options", ({}, {"dropout": 0.2}, *MUON), ids=str)
 def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, options):
     settings = dataclasses.replace(SETTINGS, **options)
     whole = trainer(settings)
@@ -68,32 +67,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path, options):
         trainer(dataclasses.replace(SETTINGS, rows=5)).load_checkpoint(tmp_path / "run.pt")
 
 
-def test_muon_takes_the_projections_and_adamw_the_rest():
-    run = trainer(dataclasses.replace(SETTINGS, **MUON))
+@pytest.mark.parametrize("options", MUON)
+def test_muon_takes_the_projections_and_adamw_the_rest(options):
+    run = trainer(dataclasses.replace(SETTINGS, **options))
     first, second = ([p for group in o.param_groups for p in group["params"]] for o in run.optimizers)
     assert len(second) == 2 * CONFIG.n_layer
     assert len(first) + len(second) == len(list(run.model.parameters()))
     got = losses(run, 20)
     assert sum(got[-5:]) < 0.75 * sum(got[:5]), got
-
-
-def test_muon_is_torch_s():
-    """Matrices of one shape together go where each goes by itself, to the rounding of bfloat16."""
-    peer = getattr(torch.optim, "Muon", None)
-    if peer is None:
-        pytest.skip("torch.optim.Muon came with torch 2.9")
-    torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((24, 40), (40, 24), (24, 40), (16, 16), (24, 40))]
-    ours, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
-    steps = Muon(ours, lr=0.02, weight_decay=0.1), peer(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for _ in range(4):
-        for one, other in zip(ours, theirs):
-            one.grad = torch.randn(one.shape)
-            other.grad = one.grad.clone()
-        for optimizer in steps:
-            optimizer.step()
-    for one, other, value in zip(ours, theirs, start):
-        assert (one - other).norm() < 2e-2 * (other - value).norm()
 
 
 def test_dropout_is_for_training_alone():

@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 from statescan.demo import corpus
 from statescan.demo.config import Config
-from statescan.demo.muon import Muon
 from statescan.nn import CausalLM, CausalLMConfig, State
 
 FORMAT = "statescan.mamba2_lm.v1"
@@ -310,7 +309,7 @@ def fake_quantised(parameters: Sequence[nn.Parameter], enabled: bool) -> Iterato
 class Settings:
     """Hyper-parameters of a run, stored as JSON in the weight file. The schedule follows `steps` if set, else time.
 
-    With `muon_learning_rate` the projections are trained by Muon and the rest by AdamW; without, all by AdamW.
+    With `muon_learning_rate` the projections are trained by Muon (torch 2.9 or newer) and the rest by AdamW; without, all by AdamW.
     An epoch goes `repeat` times through the library, and once through further sources.
     """
 
@@ -340,7 +339,10 @@ class Settings:
 
 
 def optimizers(model: CausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon beside it. The schedule scales each group's `peak_lr`; matrices alone are decayed."""
+    """AdamW, or Muon beside it. The schedule scales each group's `peak_lr`; matrices alone are decayed.
+
+    Muon: K. Jordan et al., 2024, with its step scaled to the size of AdamW's (Liu et al., 2025, arXiv:2502.16982).
+    """
     named = dict(model.named_parameters())
     projections = [p for name, p in named.items() if settings.muon_learning_rate > 0 and name.endswith("_proj.weight")]
     rest = [p for p in named.values() if not any(p is other for other in projections)]
@@ -351,7 +353,8 @@ def optimizers(model: CausalLM, settings: Settings) -> list[torch.optim.Optimize
     peak, betas = settings.learning_rate, (settings.beta1, settings.beta2)
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=betas, fused=rest[0].is_cuda)]
     if projections:
-        found.append(Muon(projections, settings.muon_learning_rate, settings.weight_decay))
+        peak, decay = settings.muon_learning_rate, settings.weight_decay
+        found.append(torch.optim.Muon(projections, lr=peak, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
