@@ -10,9 +10,7 @@
 #include <algorithm>
 
 #include "../../cpp/ops/mamba2_stages.h"
-#include "../common/scaled.h"
 #include "../common/tma.h"
-#include "../ssd_scan/scaled_output.h"
 #include "compose.h"
 #include "scratch.h"
 
@@ -42,12 +40,7 @@ struct Stages {
 
     static_cast<ssd_scan::Inputs&>(ssd) = ssd_inputs(args, d, xBC);
     ssd.y = channels_of(y, 0, d.nheads, d.headdim);
-    if (has_norm && d.norm_group_size % cuda::kScaledTogether == 0) {
-      if (const std::size_t bytes = exponent_bytes(ssd, ssd_dims(d)); bytes > 0) {
-        exponents = static_cast<std::uint8_t*>(scratch.bytes(bytes));
-        is_scaled = true;
-      }
-    }
+    if (has_norm) scan = {ssd, d, scratch};
     scratch_bytes = scratch.used();
 
     static_cast<gated_rms_norm::Inputs&>(dnorm) = norm_inputs(args, d, y);
@@ -56,7 +49,7 @@ struct Stages {
     dnorm.dz = gradient.z;
     dnorm.dweight = args.dnorm_weight;
     dnorm.end = end_of_packing(args, d);
-    dnorm.x_exponents = exponents;
+    dnorm.x_exponents = scan.exponents();
 
     const SplitConv of_scan(dxBC, d);
     static_cast<ssd_scan::Inputs&>(dssd) = ssd;
@@ -89,8 +82,7 @@ struct Stages {
   gated_rms_norm::GradientArgs dnorm;
   ssd_scan::BackwardArgs dssd;
   causal_conv1d::BackwardArgs dconv;
-  bool is_scaled = false;             // y lies between scan and norm as halves with shared exponents
-  std::uint8_t* exponents = nullptr;  // these; null without workspace
+  ScanBeforeNorm scan;
   std::size_t scratch_bytes;
 };
 
@@ -110,8 +102,7 @@ void launch_composed(const BackwardArgs& args, const Dims& d, Stream stream) {
   const Stages stages(args, d);
   run_cuda(stages.conv, conv_dims(d), stream);
   if (stages.has_norm) {
-    if (stages.is_scaled) run_scaled(stages.ssd, ssd_dims(d), stages.exponents, stream);
-    else run_cuda(stages.ssd, ssd_dims(d), stream);
+    stages.scan.run(stages.ssd, d, stream);
     run_padded(stages.dnorm, norm_dims(d), stream);
   }
   run_cuda(stages.dssd, ssd_dims(d), stream);

@@ -10,8 +10,6 @@
 #include <algorithm>
 
 #include "../../cpp/ops/mamba2_stages.h"
-#include "../common/scaled.h"
-#include "../ssd_scan/scaled_output.h"
 #include "compose.h"
 #include "scratch.h"
 
@@ -37,13 +35,8 @@ struct Stages {
     norm.y = args.y;
     norm.end = end_of_packing(args, d);
 
-    if (args.norm_weight && d.norm_group_size % cuda::kScaledTogether == 0) {
-      if (const std::size_t bytes = exponent_bytes(ssd, ssd_dims(d)); bytes > 0) {
-        exponents = static_cast<std::uint8_t*>(scratch.bytes(bytes));
-        is_scaled = true;
-      }
-    }
-    norm.x_exponents = exponents;
+    if (args.norm_weight) scan = {ssd, d, scratch};
+    norm.x_exponents = scan.exponents();
     scratch_bytes = scratch.used();
     conv.workspace = ssd.workspace = norm.workspace = scratch.rest();
   }
@@ -51,8 +44,7 @@ struct Stages {
   causal_conv1d::Args conv;
   ssd_scan::Args ssd;
   gated_rms_norm::ForwardArgs norm;
-  bool is_scaled = false;             // y lies between scan and norm as halves with shared exponents
-  std::uint8_t* exponents = nullptr;  // these; null without workspace
+  ScanBeforeNorm scan;
   std::size_t scratch_bytes;
 };
 
@@ -67,8 +59,7 @@ std::size_t composed_bytes(const Args& args, const Dims& d) {
 void launch_composed(const Args& args, const Dims& d, Stream stream) {
   const Stages stages(args, d);
   run_cuda(stages.conv, conv_dims(d), stream);
-  if (stages.is_scaled) run_scaled(stages.ssd, ssd_dims(d), stages.exponents, stream);
-  else run_cuda(stages.ssd, ssd_dims(d), stream);
+  stages.scan.run(stages.ssd, d, stream);
   if (args.norm_weight) run_padded(stages.norm, norm_dims(d), stream);
 }
 

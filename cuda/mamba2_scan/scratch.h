@@ -1,9 +1,13 @@
-// What both directions of mamba2_scan share: scratch memory, and where the packed tokens end.
+// What both directions of mamba2_scan share: scratch memory, how y lies before the norm, and where the packed tokens end.
 #pragma once
 
 #include <statescan/mamba2_scan.h>
 
+#include "../../cpp/ops/backend.h"
+#include "../../cpp/ops/mamba2_stages.h"
+#include "../common/scaled.h"
 #include "../gated_rms_norm/policy.h"
+#include "../ssd_scan/scaled_output.h"
 
 namespace statescan::mamba2_scan {
 
@@ -36,6 +40,30 @@ class Scratch {
 
   const Workspace& workspace_;
   std::size_t used_ = 0;
+};
+
+// The scan before a norm: y as halves with shared exponents, where it can leave them and the norm can read them, else as
+// elements.
+class ScanBeforeNorm {
+ public:
+  ScanBeforeNorm() = default;
+  ScanBeforeNorm(const ssd_scan::Args& scan, const Dims& d, Scratch& scratch) {
+    const std::size_t bytes = d.norm_group_size % cuda::kScaledTogether == 0 ? exponent_bytes(scan, ssd_dims(d)) : 0;
+    if (bytes == 0) return;
+    is_scaled_ = true;
+    exponents_ = static_cast<std::uint8_t*>(scratch.bytes(bytes));
+  }
+
+  std::uint8_t* exponents() const { return exponents_; }  // for the norm; null: elements, or no workspace yet
+
+  void run(const ssd_scan::Args& scan, const Dims& d, Stream stream) const {
+    if (is_scaled_) run_scaled(scan, ssd_dims(d), exponents_, stream);
+    else run_cuda(scan, ssd_dims(d), stream);
+  }
+
+ private:
+  bool is_scaled_ = false;
+  std::uint8_t* exponents_ = nullptr;
 };
 
 // Past the last packed token y and the gradients are zero, whatever z and dy hold: those rows are padding to the norm.
