@@ -194,6 +194,23 @@ def test_mamba_ssm_block_with_states(mamba_ssm):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_accuracy_of_a_block_beside_mamba_ssm(mamba_ssm, capsys):
+    """The CPU, which rounds nothing on the way, is one rounding off."""
+    import torch
+    from statescan.bench import bench_mamba2_scan_accuracy as bench
+
+    for kind in bench.KINDS:
+        found = dict(bench.measure(kind, torch.bfloat16, 30, "cpu"))
+        assert list(found) == ["statescan", "mamba-ssm"]
+        for errors in found.values():
+            assert errors.keys() >= {*bench.ROUNDED, "dA", "dconv_weight", "dnorm_weight"}
+            for name, error in errors.items():
+                assert 0.95 < error < 1.05 if name in bench.ROUNDED else error < 1e-5, name
+    assert bench.main(["--device=cpu", "--draws=1", "--seqlen=5"]) == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"| {kind} ") == 4 for kind in bench.KINDS) and "In roundings" in printed
+
+
 def test_our_convolution_in_mamba_ssm_s_fused_op():
     torch = pytest.importorskip("torch")
     from statescan.bench import mamba_ssm_block
