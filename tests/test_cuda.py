@@ -596,6 +596,63 @@ def test_links_of_selective_scan_change_no_bits(rng, dtype, dstate, layout):
         assert torch.isfinite(one.float()).all() and torch.equal(one, other)
 
 
+def normal_selective_scan(batch, seqlen, dim, dstate, dtype, layout):
+    """Inputs of a scan and of its backward, made where they are used."""
+    import torch
+
+    def over_tokens(*shape):
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    def over_channels():
+        value = over_tokens(batch, dim, seqlen).transpose(1, 2)
+        return value if layout == "channels_first" else value.contiguous()
+
+    made = {name: over_channels() for name in ("x", "dt", "z", "dy")}
+    made |= {name: over_tokens(batch, seqlen, 1, dstate) for name in ("B", "C")}
+    made |= {"A": -torch.rand(dim, dstate, device="cuda") * 4 - 0.1, "D": torch.randn(dim, device="cuda")}
+    return made | {"dt_bias": torch.randn(dim, device="cuda") - 3, "dt_softplus": True}
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", ("channels_last", "channels_first"))
+def test_lanes_of_selective_scan_change_no_bits(layout):
+    """Two states a lane for a row alone, eight for many; both in links."""
+    import torch
+
+    torch.manual_seed(0)
+    many = normal_selective_scan(5, 4104, 4224, 16, torch.bfloat16, layout)
+    del many["dy"]
+    alone = {name: value[4:] if name in ("x", "dt", "z", "B", "C") else value for name, value in many.items()}
+    assert statescan.plan("selective_scan", **alone).workspace_bytes > 0  # links
+    results = (statescan.selective_scan(**inputs, return_final_state=True) for inputs in (many, alone))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one[4:], other)
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", ("channels_last", "channels_first"))
+@pytest.mark.parametrize("batch,seqlen,dim,dstate", ((1, 4104, 328, 16), (6, 1032, 2952, 16), (2, 520, 136, 24)))
+def test_selective_scan_in_reverse_is_that_of_flipped_tokens(batch, seqlen, dim, dstate, layout):
+    """Bit by bit: in segments, in links, and in two pieces of the states."""
+    import torch
+
+    torch.manual_seed(0)
+    made = normal_selective_scan(batch, seqlen, dim, dstate, torch.bfloat16, layout)
+    last = 2 if layout == "channels_first" else 1
+
+    def flip(value):
+        return value.transpose(1, last).flip(last).transpose(1, last)
+
+    flipped = {name: flip(value) if name in ("x", "dt", "z", "dy", "B", "C") else value for name, value in made.items()}
+    gradients = statescan.selective_scan_backward(**made)
+    reversed_gradients = statescan.selective_scan_backward(**flipped, reverse=True)
+    for one, other in zip(gradients, reversed_gradients, strict=True):
+        if one is not None:
+            assert torch.equal(one, other.flip(1) if one.ndim > 2 and one.shape[1] == seqlen else other)
+    del made["dy"], flipped["dy"]
+    assert torch.equal(statescan.selective_scan(**made), statescan.selective_scan(**flipped, reverse=True).flip(1))
+
+
 @needs_gpu
 def test_more_channels_than_a_grid_axis_of_selective_scan(rng):
     """known_bugs 7: dim past 65,535, in many groups of few channels and in one."""

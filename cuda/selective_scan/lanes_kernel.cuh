@@ -3,11 +3,11 @@
 // Shapes   x, dt, z, y [b,l,d]; A, h [d,16]; B, C [b,l,g,16]
 // Traffic  x, dt, z, y once: 4*b*l*d elements; B, C once a block, from L2. For the backward instead of z, y and C a state every
 //          8 tokens: b*l*d*16/8 floats
-// Launch   one axis of links x sequences x blocks of 128 threads. A lane has kStates states of one channel, 16 / kStates lanes
-//          share a channel, a block has 8 kStates of them: 8 states a lane need the least instructions, with 2 a batch of one
-//          fills the chip without segments. A tile is 128 / kStates tokens, 8 elements of x, dt, z and y for each thread; it is
-//          fetched while the one before is made ready and the one before that scanned, with one barrier for the three
-// Numerics float32. y is summed over a lane's states by output_of, over lanes as a tree: the same bits for every kStates, and
+// Launch   one axis of links x sequences x blocks of 128 threads. A lane has `states` states, of one channel where y is wanted,
+//          else of two; a block has 8 `states` channels: 8 states a lane need the least instructions, with 2 a batch of one
+//          fills the chip without segments. A tile is 128 / `states` tokens, 8 elements of x, dt, z and y for each thread; it
+//          is fetched while the one before is made ready and the one before that scanned, with one barrier for the three
+// Numerics float32. y is summed over a lane's states by output_of, over lanes as a tree: the same bits for every `states`, and
 //          those of fwd_kernel.cuh
 // Of a backward in segments these are worked on side by side, as if each started from zero: the gradients' kernel adds what
 // their start makes of a checkpoint. Their adjoints' ends come along: with P the product of the decays so far, the sum of
@@ -19,30 +19,26 @@
 
 namespace statescan::selective_scan {
 
-// Where a channel's steps lie in a row: so that threads that write eight channels each, and lanes that read one each, touch all
-// banks. kApart: with a gap behind every eight, a constant from one of a thread's channels to the next.
-template <bool kApart>
-constexpr __host__ __device__ int lanes_slot(int channel) {
-  return kApart ? channel + channel / kRun : channel ^ (channel >> 3 & 7);
-}
-
-// The two are as good in all but time. H100, d5120: apart, segments of b1 l16384 from zero take 620 us instead of 697; y takes
-// 760 instead of 735 there, and that of b8 l2048 along the tokens 595 instead of 570.
-constexpr __host__ __device__ bool lanes_lie_apart(Pass pass) { return pass == Pass::segments; }
-
-template <class Policy, int states, bool kApart>
+template <class Policy, int states, Pass kPass>
 struct Lanes {
   static constexpr int kThreads = kLaneThreads;
-  static constexpr int kStates = states, kLanes = kLaneStates / states;  // of a channel
-  static constexpr int kWidth = lanes_width(states);                     // channels of a block
-  static constexpr int kTokens = kThreads * kRun / kWidth;               // of a tile
-  static constexpr int kOfWarp = kWarp / kLanes;                         // channels of a warp
-  // Shared memory in floats. Steps lie as [pair of tokens][channel] of {dt, u, dt, u}, y as [token][channel], with rows that
-  // begin on another bank each, and so do every eight tokens, those of a thread along the tokens.
-  static constexpr int kStepRow = kApart ? 4 * (lanes_slot<true>(kWidth - 1) + 1) : 4 * kWidth + 4;
-  static constexpr int kSumRow = kWidth + kWarp / kLanes, kSkew = 4;
-  static constexpr int kSteps = kTokens / 2 * kStepRow + kTokens / kRun * kSkew,
-                       kSums = kTokens * kSumRow + kTokens / kRun * kSkew;
+  static constexpr bool kOutput = kPass == Pass::output;
+  // Channels of a lane, and states of each. Two channels share what a lane reads of B and C; of y they would need more
+  // shuffles.
+  static constexpr int kOwn = kOutput ? 1 : 2, kStates = states / kOwn;
+  static constexpr int kLanes = kLaneStates / kStates;      // of a channel
+  static constexpr int kWidth = lanes_width(states);        // channels of a block
+  static constexpr int kTokens = kThreads * kRun / kWidth;  // of a tile
+  static constexpr int kAlike = kWarp / kLanes;             // lanes of a warp that have the same states
+  static constexpr int kOfWarp = kAlike * kOwn;             // channels of a warp
+  // Shared memory in floats: steps [pair of tokens][channel] of {dt, u, dt, u}, y [token][channel]. Rows, gaps behind every few
+  // channels and behind every eight tokens are such that threads that write or read eight elements, along either axis, and
+  // lanes that do a channel or two touch all banks, all at constants from one another.
+  static constexpr bool kWide = kWidth == 64;
+  static constexpr int kStepGap = kWide ? 1 : 4, kStepSkew = kWide ? 0 : 4, kSumSkew = kWide ? 16 : 4;
+  static constexpr int kStepRow = kWide ? 4 * 71 : 4 * 21, kSumRow = kWide ? (kOutput ? 80 : 68) : 28;
+  static constexpr int kSteps = kTokens / 2 * kStepRow + kTokens / kRun * kStepSkew,
+                       kSums = kTokens * kSumRow + kTokens / kRun * kSumSkew;
   // B and C as floats, [token][state] each. With 2 states a lane, which are bound by shared memory, 16-bit as they come: both
   // of two states and two tokens in one word, of three tiles since nothing is left to make ready.
   static constexpr bool kPaired = states == 2;
@@ -55,9 +51,11 @@ struct Lanes {
   static constexpr int kFloats = kSlots * kSlot + 2 * (kSteps + kSums) + kProjections * kProjection + 2 * kWidth;
   static_assert(kPaired || kValues <= 8);
 
-  // Where the steps of an even token begin, and y of one.
-  static constexpr __device__ int step_at(int token) { return token / 2 * kStepRow + token / kRun * kSkew; }
-  static constexpr __device__ int sum_at(int token) { return token * kSumRow + token / kRun * kSkew; }
+  // Where the steps of an even token begin, and y of one, and a channel in these.
+  static constexpr __device__ int step_at(int token) { return token / 2 * kStepRow + token / kRun * kStepSkew; }
+  static constexpr __device__ int sum_at(int token) { return token * kSumRow + token / kRun * kSumSkew; }
+  static constexpr __device__ int in_steps(int channel) { return 4 * (channel + channel / kRun * kStepGap); }
+  static constexpr __device__ int in_sums(int channel) { return channel + (kWide ? channel / kWarp * 4 : channel / kRun * 8); }
   static constexpr int kBytes = 4 * kFloats;
 };
 
@@ -84,19 +82,17 @@ inline __device__ float* lanes_checkpoint_at(const Params& p, std::int64_t block
   const int place = channel_of_block % 2 * kWarp + channel_of_block / 2;  // as LaneStates
   return p.checkpoints + (four * 2 * kWarp + place) * 4 + state % 4;
 }
-template <int states>
-__device__ void store_lane_states(float* to, const float (&h)[states]) {
+inline __device__ void store_lane_states(float* to, const float (&h)[2][4]) {
 #pragma unroll
-  for (int k = 0; k < states; k += 4)
-    *reinterpret_cast<float4*>(to + k / 4 * 2 * kWarp * 4) = make_float4(h[k], h[k + 1], h[k + 2], h[k + 3]);
+  for (int c = 0; c < 2; ++c) *reinterpret_cast<float4*>(to + c * kWarp * 4) = make_float4(h[c][0], h[c][1], h[c][2], h[c][3]);
 }
 
 template <class Policy, int states, Pass kPass>
 __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     selective_scan_lanes_kernel(const __grid_constant__ Params p) {
-  constexpr bool kApart = lanes_lie_apart(kPass);
-  using Shape = Lanes<Policy, states, kApart>;
+  using Shape = Lanes<Policy, states, kPass>;
   constexpr int kThreads = Shape::kThreads, kLanes = Shape::kLanes, kWidth = Shape::kWidth, kTokens = Shape::kTokens;
+  constexpr int kOwn = Shape::kOwn, kStates = Shape::kStates;
   constexpr bool kAlongTokens = Policy::kReach == Reach::tokens, kOutput = kPass == Pass::output;
   constexpr bool kFromZero = kPass == Pass::segments;
   extern __shared__ uint4 memory[];
@@ -139,27 +135,32 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     bias[c] = value(p.dt_bias), skip[c] = value(p.D);
   }
 
-  // The lane's channel and states.
-  const int part = states >= 4 ? lane / Shape::kOfWarp : lane % kLanes;
-  const int own = warp * Shape::kOfWarp + (states >= 4 ? lane % Shape::kOfWarp : lane / kLanes);
-  const bool is_owner = own < task.channels;
+  // The lane's channels and states.
+  const int part = states >= 4 ? lane / Shape::kAlike : lane % kLanes;
+  const int own = warp * Shape::kOfWarp + (states >= 4 ? lane % Shape::kAlike * kOwn : lane / kLanes);
   const std::int64_t channel = task.channel + own;
   const auto visit = [&](const View& t, std::int64_t row, auto visitor) {
-    if (!t.data || !is_owner) return;
-    char* const at = t.data + row * t.row + channel * t.channel + part * states * t.state;
+    if (!t.data) return;
 #pragma unroll
-    for (int k = 0; k < states; ++k) visitor(k, at + k * t.state);
+    for (int c = 0; c < kOwn; ++c) {
+      if (own + c >= task.channels) continue;
+      char* const at = t.data + row * t.row + (channel + c) * t.channel + part * kStates * t.state;
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) visitor(c, k, at + k * t.state);
+    }
   };
-  const auto load = [&](const View& t, std::int64_t row, float (&values)[states]) {
-    visit(t, row, [&](int k, const char* at) { values[k] = cuda::load_element(at, t.dtype); });
+  const auto load = [&](const View& t, std::int64_t row, float (&values)[kOwn][kStates]) {
+    visit(t, row, [&](int c, int k, const char* at) { values[c][k] = cuda::load_element(at, t.dtype); });
   };
-  const auto store = [&](const View& t, std::int64_t row, const float (&values)[states]) {
-    visit(t, row, [&](int k, char* at) { cuda::store_element(at, t.dtype, values[k]); });
+  const auto store = [&](const View& t, std::int64_t row, const float (&values)[kOwn][kStates]) {
+    visit(t, row, [&](int c, int k, char* at) { cuda::store_element(at, t.dtype, values[c][k]); });
   };
-  float rate[states] = {}, h[states] = {};
+  float rate[kOwn][kStates] = {}, h[kOwn][kStates] = {};
   load(p.A, 0, rate);
 #pragma unroll
-  for (int k = 0; k < states; ++k) rate[k] *= kRateScale;
+  for (int c = 0; c < kOwn; ++c)
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) rate[c][k] *= kRateScale;
   if (link == 0 && !kFromZero) load(p.initial_state, task.sequence, h);
 
   const Place place = lanes_place<Policy, Shape>(p.reverse, thread);
@@ -177,9 +178,9 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   const View& raw_view = raw_is_C ? p.C : p.B;
   const char* at_raw = row_at(p, raw_view, span, span.begin) + raw_token * raw_view.step + task.group * raw_view.channel +
                        raw_state * raw_view.state;
-  const auto tokens_from = [&](std::int64_t token) {
-    return static_cast<int>(max(std::int64_t{0}, min(span.end - token, std::int64_t{kTokens})));
-  };
+  const int tiles = static_cast<int>((span.end - span.begin + kTokens - 1) / kTokens);
+  const int tokens_of_last = static_cast<int>(span.end - span.begin - (tiles - 1) * std::int64_t{kTokens});
+  const auto tokens_of = [&](int left) { return left > 1 ? kTokens : (left == 1 ? tokens_of_last : 0); };  // tiles with it
   const auto slot_x_of = [&](int turn) { return Slot<kRun>{slot_x + (kFromZero ? 0 : turn) * kThreads, kThreads}; };
   const auto fetch_inputs = [&](int turn, int tokens) {
     if (tokens > 0) {
@@ -209,6 +210,19 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     if constexpr (kOutput) at_z += kTokens * p.z.step;
   };
 
+  // Along the tokens a thread's eight are one run, in memory order: calls `visit` with each one's place in that run.
+  const int run = kAlongTokens ? place.token / kRun * kRun : place.token;
+  const auto in_run = [&](auto visit) {
+    if (kAlongTokens && p.reverse) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) visit(i, kRun - 1 - i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) visit(i, i);
+    }
+  };
+  const int own_sums = Shape::sum_at(run) + Shape::in_sums(place.channel);
+
   // dy silu(z) of a tile, in the place of y.
   const auto put_gradients = [&](int half) {
     float dr[kRun], z[kRun];
@@ -218,15 +232,13 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
 #pragma unroll
       for (int i = 0; i < kRun; ++i) dr[i] *= cuda::fast_silu(z[i]);
     }
-    float* const to = sums + half * Shape::kSums;
+    float* const to = sums + half * Shape::kSums + own_sums;
     if constexpr (kAlongTokens) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) to[Shape::sum_at(place.token_of(i)) + place.channel] = dr[i];
+      in_run([&](int i, int token) { to[token * Shape::kSumRow] = dr[i]; });
     } else {
 #pragma unroll
       for (int i = 0; i < kRun; i += 4)
-        *reinterpret_cast<float4*>(to + Shape::sum_at(place.token) + place.channel + i) =
-            make_float4(dr[i], dr[i + 1], dr[i + 2], dr[i + 3]);
+        *reinterpret_cast<float4*>(to + i) = make_float4(dr[i], dr[i + 1], dr[i + 2], dr[i + 3]);
     }
   };
   // dt, u, B and C of a tile, as the lanes read them.
@@ -253,18 +265,16 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     for (int i = 0; i < kRun; ++i) u[i] *= dt[i];
     float* const to = steps + half * Shape::kSteps;
     if constexpr (kAlongTokens) {
-      float* const at = to + 4 * lanes_slot<kApart>(place.channel);
-#pragma unroll
-      for (int i = 0; i < kRun; i += 2) {
-        *reinterpret_cast<float4*>(at + Shape::step_at(place.token_of(i))) =
-            p.reverse ? make_float4(dt[i + 1], u[i + 1], dt[i], u[i]) : make_float4(dt[i], u[i], dt[i + 1], u[i + 1]);
-      }
+      float* const at = to + Shape::step_at(run) + Shape::in_steps(place.channel);
+      in_run([&](int i, int token) {
+        const int other = i == token ? i + 1 : i - 1;  // of the pair
+        if (token % 2 == 0)
+          *reinterpret_cast<float4*>(at + token / 2 * Shape::kStepRow) = make_float4(dt[i], u[i], dt[other], u[other]);
+      });
     } else {
-      float* const at =
-          to + Shape::step_at(place.token) + place.token % 2 * 2 + (kApart ? 4 * lanes_slot<true>(place.channel) : 0);
+      float* const at = to + Shape::step_at(place.token) + place.token % 2 * 2 + Shape::in_steps(place.channel);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i)
-        *reinterpret_cast<float2*>(at + 4 * (kApart ? i : lanes_slot<false>(place.channel + i))) = make_float2(dt[i], u[i]);
+      for (int i = 0; i < kRun; ++i) *reinterpret_cast<float2*>(at + 4 * i) = make_float2(dt[i], u[i]);
     }
     if (has_adjoint) put_gradients(half);
     if constexpr (!kPaired) {
@@ -284,22 +294,24 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   if constexpr (!kOutput) {  // of all channels of a block: those that do not exist stay zero
     const std::int64_t block = lanes_checkpoint_block(p, span, task, channel);
     const int of_block = static_cast<int>((channel - task.group * p.group_channels) % kChannels);
-    checkpoint = lanes_checkpoint_at(p, block, of_block, part * states);
+    checkpoint = lanes_checkpoint_at(p, block, of_block, part * kStates);
     if (kFromZero && part == 0) checkpoint_steps = p.checkpoint_steps + block * kChannels + of_block;
   }
-  float product[states], adjoint[states] = {}, total_dt = 0.0f;  // of the segment, from zero
+  float product[kOwn][kStates], adjoint[kOwn][kStates] = {}, total_dt[kOwn] = {};  // of the segment, from zero
 #pragma unroll
-  for (int k = 0; k < states; ++k) product[k] = 1.0f;
+  for (int c = 0; c < kOwn; ++c)
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) product[c][k] = 1.0f;
   const int sum_token = part;  // of each kLanes tokens, the one whose y the lane ends with
   const auto scan_tile = [&]<bool kAdjoint>(int turn, int half, int tokens) {
-    const float* const from = steps + half * Shape::kSteps + 4 * lanes_slot<kApart>(own);
-    const float* const B = tile_BC + (kPaired ? turn : 2 * half) * Shape::kProjection + part * (kPaired ? 4 : states);
+    const float* const from = steps + half * Shape::kSteps + Shape::in_steps(own);
+    const float* const B = tile_BC + (kPaired ? turn : 2 * half) * Shape::kProjection + part * (kPaired ? 4 : kStates);
     [[maybe_unused]] const float* const C = B + Shape::kProjection;  // where it is apart
-    float* const to = sums + half * Shape::kSums + own;
+    float* const to = sums + half * Shape::kSums + Shape::in_sums(own);
     constexpr int kAtOnce = states == 8 ? 8 : 16;
     // y of some tokens, of which each lane has a part.
     const auto put = [&](float (&parts)[kAtOnce], int first) {
-      constexpr int kFirstDistance = states >= 4 ? Shape::kOfWarp : 1;
+      constexpr int kFirstDistance = states >= 4 ? Shape::kAlike : 1;
 #pragma unroll
       for (int group = 0; group < kAtOnce; group += kLanes) {
         float* const left = parts + group;
@@ -327,22 +339,26 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
         const int t = first + pair;
         if constexpr (!kOutput) {
           if (pair % kCheckpoint == 0) store_lane_states(checkpoint, h), checkpoint += checkpoint_step;
-          if (kFromZero && checkpoint_steps && pair % kCheckpoint == 0)
-            *checkpoint_steps = total_dt, checkpoint_steps += checkpoint_step / kLaneStates;
+          if (kFromZero && checkpoint_steps && pair % kCheckpoint == 0) {
+            *reinterpret_cast<float2*>(checkpoint_steps) = make_float2(total_dt[0], total_dt[kOwn - 1]);
+            checkpoint_steps += checkpoint_step / kLaneStates;
+          }
         }
-        const float4 step = *reinterpret_cast<const float4*>(from + Shape::step_at(t));
-        float own_B[2][states], own_C[2][states];
+        float4 step[kOwn];
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c) step[c] = *reinterpret_cast<const float4*>(from + Shape::step_at(t) + 4 * c);
+        float own_B[2][kStates], own_C[2][kStates];
         if constexpr (kPaired) {
           using Element = typename cuda::ElementOf<Policy::kElement>::type;
           const uint4 v = *reinterpret_cast<const uint4*>(B + t / 2 * (kLanes * 4));
           cuda::widen_word<Element>(v.x, own_B[0]), cuda::widen_word<Element>(v.y, own_C[0]);
           cuda::widen_word<Element>(v.z, own_B[1]), cuda::widen_word<Element>(v.w, own_C[1]);
         } else {
-          const auto read = [&](const float* tile, float (&values)[2][states]) {
+          const auto read = [&](const float* tile, float (&values)[2][kStates]) {
 #pragma unroll
             for (int j = 0; j < 2; ++j)
 #pragma unroll
-              for (int k = 0; k < states; k += 4) {
+              for (int k = 0; k < kStates; k += 4) {
                 const float4 v = *reinterpret_cast<const float4*>(tile + (t + j) * kLaneStates + k);
                 values[j][k] = v.x, values[j][k + 1] = v.y, values[j][k + 2] = v.z, values[j][k + 3] = v.w;
               }
@@ -352,18 +368,23 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float dt = j == 0 ? step.x : step.z, u = j == 0 ? step.y : step.w;
+          float2 dr;
+          if constexpr (kAdjoint) dr = *reinterpret_cast<const float2*>(to + Shape::sum_at(t) + j * Shape::kSumRow);
 #pragma unroll
-          for (int k = 0; k < states; ++k) {
-            const Step<Arithmetic::fast> decay = step_of<Arithmetic::fast>(dt, &rate[k]);
-            advance<Arithmetic::fast>(&h[k], decay, u, &own_B[j][k]);
-            if constexpr (kAdjoint) {
-              product[k] *= decay.factor[0];
-              adjoint[k] = fmaf(product[k], own_C[j][k] * to[Shape::sum_at(t) + j * Shape::kSumRow], adjoint[k]);
+          for (int c = 0; c < kOwn; ++c) {
+            const float dt = j == 0 ? step[c].x : step[c].z, u = j == 0 ? step[c].y : step[c].w;
+#pragma unroll
+            for (int k = 0; k < kStates; ++k) {
+              const Step<Arithmetic::fast> decay = step_of<Arithmetic::fast>(dt, &rate[c][k]);
+              advance<Arithmetic::fast>(&h[c][k], decay, u, &own_B[j][k]);
+              if constexpr (kAdjoint) {
+                product[c][k] *= decay.factor[0];
+                adjoint[c][k] = fmaf(product[c][k], own_C[j][k] * (c == 0 ? dr.x : dr.y), adjoint[c][k]);
+              }
             }
+            if constexpr (kFromZero) total_dt[c] += dt;
           }
-          if constexpr (kFromZero) total_dt += dt;
-          if constexpr (kOutput) y[pair + j] = output_of<1, states>(own_C[j], h);
+          if constexpr (kOutput) y[pair + j] = output_of<1, kStates>(own_C[j], h[0]);
         }
       }
       if constexpr (kLate) {
@@ -379,14 +400,13 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
 
   const auto finish_tile = [&](int turn, int half, int tokens) {
     float y[kRun], values[kRun];
-    const float* const from = sums + half * Shape::kSums;
+    const float* const from = sums + half * Shape::kSums + own_sums;
     if constexpr (kAlongTokens) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) y[i] = from[Shape::sum_at(place.token_of(i)) + place.channel];
+      in_run([&](int i, int token) { y[i] = from[token * Shape::kSumRow]; });
     } else {
 #pragma unroll
       for (int i = 0; i < kRun; i += 4) {
-        const float4 v = *reinterpret_cast<const float4*>(from + Shape::sum_at(place.token) + place.channel + i);
+        const float4 v = *reinterpret_cast<const float4*>(from + i);
         y[i] = v.x, y[i + 1] = v.y, y[i + 2] = v.z, y[i + 3] = v.w;
       }
     }
@@ -405,12 +425,12 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   };
 
   // A tile is fetched while the one before it is made ready and the one before that is scanned; one barrier a tile.
-  fetch_inputs(0, tokens_from(span.begin));
+  fetch_inputs(0, tokens_of(tiles));
   commit_copies();
   wait_for_copies();
   __syncthreads();  // bias
-  convert(0, 0, tokens_from(span.begin));
-  fetch_inputs(1, tokens_from(span.begin + kTokens));
+  convert(0, 0, tokens_of(tiles));
+  fetch_inputs(1, tokens_of(tiles - 1));
   commit_copies();
   // A link waits with its first tile ready, and hands its state on before it has done with the last one.
   const View carried = view_of<Policy>(p, p.carried);
@@ -420,29 +440,32 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
   }
   int turn = 0, half = 0;
 #pragma unroll 1
-  for (std::int64_t token = span.begin; token < span.end + kTokens; token += kTokens) {
-    const bool hands_on = !kFromZero && token >= span.end && link + 1 < p.links;
-    if (hands_on) store(carried, task.sequence, h), __threadfence();
+  for (int left = tiles; left >= 0; --left) {
+    if (!kFromZero && left == 0 && link + 1 < p.links) {
+      store(carried, task.sequence, h);
+      end_turn(p.turns + index, link + 1);
+    }
     wait_for_copies();
     __syncthreads();
-    if (hands_on) begin_turn(p.turns + index, link + 1);
     const int before = turn == 0 ? 2 : turn - 1, after = turn == 2 ? 0 : turn + 1;
-    if (kOutput && token > span.begin) finish_tile(before, half ^ 1, tokens_from(token - kTokens));
-    if (token >= span.end) break;
-    if (token + kTokens < span.end) convert(after, half ^ 1, tokens_from(token + kTokens));
-    fetch_inputs(before, tokens_from(token + 2 * kTokens));
-    fetch_gate(tokens_from(token));
+    if (kOutput && left < tiles) finish_tile(before, half ^ 1, tokens_of(left + 1));
+    if (left == 0) break;
+    if (left > 1) convert(after, half ^ 1, tokens_of(left - 1));
+    fetch_inputs(before, tokens_of(left - 2));
+    fetch_gate(tokens_of(left));
     commit_copies();
-    if (has_adjoint) scan_tile.template operator()<kFromZero>(turn, half, tokens_from(token));
-    else scan_tile.template operator()<false>(turn, half, tokens_from(token));
+    if (has_adjoint) scan_tile.template operator()<kFromZero>(turn, half, tokens_of(left));
+    else scan_tile.template operator()<false>(turn, half, tokens_of(left));
     turn = after, half ^= 1;
   }
 
   if constexpr (kFromZero) {
-    const auto store_end = [&](const Ends& ends, std::int64_t segment, const float (&values)[states]) {
+    const auto store_end = [&](const Ends& ends, std::int64_t segment, const float (&values)[kOwn][kStates]) {
       const std::int64_t index = task.sequence * (p.segments - 1) + segment;
       store(view_of<Policy>(p, ends.states), index, values);
-      if (is_owner && part == 0) ends.steps[index * p.dim + channel] = total_dt;
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c)
+        if (own + c < task.channels && part == 0) ends.steps[index * p.dim + channel + c] = total_dt[c];
     };
     if (task.segment + 1 < p.segments) store_end(p.ends, task.segment, h);
     if (task.segment > 0) store_end(p.adjoint_ends, task.segment - 1, adjoint);

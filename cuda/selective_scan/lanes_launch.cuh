@@ -15,7 +15,7 @@ void launch_lanes_pass(const Params& params, const LanesPlan& plan, Stream strea
   const auto launch = [&]<int states> {
     if (blocks > 0)
       cuda::launch("selective_scan_lanes_kernel", selective_scan_lanes_kernel<Policy, states, kPass>,
-                   {blocks, kLaneThreads, Lanes<Policy, states, lanes_lie_apart(kPass)>::kBytes}, stream, params);
+                   {blocks, kLaneThreads, Lanes<Policy, states, kPass>::kBytes}, stream, params);
   };
   if (kPass != Pass::output || plan.states == 8) launch.template operator()<8>();
   else if constexpr (kPass == Pass::output) launch.template operator()<2>();

@@ -160,7 +160,7 @@ inline LanesPlan lanes_plan(const Inputs& args, const Dims& d, int states) {
   return plan;
 }
 // H100, d5120, us: b8 l2048 with 8 states a lane 531 to 587, with 2 more than 900; b1 l16384 with 2 907, in segments 1000 (with
-// 2 it takes 740 since).
+// 2 it takes 680 since).
 inline LanesPlan lanes_plan(const Inputs& args, const Dims& d) {
   const LanesPlan plan = lanes_plan(args, d, 8);
   return plan.tasks >= kEnoughLaneBlocks ? plan : lanes_plan(args, d, 2);
