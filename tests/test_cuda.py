@@ -574,14 +574,14 @@ def test_segments_of_selective_scan(rng, complex_A):
 
 @needs_gpu
 @pytest.mark.parametrize(
-    "dtype,dstate,layout",
-    (("bfloat16", 16, "channels_last"), ("float16", 12, "channels_first"), ("float32", 20, "gapped")),
+    "dtype,dstate,layout,seqlen",
+    (("bfloat16", 16, "channels_last", 1032), ("float16", 12, "channels_first", 520), ("float32", 20, "gapped", 520)),
 )
-def test_links_of_selective_scan_change_no_bits(rng, dtype, dstate, layout):
+def test_links_of_selective_scan_change_no_bits(rng, dtype, dstate, layout, seqlen):
     """A call of many blocks hands its states from link to link, a row alone does not."""
     import torch
 
-    made = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, dtype, batch=9, seqlen=520, dim=1928, ngroups=1, dstate=dstate)
+    made = cases.SELECTIVE_SCAN_BACKWARD.inputs(rng, dtype, batch=9, seqlen=seqlen, dim=1928, ngroups=1, dstate=dstate)
     alone = {name: value[8:] if name in ("x", "dt", "z", "B", "C", "dy", "initial_state", "dfinal_state") else value
              for name, value in made.items()}  # fmt: skip
     results = []

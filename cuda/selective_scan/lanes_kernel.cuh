@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kLaneThreads, states == 8 ? 5 : 3)
     if (kOutput) clear_rows(p.y, span, task);
     return;
   }
-  if (!kFromZero && p.links > 1) span = link_of(span, link, p.links);
+  if (!kFromZero && p.links > 1) span = lanes_link_of(span, link, p.links);
 
   uint4* const slot_x = memory + thread;  // of three tiles by turns
   const Slot<kRun> slot_dt{slot_x + 3 * kThreads, kThreads}, slot_z{slot_x + 4 * kThreads, kThreads};
