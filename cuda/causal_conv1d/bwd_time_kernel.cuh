@@ -37,25 +37,30 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
   };
   const auto load = [&](Step& step, std::int64_t first, bool wants_x, bool wants_dy) {
     const std::int64_t t = first + track.lane * kRun;
-    track.load(step.x, x, wants_x && t < track.seqlen ? t : -1);
-    track.load(step.dy, dy, wants_dy && t < track.seqlen ? t : -1);
+    const bool is_inside = t >= 0 && t < track.seqlen;
+    track.load(step.x, x, t, wants_x && is_inside);
+    track.load(step.dy, dy, t, wants_dy && is_inside);
   };
   // The gradients of the sums of the lane's run; a step of the segment adds to dweight and dbias.
   const auto gradients_of = [&](const Step& step, const Step& step_before, std::int64_t first, bool counted,
                                 float (&gradient)[kRun]) {
     float before[kRun], current[kRun], around[kTaps - 1 + kRun];
-    track.widen(step.x, current);
-    track.widen(step_before.x, before);
+    track.widen(step.x, current, step_before.x, before, step.dy, gradient);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) before[i] = first == 0 ? initial[i] : before[i];
     track.gather(before, current, around);
-    track.widen(step.dy, gradient);
-    const bool is_inside = first + track.lane * kRun < track.seqlen;
+    if (p.silu) {  // no branch inside: what the tokens wait for goes on side by side
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) gradient[i] *= cuda::fast_dsilu(track.convolve(weight, bias, around, i));
+      // Past the end 0 meets what the last tokens make of act', which may not be finite.
+      if (first + track.lane * kRun >= track.seqlen) {
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) gradient[i] = 0.0f;
+      }
+    }
+    if (!counted) return;
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      // Past the end 0 would meet what the last tokens make of act', which may not be finite.
-      if (p.silu) gradient[i] = is_inside ? gradient[i] * cuda::fast_dsilu(track.convolve(weight, bias, around, i)) : 0.0f;
-      if (!counted) continue;
       dbias += gradient[i];
 #pragma unroll
       for (int k = 0; k < kTaps; ++k)
@@ -91,8 +96,15 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
         if (track.counts(k)) values[i] = fmaf(weight[k], ahead[i + kTaps - 1 - k], values[i]);
     }
     if (p.dfinal_state.data && t + kRun > track.seqlen - (p.shape.width - 1) && t < track.last) {
+#pragma unroll 1
+      for (int back = 1; back < p.shape.width; ++back) {  // one at a time, for fewer registers
+        const std::int64_t at = track.seqlen - back - t;
+        if (at < 0 || at >= kRun) continue;
+        const float given = from_final_state(p, span, track.channel, t + at);
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] += from_final_state(p, span, track.channel, t + i);
+        for (int i = 0; i < kRun; ++i)
+          if (i == at) values[i] += given;
+      }
     }
     if (dx) track.store(dx, t, values);
 #pragma unroll

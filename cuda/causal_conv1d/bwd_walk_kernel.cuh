@@ -60,11 +60,14 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 4 : 1)
       packed_x[slot].widen(Policy::kDType, current);
       packed_dy[slot].widen(Policy::kDType, gradient);
       fetch(slot, u + kAhead);
+      // Past the end 0 would meet what the last tokens make of act', which may not be finite. One branch for all channels: what
+      // each waits for goes on beside the others.
+      if (p.silu && (inner || u < span.last)) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) gradient[c] *= cuda::fast_dsilu(walk.convolve(weight, bias, window, current, c));
+      }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        // Past the end 0 would meet what the last tokens make of act', which may not be finite.
-        if (p.silu && (inner || u < span.last))
-          gradient[c] *= cuda::fast_dsilu(walk.convolve(weight, bias, window, current, c));
         values[c] = 0.0f;
 #pragma unroll
         for (int k = kTaps - 1; k > 0; --k)

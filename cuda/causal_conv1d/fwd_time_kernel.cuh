@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_forward_time_kernel(co
     track.load_state(p.initial_state, p.shape.width, before);
   } else {
     typename Lanes::Run packed;
-    track.load(packed, x, track.is_late() ? track.first + (track.lane - kWarp) * kRun : -1);
+    track.load(packed, x, track.first + (track.lane - kWarp) * kRun, track.is_late());
     track.widen(packed, before);
   }
 #pragma unroll 1
   for (std::int64_t t = track.first + track.lane * kRun; t - track.lane * kRun < track.last; t += kAhead * kStep) {
     typename Lanes::Run packed[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) track.load(packed[i], x, t + i * kStep < track.last ? t + i * kStep : -1);
+    for (int i = 0; i < kAhead; ++i) track.load(packed[i], x, t + i * kStep, t + i * kStep < track.last);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       float current[kRun], around[kTaps - 1 + kRun], values[kRun];

@@ -36,13 +36,19 @@ class Track {
 
   __device__ char* at(const TokenView& t) const { return t.data + (row * t.batch + channel * t.channel); }
 
-  // The run of tokens from t on, in the order of memory; zeros where there is none.
-  __device__ void load(Run& run, const char* base, std::int64_t t) const {
-    run.load(base + offset(t), Policy::kDType, 0, t >= 0 && t < seqlen ? kRun : 0);
+  // The run of tokens from t on, in the order of memory; zeros where it is not wanted.
+  __device__ void load(Run& run, const char* base, std::int64_t t, bool wanted) const {
+    run.load(base + offset(t), Policy::kDType, 0, wanted ? kRun : 0);
   }
   __device__ void widen(const Run& run, float (&values)[kRun]) const {
     run.widen(Policy::kDType, values);
     turn(values);
+  }
+  // The same of several runs, with one branch.
+  __device__ void widen(const Run& a, float (&of_a)[kRun], const Run& b, float (&of_b)[kRun], const Run& c,
+                        float (&of_c)[kRun]) const {
+    a.widen(Policy::kDType, of_a), b.widen(Policy::kDType, of_b), c.widen(Policy::kDType, of_c);
+    turn(of_a, of_b, of_c);
   }
   __device__ void store(char* base, std::int64_t t, float (&values)[kRun]) const {
     turn(values);
@@ -111,14 +117,19 @@ class Track {
   __device__ std::int64_t offset(std::int64_t t) const {
     return (mirrored_ ? -(t + kRun - 1) : t) * cuda::bytes_of(Policy::kDType);
   }
-  __device__ void turn(float (&values)[kRun]) const {
+  template <class... Values>
+  __device__ void turn(Values&... values) const {
     if (!mirrored_) return;
+    asm volatile("");  // a branch: selections would cost every call what turning costs
+    const auto turn_one = [](float (&v)[kRun]) {
 #pragma unroll
-    for (int i = 0; i < kRun / 2; ++i) {
-      const float kept = values[i];
-      values[i] = values[kRun - 1 - i];
-      values[kRun - 1 - i] = kept;
-    }
+      for (int i = 0; i < kRun / 2; ++i) {
+        const float kept = v[i];
+        v[i] = v[kRun - 1 - i];
+        v[kRun - 1 - i] = kept;
+      }
+    };
+    (turn_one(values), ...);
   }
 };
 
