@@ -685,10 +685,21 @@ def test_selective_scan_past_2_31(rng):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype,headdim,dstate,row", (("bfloat16", 40, 24, "ahead_bfloat16"), ("bfloat16", 40, 20, "general"),
-                                                      ("bfloat16", 20, 24, "general"), ("float32", 40, 24, "general")))  # fmt: skip
-def test_every_row_of_ssd_scan_backward_is_reachable(rng, dtype, headdim, dstate, row):
-    made = cases.SSD_SCAN_BACKWARD.inputs(rng, dtype, headdim=headdim, dstate=dstate)
+@pytest.mark.parametrize(
+    "row,dtype,sizes",
+    (
+        ("fused_bfloat16", "bfloat16", dict()),
+        ("fused_bfloat16", "bfloat16", dict(dstate=256, omit=("z",))),
+        ("fused_float16", "float16", dict(omit=("z",))),
+        ("fused_float16", "float16", dict(dstate=136)),
+        ("ahead_bfloat16", "bfloat16", dict(seqlen=63)),
+        ("general", "bfloat16", dict(dstate=20)),
+        ("general", "bfloat16", dict(headdim=20)),
+        ("general", "float32", dict()),
+    ),
+)
+def test_every_row_of_ssd_scan_backward_is_reachable(rng, row, dtype, sizes):
+    made = cases.SSD_SCAN_BACKWARD.inputs(rng, dtype, **dict(seqlen=64, headdim=40, dstate=24) | sizes)
     inputs = {name: DEVICES[1].put(value) for name, value in made.items()}
     assert statescan.plan("ssd_scan_backward", **inputs)[:2] == ("cuda", row)
 
@@ -862,6 +873,126 @@ def test_fused_backward_of_more_states_than_a_block_holds(request, rng, dstate, 
                 assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
 
 
+@needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(),
+        dict(seqlen=384),  # the adjoints wait in dx
+        dict(seqlen=128, batch=80, nheads=7, ngroups=1),  # blocks take several tasks
+        dict(seqlen=190, headdim=80, nheads=5, ngroups=1),  # a slice of a pair is missing, and channels of another
+        dict(seqlen=64, headdim=40, dstate=24, reverse=True),
+        dict(batch=1, seqlen=1024, nheads=24, ngroups=1, dstate=96),  # segments, splits
+        dict(batch=70, seqlen=130, nheads=4, omit=("D", "dt_bias", "initial_state")),
+        dict(reverse=True, D="per channel"),
+        dict(batch=1, seqlen=630, lengths=[63, 64, 65, 1, 0, 367]),
+        dict(batch=1, seqlen=630, lengths=[300, 0, 160, 65], reverse=True, headdim=80, nheads=7, ngroups=1, D="per channel"),
+        dict(dstate=136),
+        dict(dstate=256, seqlen=384, nheads=7, ngroups=1, headdim=80),
+        dict(dstate=200, batch=1, seqlen=630, lengths=[300, 0, 160], reverse=True),
+        dict(dstate=256, batch=1, seqlen=512, nheads=24, ngroups=1),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_gated_ssd_scan(rng, dtype, sizes):
+    """With z: what the gate makes of dy is rounded nowhere by itself, and dz comes from a forward pass."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    lengths, reverse, D = (sizes.pop(name, None) for name in ("lengths", "reverse", "D"))
+    made = op.inputs(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=bool(reverse))
+    if D:
+        made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths])
+        for name, value in made.items():
+            if value is not None and op.has_tokens(name, value):
+                value[:, sum(lengths) :] = np.nan
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
+    got, expected = op.run(gpu, made, **options), op.expected(made, **options)
+    for name, value in expected.items():
+        if value is not None and name not in ("dA", "ddt_bias"):  # sums over all tokens: of a few heads luck, and tested of many
+            assert_accurate(got[name], value, name, dtype)
+    for name in ("dx", "ddt", "dB", "dC", "dz") if lengths else ():
+        assert not np.any(got[name][:, sum(lengths) :]), f"{name} is not zero past the last packed token"
+    for _ in range(3):
+        for name, again in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
+            if again is not None:
+                assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", (dict(), dict(seqlen=190, dstate=64, ngroups=8), dict(seqlen=129, dstate=256)), ids=str)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_gated_ssd_scan_of_many_heads(rng, dtype, sizes):
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=1, seqlen=256, nheads=80, ngroups=1, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, **sizes)
+    options = dict(dt_softplus=True)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs, **options).kernel == f"fused_{dtype}"
+    op.check(gpu, made, **options)
+
+
+@needs_gpu
+@pytest.mark.parametrize("sizes", (dict(seqlen=1024), dict(seqlen=1030, ngroups=2, headdim=80)), ids=str)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_gated_ssd_scan_where_states_hardly_decay(rng, dtype, sizes):
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made = op.inputs(rng, dtype, **(dict(batch=1, nheads=8, ngroups=1, headdim=64, dstate=128) | sizes))
+    made["A"] *= np.float32(0.0005)
+    options = dict(dt_softplus=True)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs, **options).kernel == f"fused_{dtype}"
+    got, expected = op.run(gpu, made, **options), op.expected(made, **options)
+    for name in ("dx", "ddt", "dB", "dC"):  # dz is off by what y is off by
+        assert_accurate(got[name], expected[name], name)
+
+
+@needs_gpu
+def test_fused_backward_of_gated_ssd_scan_is_of_each_sequence_alone(rng):
+    """With batch_invariant in every bit; nothing but dz depends on what the gate is where dy is zero."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made = op.inputs(rng, "bfloat16", batch=3, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128)
+    options = dict(dt_softplus=True, batch_invariant=True)
+    together = op.run(gpu, made, **options)
+    alone = op.run(gpu, op.rows(made, slice(1, 2)), **options)
+    for name in ("dx", "ddt", "dB", "dC", "dz", "dinitial_state"):
+        assert_same_bits(alone[name][0], together[name][1], name)
+    bounds, (first, last) = np.array([0, 300, 600, 900]), (300, 600)
+    flat = {name: value.reshape(1, -1, *value.shape[2:]) if op.has_tokens(name, value) else value for name, value in made.items()}
+    for name, value in flat.items():
+        if op.has_tokens(name, value):
+            value[:, :first] = value[:, last:] = np.nan
+    packed = op.run(gpu, flat, **options, cu_seqlens=bounds)
+    for name in ("dx", "ddt", "dB", "dC", "dz"):
+        assert_same_bits(packed[name][0, first:last], together[name][1], name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dstate", (128, 256))
+def test_backward_of_gated_ssd_scan_without_dz(dstate):
+    """A pass less, and the same bits in the others."""
+    import torch
+
+    import statescan.torch as statescan_torch
+
+    x, z, B, C = (
+        torch.randn(2, 512, n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((24, 64), (24, 64), (1, dstate), (1, dstate))
+    )
+    dt, A = torch.rand(2, 512, 24, device="cuda") / 8, -torch.rand(24, device="cuda") - 0.1
+    gradients = []
+    for wants_dz in (True, False):
+        leaves = [v.clone().requires_grad_(wants_dz or v is not z) for v in (x, dt, A, B, C, z)]
+        statescan_torch.ssd_scan(*leaves[:-1], z=leaves[-1]).backward(x)
+        gradients.append([v.grad for v in leaves])
+    assert gradients[1][-1] is None
+    for a, b in zip(gradients[0][:-1], gradients[1][:-1]):
+        assert torch.equal(a, b)
+
+
 PACKED = ([300, 190, 64], [63, 64, 65, 1, 0, 400, 127, 128, 129], [0, 0, 1000, 0], [700], [1, 2, 3, 257, 0, 191])
 
 
@@ -937,11 +1068,14 @@ def test_segments_of_ssd_scan_give_the_same_bits_again(dstate):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype,dstate", (("float32", 40), ("float16", 136), ("float16", 12), ("bfloat16", 20)))
-def test_vectors_and_elements_of_ssd_scan_backward_give_the_same_bits(rng, dtype, dstate):
+@pytest.mark.parametrize(
+    "dtype,dstate,seqlen", (("float32", 40, 150), ("float16", 136, 63), ("float16", 12, 150), ("bfloat16", 20, 150))
+)
+def test_vectors_and_elements_of_ssd_scan_backward_give_the_same_bits(rng, dtype, dstate, seqlen):
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
-    made = op.inputs(rng, dtype, seqlen=150, headdim=40, dstate=dstate)
+    made = op.inputs(rng, dtype, seqlen=seqlen, headdim=40, dstate=dstate)
     inputs = {name: gpu.put(value) for name, value in made.items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == "general"
     one, other = (
         statescan.ssd_scan_backward(**arrays, dt_softplus=True)
         for arrays in (inputs, {name: gapped(value) for name, value in inputs.items()})
@@ -956,13 +1090,33 @@ def test_vectors_and_elements_of_ssd_scan_backward_give_the_same_bits(rng, dtype
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
 def test_backward_in_segments(rng, dtype, lengths, reverse):
     """Few long sequences are walked in segments at the same time, never with batch_invariant."""
-    sizes = dict(batch=1, seqlen=2000, nheads=4, ngroups=2, headdim=24, dstate=32)
-    inputs = cases.SSD_SCAN_BACKWARD.inputs(rng, dtype, **sizes, sequences=len(lengths or [0]))
+    sizes = dict(batch=1, seqlen=2000, nheads=4, ngroups=2, headdim=24 if dtype == "float32" else 20, dstate=32)
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    inputs = op.inputs(rng, dtype, **sizes, sequences=len(lengths or [0]))
     options = dict(dt_softplus=True, reverse=reverse)
     if lengths:
         options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    planned = statescan.plan("ssd_scan_backward", **{name: gpu.put(value) for name, value in (inputs | options).items()})
+    assert planned.kernel == "general" and planned.segment_tokens > 0
     for batch_invariant in (False, True):
-        cases.SSD_SCAN_BACKWARD.check(DEVICES[1], inputs, **options, batch_invariant=batch_invariant)
+        op.check(gpu, inputs, **options, batch_invariant=batch_invariant)
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype,row", (("float16", "general"), ("bfloat16", "ahead_bfloat16")))
+def test_general_backward_from_kept_states(rng, dtype, row, reverse):
+    """The fused rows read none, and take no sequences of less than 64 tokens on average."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    lengths = [0, 300, 512, 0, 513, 7, *[0] * 20]
+    made = op.inputs(rng, dtype, batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=8, ngroups=2, headdim=16, dstate=24)
+    options = dict(dt_softplus=True, reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+    states = statescan.ssd_scan(**scanned, save_states=True)[-1]
+    plan = statescan.plan("ssd_scan_backward", **inputs, chunk_states=states)
+    assert plan.kernel == row and plan.reads_kept_states
+    op.check(gpu, made, **options, chunk_states=gpu.get(states))
 
 
 @needs_gpu
@@ -971,11 +1125,12 @@ def test_backward_in_segments(rng, dtype, lengths, reverse):
 def test_backward_in_parts(rng, dtype, ngroups):
     """Kept states of all heads would be larger than x: the heads go through the kernels one part after the other."""
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
-    made = op.inputs(rng, dtype, batch=2, seqlen=500, nheads=12, ngroups=ngroups, headdim=64, dstate=128)
+    batch, seqlen = (2, 500) if dtype == "float32" else (16, 63)  # shorter than what the fused rows take
+    made = op.inputs(rng, dtype, batch=batch, seqlen=seqlen, nheads=12, ngroups=ngroups, headdim=64, dstate=128)
     plan = statescan.plan("ssd_scan_backward", **{name: gpu.put(value) for name, value in made.items()})
     chunk, kept = {"bfloat16": (64, 2), "float16": (64, 4), "float32": (32, 4)}[dtype]
-    everything = 2 * kept * 2 * -(-500 // chunk) * 12 * 64 * 128
-    assert plan.workspace_bytes < everything
+    everything = 2 * kept * batch * -(-seqlen // chunk) * 12 * 64 * 128
+    assert not plan.kernel.startswith("fused") and plan.workspace_bytes < everything
     op.check(gpu, made, dt_softplus=True)
 
 
@@ -1008,8 +1163,23 @@ def test_backward_keeps_less_than_one_and_a_half_times_x():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for ngroups, dstate in ((1, 128), (8, 128), (1, 256)) if dtype.itemsize == 2 else ((1, 128), (8, 128)):
             B = torch.empty(2, 4096, ngroups, dstate, device="cuda", dtype=dtype)
-            plan = statescan.plan("ssd_scan_backward", x.to(dtype), dt, A, B, B, x.to(dtype), D=D)
-            assert plan.workspace_bytes <= 1.5 * x.numel() * dtype.itemsize
+            for z in (None, x.to(dtype)):
+                plan = statescan.plan("ssd_scan_backward", x.to(dtype), dt, A, B, B, x.to(dtype), D=D, z=z)
+                assert plan.workspace_bytes <= 1.5 * x.numel() * dtype.itemsize
+
+
+@needs_gpu
+@pytest.mark.parametrize("seqlen,nheads,packed", ((2048, 8, False), (4096, 2, False), (16384, 1, False), (8192, 8, True)))
+def test_backward_of_gated_ssd_scan_keeps_less_than_one_and_a_half_times_x(seqlen, nheads, packed):
+    """The pass that finds dz cuts few heads into segments, as many as there is room for their states."""
+    import torch
+
+    x, dt = torch.empty(1, seqlen, nheads, 64, device="cuda", dtype=torch.bfloat16), torch.empty(1, seqlen, nheads, device="cuda")
+    A, B = torch.empty(nheads, device="cuda"), torch.empty(1, seqlen, 1, 128, device="cuda", dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 500, 500, 8000], device="cuda") if packed else None
+    plan = statescan.plan("ssd_scan_backward", x, dt, A, B, B, x, z=x, cu_seqlens=bounds)
+    without = statescan.plan("ssd_scan_backward", x, dt, A, B, B, x, cu_seqlens=bounds)
+    assert plan.kernel == "fused_bfloat16" and plan.workspace_bytes <= max(1.5 * x.numel() * 2, without.workspace_bytes)
 
 
 @needs_gpu

@@ -13,6 +13,9 @@
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
 //          More than 128 states are two calls, of which the second reads dx as well, where it adds its own to that of the first
+//          With z, g = dy silu(z), and z is read with dy: 1.01 GB, 0.34 ms. No element is g, and rounded to one it would cost
+//          dC a third rounding beside its own and that of h (1.73 of one for 1.41), so that it is the sum of two, in the places
+//          of dy and z, and each product with it is two: matmuls 150 GFLOP, 0.20 ms
 // Launch   a block per multiprocessor, which takes tasks in turns: a chunk, a group and a split of the group's heads, through
 //          whose items it goes. Where dx holds the adjoints, of which both blocks of a pair read both tiles and each writes
 //          over one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside
@@ -37,6 +40,7 @@ inline constexpr int kGradientWarpgroups = 4;
 template <class Base, bool rare>
 struct GradientPolicy : Base {
   static constexpr bool kRare = rare;
+  static constexpr int kStages = Base::kGated ? 2 : Base::kState == 128 ? 3 : 4;  // items on their way: what fits
 };
 
 template <class Policy>
@@ -64,9 +68,17 @@ struct GradientSums {
   float whole[kWarpgroup / 32];      // <G,h>, of each warp of `combine`
 };
 
+template <class Policy, bool = Policy::kGated>
+struct GateStorage {};
 template <class Policy>
-struct GradientStorage {
-  static constexpr int kTiles = Policy::kState / kTile, kStages = kTiles == 2 ? 3 : 4;
+struct GateStorage<Policy, true> {
+  using Tile = char[kTileBytes];
+  alignas(1024) Tile z[Policy::kStages], other_z[2];  // of g, or weighted g of the second; then what rounding takes from these
+};
+
+template <class Policy>
+struct GradientStorage : GateStorage<Policy> {
+  static constexpr int kTiles = Policy::kState / kTile, kStages = Policy::kStages;
   using Tile = char[kTileBytes];
   alignas(1024) Tile B[kTiles], C[kTiles];
   alignas(1024) Tile other_projection[kTiles];  // of the pair's other chunk: C of the second, or B of the first
@@ -80,11 +92,25 @@ struct GradientStorage {
   GradientSums sums[2];
   alignas(8) Barrier projections_full, projections_empty, weights_full, weights_empty;
   Barrier other_loaded[2], other_full[2], other_empty[2];
-  Barrier full[kStages], passed[kStages], empty[kStages], sums_full[2], sums_empty[2];  // passed: states are this chunk's
+  // passed: states are this chunk's, and g what it is
+  Barrier full[kStages], passed[kStages], empty[kStages], sums_full[2], sums_empty[2];
   // The item has come to both blocks of a pair: dx may take the adjoint's place. Who waits for it does so before the stage is
   // empty, so that neither block gets a whole round of stages ahead of what the other has seen.
   Barrier both_full[kStages];
 };
+
+// What g is the sum of with its tiles; where that is g alone, nothing.
+template <class Policy>
+__device__ auto& rests_of_g(GradientStorage<Policy>& shared) {
+  if constexpr (Policy::kGated) return shared.z;
+  else return shared.g;
+}
+
+template <class Policy>
+__device__ auto& rests_of_others(GradientStorage<Policy>& shared) {
+  if constexpr (Policy::kGated) return shared.other_z;
+  else return shared.other_rows;
+}
 
 // A chunk, a group, and some of its items of the part.
 struct GradientTask {
@@ -185,6 +211,7 @@ template <class Policy>
 __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
                               Ring<2>& ring) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  const bool gated = Policy::kGated && task.is_first();
   CUtensorMap TokenMaps::* const rows = task.is_first() ? &TokenMaps::dy : &TokenMaps::x;
   const CUtensorMap& map = task.span.template maps_of<Policy::kRare>(p, task.other_chunk(), rows).*rows;
   const int token = task.span.token_of(task.other_chunk());
@@ -193,9 +220,13 @@ __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& 
     shared.other_empty[to.stage].wait(to.parity ^ 1);
     if (cute::elect_one_sync()) {
       Barrier& loaded = shared.other_loaded[to.stage];
-      loaded.arrive_and_expect_tx(kTileBytes + sizeof(WalkSteps));
+      loaded.arrive_and_expect_tx((gated ? 2 : 1) * kTileBytes + sizeof(WalkSteps));
       load_tile(map, loaded, shared.other_rows[to.stage], task.channel_of(p, item), task.head_of(p, item), token,
                 task.span.batch);
+      if constexpr (Policy::kGated)
+        if (gated)
+          load_tile(task.span.template maps_of<Policy::kRare>(p, task.other_chunk(), &TokenMaps::z).z, loaded,
+                    shared.other_z[to.stage], task.channel_of(p, item), task.head_of(p, item), token, task.span.batch);
       const WalkSteps* const steps = task.is_first() ? p.second_steps : p.first_steps;
       cute::SM90_BULK_COPY_G2S::copy(steps + std::int64_t{task.pair} * p.kept_items + task.kept_of(p, item),
                                      reinterpret_cast<std::uint64_t*>(&loaded), &shared.other_steps[to.stage],
@@ -203,6 +234,11 @@ __device__ void weight_others(const FusedBackwardParams& p, const GradientTask& 
     }
     __syncwarp();
   };
+  // Gates are too much for a warp: the warpgroups of dB and dC weight the rows.
+  if constexpr (Policy::kGated) {
+    for (int item = task.begin; item < task.end; ++item, ring.advance()) load(item, ring);
+    return;
+  }
   // An item's rows are weighted before the next are asked for: their place is that of the item before, whose end would be
   // waited for.
   load(task.begin, ring);
@@ -228,14 +264,16 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
   const bool reverse = task.span.reverse;
   const TokenMaps& maps =
       task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::x_eights, &TokenMaps::dy, &TokenMaps::dy_eights);
+  if constexpr (Policy::kGated) task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::z, &TokenMaps::z_eights);
   for (int item = task.begin; item < task.end; ++item, ring.advance()) {
     const int stage = ring.stage, head = task.head_of(p, item), channel = task.channel_of(p, item),
               kept = task.kept_of(p, item);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
-    full.arrive_and_expect_tx((2 + 2 * Storage::kTiles) * kTileBytes + 2 * Storage::kTiles * kTile);
+    full.arrive_and_expect_tx((2 + Policy::kGated + 2 * Storage::kTiles) * kTileBytes + 2 * Storage::kTiles * kTile);
     load_eights(maps.x_eights, full, shared.x[stage], channel, head, token, batch, true, reverse);
     load_rows(maps.dy, maps.dy_eights, full, shared.g[stage], channel, head, token, batch, reverse);
+    if constexpr (Policy::kGated) load_rows(maps.z, maps.z_eights, full, shared.z[stage], channel, head, token, batch, reverse);
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
       load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
@@ -345,9 +383,9 @@ inline __device__ void sum_from(const float (&v)[2], float (&sum)[2]) {
   sum[0] = v[0] + sum[1];
 }
 
-// Over the chunk's tokens, x g of a lane's two channels. Rows of x are dealt.
+// Over the chunk's tokens, x g of a lane's two channels. Rows of x are dealt. g_rest: null, or what g is the sum of with it.
 template <class NativeElement>
-__device__ float2 sum_of_products(const char* x, const char* g, int lane) {
+__device__ float2 sum_of_products(const char* x, const char* g, [[maybe_unused]] const char* g_rest, int lane) {
   float2 sum = {};
 #pragma unroll 1
   for (int eight = 0; eight < kTile / 8; ++eight)
@@ -358,6 +396,12 @@ __device__ float2 sum_of_products(const char* x, const char* g, int lane) {
       cuda::widen_word<NativeElement>(*reinterpret_cast<const std::uint32_t*>(x + eight * (kTileBytes / 8) + column), a);
       cuda::widen_word<NativeElement>(
           *reinterpret_cast<const std::uint32_t*>(g + dealt_eight(eight) * (kTileBytes / 8) + column), b);
+      if (g_rest) {
+        float rest[2];
+        cuda::widen_word<NativeElement>(
+            *reinterpret_cast<const std::uint32_t*>(g_rest + dealt_eight(eight) * (kTileBytes / 8) + column), rest);
+        b[0] += rest[0], b[1] += rest[1];
+      }
       sum.x = fmaf(a[0], b[0], sum.x), sum.y = fmaf(a[1], b[1], sum.y);
     }
   return sum;
@@ -375,7 +419,9 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
   for (int item = task.begin; item < task.end; ++item, ring.advance(), slots.advance()) {
     shared.full[ring.stage].wait(ring.parity);
     if (Policy::kRare && p.D_per_channel) {
-      const float2 dD = sum_of_products<NativeElement>(shared.x[ring.stage], shared.g[ring.stage], lane);
+      const char* g_rest = nullptr;
+      if constexpr (Policy::kGated) shared.passed[ring.stage].wait(ring.parity), g_rest = shared.z[ring.stage];
+      const float2 dD = sum_of_products<NativeElement>(shared.x[ring.stage], shared.g[ring.stage], g_rest, lane);
       const int channel = task.channel_of(p, item) + 2 * lane;
       float* const to = p.dD_shares + place_of(task.head_of(p, item)) * p.headdim + channel;
       if (channel < p.headdim) to[0] = dD.x;
@@ -539,6 +585,29 @@ __device__ void round_kept(char* tile, const std::uint8_t* exponents, const Frag
   }
 }
 
+// dy and z become dy silu(z), rounded, and what that takes from it: every kThreads-th run of eight elements.
+template <class NativeElement, int kThreads, int kUnroll>
+__device__ void gate_tile(char* rows, char* gates, int thread) {
+#pragma unroll kUnroll
+  for (int unit = thread; unit < kTileBytes / 16; unit += kThreads) {
+    const uint4 dy = reinterpret_cast<const uint4*>(rows)[unit], z = reinterpret_cast<const uint4*>(gates)[unit];
+    std::uint32_t words[4] = {dy.x, dy.y, dy.z, dy.w}, rests[4] = {z.x, z.y, z.z, z.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      float pair[2], gate[2], rounded[2];
+      cuda::widen_word<NativeElement>(words[w], pair);
+      cuda::widen_word<NativeElement>(rests[w], gate);
+      pair[0] *= cuda::fast_silu(gate[0]), pair[1] *= cuda::fast_silu(gate[1]);
+      words[w] = cuda::narrow_word<NativeElement>(pair);
+      cuda::widen_word<NativeElement>(words[w], rounded);
+      const float lost[2] = {pair[0] - rounded[0], pair[1] - rounded[1]};
+      rests[w] = cuda::narrow_word<NativeElement>(lost);
+    }
+    reinterpret_cast<uint4*>(rows)[unit] = make_uint4(words[0], words[1], words[2], words[3]);
+    reinterpret_cast<uint4*>(gates)[unit] = make_uint4(rests[0], rests[1], rests[2], rests[3]);
+  }
+}
+
 // dC or dB: the sum over items of scaled rows of g h, or x G; and for ddt the products of those rows with C, or B.
 template <class Policy>
 __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& shared, bool is_C) {
@@ -554,6 +623,8 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   const auto mine = mma.get_thread_slice(thread);
   const auto rows =
       mine.partition_fragment_A(M::tensor(is_C ? shared.g : shared.x, typename M::template Rows<kTile, kStages>{}));
+  [[maybe_unused]] const auto rest_rows =
+      mine.partition_fragment_A(M::tensor(rests_of_g(shared), typename M::template Rows<kTile, kStages>{}));
   const auto states = mine.partition_fragment_B(
       M::tensor(is_C ? shared.states : shared.adjoints, typename M::template Columns<kTile, kStages * kTiles>{}));
   auto product = cute::partition_fragment_C(mma, cute::Shape<_64, _64>{});
@@ -564,6 +635,8 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   const auto passing_of = pass_mma.get_thread_slice(thread);
   const auto other_rows =
       passing_of.partition_fragment_A(M::tensor(shared.other_rows, typename M::template Columns<kTile, 2>{}));
+  [[maybe_unused]] const auto other_rests =
+      passing_of.partition_fragment_A(M::tensor(rests_of_others(shared), typename M::template Columns<kTile, 2>{}));
   const auto other_projection =
       passing_of.partition_fragment_B(M::tensor(shared.other_projection, typename M::template Columns<kTile, kTiles>{}));
 
@@ -577,6 +650,16 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
     if (kTiles == 2 || is_C)
       round_kept<NativeElement>((is_first ? shared.states : shared.adjoints)[stage][own_tile],
                                 (is_first ? shared.state_exponents : shared.adjoint_exponents)[stage][own_tile], at);
+    if constexpr (Policy::kGated) {
+      const int of_both = thread + is_C * kWarpgroup;
+      char *const rows = shared.other_rows[other.stage], *const rests = shared.other_z[other.stage];
+      const WalkSteps& steps = shared.other_steps[other.stage];
+      shared.other_loaded[other.stage].wait(other.parity);
+      if (is_first) weight_tile<NativeElement, 2 * kWarpgroup, 1, true, true>(rows, steps, of_both, rests, rests);
+      else weight_tile<NativeElement, 2 * kWarpgroup, 1, true>(rows, steps, of_both, rests);
+      cutlass::arch::fence_view_async_shared();
+      shared.other_full[other.stage].arrive();
+    }
   };
   const auto pass_state = [&](bool is_first) {
     const int stage = ahead.stage;
@@ -602,6 +685,8 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
       cute::warpgroup_fence_operand(product);
       cute::warpgroup_arrive();
       issue<false>(pass_mma, other_rows(_, _, _, other.stage), other_projection(_, _, _, own_tile), product);
+      if constexpr (Policy::kGated)
+        issue<false>(pass_mma, other_rests(_, _, _, other.stage), other_projection(_, _, _, own_tile), product);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(product);
       shared.other_empty[other.stage].arrive();
@@ -632,6 +717,11 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
         cute::warpgroup_fence_operand(product);
         cute::warpgroup_arrive();
         issue<true>(mma, rows(_, _, _, stage), states(_, _, _, stage * kTiles + tile), product);
+        if constexpr (Policy::kGated)
+          if (is_C) {
+            cute::warpgroup_arrive();
+            issue<false>(mma, rest_rows(_, _, _, stage), states(_, _, _, stage * kTiles + tile), product);
+          }
         if (tile == 0 && item + 1 < task.end) round_state(task.is_first());  // waits for no matmul
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(product);
@@ -807,6 +897,10 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       rows_of.partition_fragment_B(M::tensor(shared.adjoints, typename M::template Rows<kState, kStages>{}));
   const auto g_columns = output_mma.get_thread_slice(thread).partition_fragment_B(
       M::tensor(shared.g, typename M::template Columns<kTile, kStages>{}));
+  [[maybe_unused]] const auto rest_rows =
+      rows_of.partition_fragment_B(M::tensor(rests_of_g(shared), typename M::template Rows<kTile, kStages>{}));
+  [[maybe_unused]] const auto rest_columns = output_mma.get_thread_slice(thread).partition_fragment_B(
+      M::tensor(rests_of_g(shared), typename M::template Columns<kTile, kStages>{}));
   auto scores = cute::partition_fragment_C(rows_mma, cute::Shape<_64, _64>{});   // S
   auto weights = cute::partition_fragment_C(rows_mma, cute::Shape<_64, _64>{});  // sum over items of T L dt
   auto pairs = cute::partition_fragment_C(rows_mma, cute::Shape<_64, _64>{});    // T
@@ -816,7 +910,16 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
 
   Ring<kStages> ring;
   Ring<2> slots;
+  [[maybe_unused]] const auto gate = [&](const Ring<kStages>& of) {
+    if constexpr (Policy::kGated) {
+      shared.full[of.stage].wait(of.parity);
+      gate_tile<NativeElement, kWarpgroup, Policy::kRare ? 1 : 2>(shared.g[of.stage], shared.z[of.stage], thread);
+      cutlass::arch::fence_view_async_shared();
+      shared.passed[of.stage].arrive();
+    }
+  };
   for_each_task<Policy>(p, [&](const GradientTask& task, int parity) {
+    if (task.begin < task.end) gate(ring);
     shared.projections_full.wait(parity);
     const int first_token = task.first_token();
     const CUtensorMap& dx_map = task.span.template maps_of<Policy::kRare>(p, task.chunk, &TokenMaps::dx_eights).dx_eights;
@@ -845,6 +948,7 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       cute::warpgroup_fence_operand(dx);
       cute::warpgroup_arrive();
       issue<true>(rows_mma, x_rows(_, _, _, stage), g_rows(_, _, _, stage), pairs);
+      if constexpr (Policy::kGated) issue<false>(rows_mma, x_rows(_, _, _, stage), rest_rows(_, _, _, stage), pairs);
       issue<true>(rows_mma, B_rows(_, _, _, 0), adjoint_rows(_, _, _, stage), dx);
 
       const GradientSteps& steps = shared.steps[stage];
@@ -902,6 +1006,7 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       cute::warpgroup_fence_operand(masked);
       cute::warpgroup_arrive();
       issue<false>(output_mma, masked, g_columns(_, _, _, stage), dx);
+      if constexpr (Policy::kGated) issue<false>(output_mma, masked, rest_columns(_, _, _, stage), dx);
 
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -913,8 +1018,12 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       }
       shared.sums_full[slots.stage].arrive();
       std::uint32_t g_words[kTile / 16][4];
+      [[maybe_unused]] std::uint32_t rest_words[kTile / 16][4];
 #pragma unroll
-      for (int b = 0; b < kTile / 16; ++b) tokens.in_order.load(shared.g[stage], b, g_words[b]);
+      for (int b = 0; b < kTile / 16; ++b) {
+        tokens.in_order.load(shared.g[stage], b, g_words[b]);
+        if constexpr (Policy::kGated && !Policy::kRare) tokens.in_order.load(shared.z[stage], b, rest_words[b]);
+      }
       const float D_of_head = steps.D;
       char* const tile = shared.dx;
       if (item == task.begin) shared.weights_empty.wait(parity ^ 1);
@@ -927,10 +1036,16 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       __syncwarp();
 #pragma unroll
       for (int b = 0; b < kTile / 16; ++b) {
+        if constexpr (Policy::kGated && Policy::kRare) tokens.in_order.load(shared.z[stage], b, rest_words[b]);
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           float pair[2];
           cuda::widen_word<NativeElement>(g_words[b][w], pair);
+          if constexpr (Policy::kGated) {
+            float rest[2];
+            cuda::widen_word<NativeElement>(rest_words[b][w], rest);
+            pair[0] += rest[0], pair[1] += rest[1];
+          }
           [[maybe_unused]] float before_pair[2];
           if constexpr (Policy::kRare) cuda::widen_word<NativeElement>(before_words[b][w], before_pair);
           float2 D = {D_of_head, D_of_head};
@@ -958,6 +1073,12 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
           cute::SM90_TMA_STORE_4D::copy(&dx_map, tile + (2 * at.warp + r) * (kTileBytes / 8), channel, head,
                                         first_token + memory_of_row(reverse, token[r]), task.span.batch);
         cute::tma_store_arrive();
+      }
+      if constexpr (Policy::kGated) {
+        __syncwarp();
+        Ring<kStages> next = ring;
+        next.advance();
+        if (item + 1 < task.end) gate(next);
       }
     }
     if (at.lane == 0) cute::tma_store_wait<0>();
@@ -1042,7 +1163,7 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
     shared.weights_empty.init(2 * kWarpgroup);
     for (int stage = 0; stage < Storage::kStages; ++stage) {
       shared.full[stage].init(1 + 32);  // the tiles, and the steps
-      shared.passed[stage].init(2 * kWarpgroup);
+      shared.passed[stage].init((Policy::kGated ? 3 : 2) * kWarpgroup);
       shared.empty[stage].init(3 * kWarpgroup + 32);  // and the warp that finishes ddt
       shared.both_full[stage].init(2);
     }
@@ -1050,7 +1171,7 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
       shared.sums_full[slot].init(3 * kWarpgroup);
       shared.sums_empty[slot].init(32);
       shared.other_loaded[slot].init(1);
-      shared.other_full[slot].init(32);
+      shared.other_full[slot].init(Policy::kGated ? 2 * kWarpgroup : 32);
       shared.other_empty[slot].init(Storage::kTiles * kWarpgroup);
     }
     cutlass::arch::fence_barrier_init();

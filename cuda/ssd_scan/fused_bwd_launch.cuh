@@ -18,6 +18,7 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.maps.x = cuda::tma_map(args.x), p.maps.dy = cuda::tma_map(args.dy);
   p.maps.B = cuda::tma_map(args.B), p.maps.C = cuda::tma_map(args.C);
   p.maps.x_eights = cuda::tma_map(args.x, 8), p.maps.dy_eights = cuda::tma_map(args.dy, 8);
+  if constexpr (Policy::kGated) p.maps.z = cuda::tma_map(args.z), p.maps.z_eights = cuda::tma_map(args.z, 8);
   p.maps.B_eights = cuda::tma_map(args.B, 8), p.maps.C_eights = cuda::tma_map(args.C, 8);
   if (p.has_dx) p.maps.dx_eights = cuda::tma_map(args.dx, 8);
   if (p.has_dB) p.maps.dB = cuda::tma_map(args.dB);

@@ -16,8 +16,8 @@ static_assert(sizeof(WalkSteps) == kFusedTile * sizeof(float) + 16, "or the plan
 
 // Of the tensors that move in boxes of tokens.
 struct TokenMaps {
-  CUtensorMap x, dy, B, C, dB, dC;
-  CUtensorMap x_eights, dy_eights, dx_eights, B_eights, C_eights;  // in boxes of eight tokens
+  CUtensorMap x, dy, z, B, C, dB, dC;
+  CUtensorMap x_eights, dy_eights, z_eights, dx_eights, B_eights, C_eights;  // in boxes of eight tokens
 };
 
 // A chunk of a packed sequence that begins with token `first`.

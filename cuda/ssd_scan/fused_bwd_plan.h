@@ -60,7 +60,7 @@ struct FusedBackwardPlan {
 };
 
 // Of the kernels' PackedChunk and TokenMaps.
-inline constexpr std::size_t kPackedChunkBytes = 16, kTokenMapsBytes = 11 * 128;
+inline constexpr std::size_t kPackedChunkBytes = 16, kTokenMapsBytes = 13 * 128;
 
 // Slices whose states a block of the walks takes together, of so many in all sequences: two share B or C, one where that leaves
 // multiprocessors without work.

@@ -80,10 +80,11 @@ inline __device__ void store_walk_steps(WalkSteps& to, const LaneSteps& s, bool 
   if (lane == 0) to.total = fast_exp2(s.total);
 }
 
-// Every kThreads-th run of eight elements of a tile, times the weight of its row. `rest`, where it is kept, is what rounding takes
-// from them.
-template <class NativeElement, int kThreads, int kUnroll, bool kKeepsRest = false>
-__device__ void weight_tile(void* tile, const WalkSteps& steps, int thread, [[maybe_unused]] void* rest = nullptr) {
+// Every kThreads-th run of eight elements of a tile, times the weight of its row. `rest`, where it is kept, is what rounding
+// takes from them; `gates` are z of a tile of dy, and may lie where the rest will.
+template <class NativeElement, int kThreads, int kUnroll, bool kKeepsRest = false, bool kGated = false>
+__device__ void weight_tile(void* tile, const WalkSteps& steps, int thread, [[maybe_unused]] void* rest = nullptr,
+                            [[maybe_unused]] const void* gates = nullptr) {
   auto* const units = static_cast<uint4*>(tile);
 #pragma unroll kUnroll
   for (int unit = thread; unit < kTileBytes / 16; unit += kThreads) {
@@ -91,10 +92,17 @@ __device__ void weight_tile(void* tile, const WalkSteps& steps, int thread, [[ma
     const uint4 v = units[unit];
     std::uint32_t words[4] = {v.x, v.y, v.z, v.w};
     [[maybe_unused]] std::uint32_t rests[4];
+    [[maybe_unused]] uint4 z;
+    if constexpr (kGated) z = static_cast<const uint4*>(gates)[unit];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       float pair[2], weighted[2];
       cuda::widen_word<NativeElement>(words[w], pair);
+      if constexpr (kGated) {
+        float gate[2];
+        cuda::widen_word<NativeElement>(w == 0 ? z.x : w == 1 ? z.y : w == 2 ? z.z : z.w, gate);
+        pair[0] *= cuda::fast_silu(gate[0]), pair[1] *= cuda::fast_silu(gate[1]);
+      }
       weighted[0] = pair[0] * weight, weighted[1] = pair[1] * weight;
       words[w] = cuda::narrow_word<NativeElement>(weighted);
       if constexpr (kKeepsRest) {

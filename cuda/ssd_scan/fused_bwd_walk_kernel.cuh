@@ -4,11 +4,11 @@
 //          backward G = exp(s[end]) G + sum_i exp(s[i]) dy[i] C[i]^T, kept after each pair
 // Shapes   h, G [p,n] of each head in float32 registers, kept in 16 bits (fused_bwd_kept.cuh); p in slices of 64
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
-//          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms
+//          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms. With z, which is read with dy, 0.84 GB, 0.29 ms
 // Launch   a block per multiprocessor, which takes directions and pairs of slices of sequences in turns, or single slices where
-//          these leave multiprocessors without work. A warpgroup for each tile of the states; one weights x or dy where it
-//          lies, one loads and prepares the steps: what a chunk waits for in the one before it is to decay the state and add a
-//          product to it
+//          these leave multiprocessors without work. A warpgroup for each tile of the states; one, or two with z, weights x or
+//          dy where it lies, one loads and prepares the steps: what a chunk waits for in the one before it is to decay the state
+//          and add a product to it
 // Numerics float32 sums; weighted x and dy rounded to the element type as matrix operands, and what that takes from them as others
 //          where states hardly decay; fixed order
 #pragma once
@@ -27,10 +27,13 @@ inline constexpr float kSlowDecay = 0.7f;
 
 template <class Policy>
 struct WalkStorage {
-  static constexpr int kStages = 4, kRests = 2, kTiles = Policy::kState / kTile, kAhead = 4;
+  // z comes with dy, to where the rests will be.
+  static constexpr int kStages = Policy::kGated ? 3 : 4, kRests = Policy::kGated ? 3 : 2;
+  static constexpr int kTiles = Policy::kState / kTile, kAhead = 4;
   static_assert(kStages % kRests == 0, "or the walkers would count chunks for them");
   static constexpr int kWalkers = 2 * kTiles;                       // warpgroups that have a tile of the state of a slice each
-  static constexpr int kWarpgroups = kWalkers + 2, kPreparing = 3;  // warps that prepare steps
+  static constexpr int kWeighers = Policy::kGated ? 2 : 1;          // that weight rows
+  static constexpr int kWarpgroups = kWalkers + kWeighers + 1, kPreparing = 3;  // warps that prepare steps
   using Tile = char[kTileBytes];
   alignas(1024) Tile projection[kStages][kTiles];  // B, or C
   alignas(1024) Tile rows[kStages][2];             // x, or dy, of each slice
@@ -98,7 +101,8 @@ __device__ void for_each_walk(const FusedBackwardParams& p, Visit visit) {
 template <class Policy>
 __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
                           Ring<WalkStorage<Policy>::kStages>& ring) {
-  constexpr int kTiles = WalkStorage<Policy>::kTiles;
+  using Storage = WalkStorage<Policy>;
+  constexpr int kTiles = Storage::kTiles;
   CUtensorMap TokenMaps::* const rows = task.backward ? &TokenMaps::dy : &TokenMaps::x;
   CUtensorMap TokenMaps::* const projection = task.backward ? &TokenMaps::C : &TokenMaps::B;
   const int slices = task.has_item(p, 1) ? 2 : 1;
@@ -107,13 +111,19 @@ __device__ void load_walk(const FusedBackwardParams& p, const WalkTask& task, Wa
     const TokenMaps& maps = task.span.template maps_of<true>(p, task.chunk_of(i), rows, projection);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
-    full.arrive_and_expect_tx(kTileBytes * (kTiles + slices));
+    const bool gated = Policy::kGated && task.backward;
+    full.arrive_and_expect_tx(kTileBytes * (kTiles + (gated ? 2 : 1) * slices));
 #pragma unroll
     for (int k = 0; k < kTiles; ++k)
       load_tile(maps.*projection, full, shared.projection[stage][k], k * kTile, task.group, token, task.span.batch);
     for (int which = 0; which < slices; ++which)
       load_tile(maps.*rows, full, shared.rows[stage][which], task.channel_of(p, which), task.head_of(p, which), token,
                 task.span.batch);
+    if (!gated) continue;
+    task.span.template maps_of<true>(p, task.chunk_of(i), &TokenMaps::z);
+    for (int which = 0; which < slices; ++which)
+      load_tile(maps.z, full, shared.rests[stage % Storage::kRests][which], task.channel_of(p, which), task.head_of(p, which),
+                token, task.span.batch);
   }
 }
 
@@ -167,14 +177,16 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
   position += max(task.chunks, 0);
 }
 
-// Two warps per slice, or four where there is one: a row of its tile times the weight of that token.
+// Half of the warps per slice, or all where there is one: a row of its tile times the weight of that token.
 template <class Policy>
 __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, WalkStorage<Policy>& shared,
                             unsigned& position) {
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
-  constexpr int kThreads = kWarpgroup / 2, kStages = WalkStorage<Policy>::kStages, kRests = WalkStorage<Policy>::kRests;
+  constexpr int kAll = WalkStorage<Policy>::kWeighers * kWarpgroup, kThreads = kAll / 2;
+  constexpr int kStages = WalkStorage<Policy>::kStages, kRests = WalkStorage<Policy>::kRests;
+  static_assert(WalkStorage<Policy>::kWalkers * kWarpgroup % kAll == 0);
   const bool single = p.items_of_walk == 1;
-  const int which = single ? 0 : threadIdx.x % kWarpgroup / kThreads;
+  const int which = single ? 0 : threadIdx.x % kAll / kThreads;
   const bool present = task.has_item(p, which);
   for (int i = 0; i < task.chunks; ++i, ++position) {
     const unsigned stage = position % kStages, before = position - kRests;  // before: whose rests lay where these will
@@ -183,12 +195,21 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
       char* const rows = shared.rows[stage][which];
       char* const rests = shared.rests[position % kRests][which];
       const WalkSteps& steps = shared.steps[stage][which];
-      if (steps.total > kSlowDecay) {
-        shared.empty[before % kStages].wait(before / kStages % 2);
-        if (single) weight_tile<NativeElement, kWarpgroup, 4, true>(rows, steps, threadIdx.x % kWarpgroup, rests);
+      if (Policy::kGated && task.backward) {
+        const bool keeps_rest = steps.total > kSlowDecay;
+        const auto weight = [&]<int kOf>(std::integral_constant<int, kOf>) {
+          const int thread = threadIdx.x % kOf;
+          if (keeps_rest) weight_tile<NativeElement, kOf, 2, true, true>(rows, steps, thread, rests, rests);
+          else weight_tile<NativeElement, kOf, 2, false, true>(rows, steps, thread, nullptr, rests);
+        };
+        if (single) weight(std::integral_constant<int, kAll>());
+        else weight(std::integral_constant<int, kThreads>());
+      } else if (steps.total > kSlowDecay) {
+        if (kRests < kStages) shared.empty[before % kStages].wait(before / kStages % 2);
+        if (single) weight_tile<NativeElement, kAll, 4, true>(rows, steps, threadIdx.x % kAll, rests);
         else weight_tile<NativeElement, kThreads, 4, true>(rows, steps, threadIdx.x % kThreads, rests);
       } else if (single) {
-        weight_tile<NativeElement, kWarpgroup, 4>(rows, steps, threadIdx.x % kWarpgroup);
+        weight_tile<NativeElement, kAll, 4>(rows, steps, threadIdx.x % kAll);
       } else {
         weight_tile<NativeElement, kThreads, 8>(rows, steps, threadIdx.x % kThreads);
       }
@@ -315,8 +336,8 @@ __global__ void __launch_bounds__(128 * fused::WalkStorage<Policy>::kWarpgroups,
   using namespace fused;
   using Storage = WalkStorage<Policy>;
   constexpr int kWalkers = Storage::kWalkers;
-  constexpr bool kMovesRegisters = kWalkers == 4;           // of two and two warpgroups each has enough
-  constexpr int kWalkRegisters = 96, kOtherRegisters = 48;  // 480 in all
+  constexpr bool kMovesRegisters = kWalkers == 4;  // of two and two warpgroups each has enough
+  constexpr int kWalkRegisters = 96, kOtherRegisters = Policy::kGated ? 40 : 48;  // 480 in all, or 504
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   static_assert(sizeof(Storage) <= kMostSharedBytes);
   auto& shared = *reinterpret_cast<Storage*>(shared_bytes);
@@ -324,7 +345,7 @@ __global__ void __launch_bounds__(128 * fused::WalkStorage<Policy>::kWarpgroups,
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Storage::kStages; ++stage) {
       shared.full[stage].init(1 + p.items_of_walk * 32);  // the tiles, and the steps of each slice
-      shared.weighted[stage].init(kWarpgroup);
+      shared.weighted[stage].init(Storage::kWeighers * kWarpgroup);
       shared.empty[stage].init(walkers * kWarpgroup);
     }
     cutlass::arch::fence_barrier_init();
@@ -340,7 +361,7 @@ __global__ void __launch_bounds__(128 * fused::WalkStorage<Policy>::kWarpgroups,
   }
   if constexpr (kMovesRegisters) cutlass::arch::warpgroup_reg_dealloc<kOtherRegisters>();
   Ring<Storage::kStages> ring;
-  if (warpgroup == kWalkers) {
+  if (warpgroup < kWalkers + Storage::kWeighers) {
     unsigned position = 0;  // in the ring
     for_each_walk(p, [&](const WalkTask& task) { weight_rows<Policy>(p, task, shared, position); });
     return;

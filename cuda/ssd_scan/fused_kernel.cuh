@@ -12,6 +12,8 @@
 //          other
 // Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order. y as the
 //          element type or, for the norm of a Mamba-2 block, as halves with shared exponents
+// Gate     in the backward of a call with z the same pass leaves dz = dy y silu'(z), y as it is before the gate: it reads dy
+//          beside z
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -72,7 +74,9 @@ struct SharedStorage {
   alignas(1024) Tile C[kStateOnly ? 1 : kStages][kTilesOfBC];
   alignas(1024) Tile x[kStages][2];
   alignas(1024) Tile state[kStateOnly ? 1 : 2][kTilesOfBC];
-  alignas(1024) Tile y[kStateOnly ? 1 : 2][2];  // of each consumer two, by turns: z comes in where y goes out
+  // Of each consumer two, by turns: z comes in where y goes out. For dz the second is for dy, and the next z and dy wait until
+  // it has gone out.
+  alignas(1024) Tile y[kStateOnly ? 1 : 2][2];
   Steps steps[kStages][2];
   uint2 raw[2][kStepsAhead][32];  // what each warp that prepares steps has loaded ahead
   alignas(16) float D[2][kTile];
@@ -255,10 +259,10 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
   }
 }
 
-// One thread: z into the tiles of y.
+// One thread: z into the tiles of y, and dy with it.
 template <class Policy, bool kStateOnly>
 __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
-  Ring<2> ring[2];  // of each consumer
+  Ring<Policy::kGated ? 1 : 2> ring[2];  // of each consumer
   for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
     for (int i = 0; i < task.chunk_count; ++i) {
@@ -268,9 +272,11 @@ __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnl
         if (!task.has_slice(p, which) || !leaves_output<Policy>(task, which)) continue;
         const int slot = ring[which].stage;
         shared.z_empty[which][slot].wait(ring[which].parity ^ 1);
-        shared.z_full[which][slot].arrive_and_expect_tx(kTileBytes);
-        load_tile(p.z, shared.z_full[which][slot], shared.y[which][slot], task.channel_of(p, which), task.head_of(p, which),
-                  token, task.batch);
+        const int channel = task.channel_of(p, which), head = task.head_of(p, which);
+        Barrier& full = shared.z_full[which][slot];
+        full.arrive_and_expect_tx((Policy::kGated ? 2 : 1) * kTileBytes);
+        load_tile(p.z, full, shared.y[which][slot], channel, head, token, task.batch);
+        if constexpr (Policy::kGated) load_tile(p.dy, full, shared.y[which][1], channel, head, token, task.batch);
         ring[which].advance();
       }
     }
@@ -872,7 +878,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
   }
 
   Ring<kStages> ring;
-  Ring<2> slots;
+  Ring<Policy::kGated ? 1 : 2> slots;
   Ring<1> sums;         // that one block of a cluster hands to the other
   bool stored = false;  // a chunk before this one, in the other slot
   for (TasksOfBlock tasks(p, Policy::kSides); tasks.next();) {
@@ -1022,6 +1028,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         cute::warpgroup_fence_operand(weighted);
         cute::warpgroup_arrive();
         issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+        if (Policy::kGated && thread == 0 && leaves_y && stored) {  // dz before this one makes room
+          cute::tma_store_wait<0>();
+          shared.z_empty[which][0].arrive();
+        }
 
         // Scores, decayed and masked, become a matrix operand.
         [[maybe_unused]] float lost[2] = {};  // what rounding takes from a row's score on the diagonal
@@ -1110,7 +1120,16 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
           }
           sums.advance();
         }
-        if (leaves_y && p.has_z) {
+        if constexpr (Policy::kGated) {
+          if (leaves_y) {
+            shared.z_full[which][0].wait(slots.parity);
+            at.template each_pair<NativeElement>(tile_y, [&](int v, int, const float* z) {
+              y(v) *= cuda::fast_dsilu(z[0]), y(v + 1) *= cuda::fast_dsilu(z[1]);
+            });
+            at.template each_pair<NativeElement>(shared.y[which][1],
+                                                 [&](int v, int, const float* dy) { y(v) *= dy[0], y(v + 1) *= dy[1]; });
+          }
+        } else if (leaves_y && p.has_z) {
           shared.z_full[which][slots.stage].wait(slots.parity);
           at.template each_pair<NativeElement>(
               tile_y, [&](int v, int, const float* z) { y(v) *= cuda::fast_silu(z[0]), y(v + 1) *= cuda::fast_silu(z[1]); });
@@ -1141,14 +1160,17 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
               if (c < p.headdim) reinterpret_cast<NativeElement*>(to)[c] = elements[e];
             }
           }
+          if constexpr (Policy::kGated) sync();  // the next z comes before the next sync
         } else if (leaves_y && thread == 0) {
           cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, token, task.batch);
         }
         if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
           if (kExtra == Extra::kept_states) keep_state(i + 1);
           cute::tma_store_arrive();
-          cute::tma_store_wait<1>();
-          if (leaves_y && p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
+          if constexpr (!Policy::kGated) {
+            cute::tma_store_wait<1>();
+            if (leaves_y && p.has_z && stored) shared.z_empty[which][slots.stage ^ 1].arrive();
+          }
         }
         stored = true;
         slots.advance();

@@ -29,13 +29,16 @@ __global__ void clear_tail_kernel(const __grid_constant__ FusedParams p, std::in
 
 }  // namespace fused
 
+// dy: what a gated policy makes dz of, in the place of y.
 template <class Policy>
-void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::uint8_t* y_exponents, Stream stream) {
+void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::uint8_t* y_exponents, const Tensor& dy,
+                  Stream stream) {
   if (plan.pairs * d.num_sequences == 0) return;
   FusedParams p{};
   p.x = cuda::tma_map(args.x), p.B = cuda::tma_map(args.B), p.C = cuda::tma_map(args.C), p.y = cuda::tma_map(args.y);
   p.has_z = static_cast<bool>(args.z);
   if (p.has_z) p.z = cuda::tma_map(args.z);
+  if constexpr (Policy::kGated) p.dy = cuda::tma_map(dy);
   p.stretches = d.nstretches;
   if (args.chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
   const std::int64_t y_size = size_of(args.y.dtype);

@@ -50,6 +50,7 @@ struct Turns {
 struct FusedParams {
   CUtensorMap x, B, C, z, y;
   CUtensorMap chunk_states;  // [rows, headdim, nheads, dstate]
+  CUtensorMap dy;            // where y is dz
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, final_state;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "fused_params.h"
 #include "fused_policy.h"
@@ -30,7 +31,8 @@ struct FusedPlan {
 // the output, into as many pieces as fill the multiprocessors. The first chunks want no pass for states: where the pairs leave
 // multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Costs are in units of one
 // chunk through the whole kernel (H100: 2 us).
-constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant) {
+constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
+                               std::int64_t most_pieces = std::numeric_limits<std::int64_t>::max()) {
   const std::int64_t at_once = kMultiprocessors / sides_of(padded_dstate);  // tasks
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
   // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
@@ -62,6 +64,7 @@ constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bo
         };
         const auto consider = [&](std::int64_t first, std::int64_t of_piece) {
           const std::int64_t length = of_piece * pieces, segments = divide_up(chunks - first, length);
+          if ((divide_up(longest - first, length) - 1) * pieces >= most_pieces) return;
           const std::int64_t tasks = items * (segments - 1) * pieces, places = at_once - (first > 0 ? items : 0);
           double states = rounds(tasks, places) * (static_cast<double>(of_piece) * chunk_of_states(tasks, places) + kStateTask);
           if (first > 0) states = std::max(states + kBeside, static_cast<double>(first) + kFirstTask);

@@ -11,9 +11,11 @@ inline constexpr int kMostStatesOfBlock = 128;
 constexpr int sides_of(int padded_dstate) { return padded_dstate > kMostStatesOfBlock ? 2 : 1; }
 
 // Two consumer warpgroups, each with a slice of a head: they share B and C. A third warpgroup feeds them.
-template <DType dtype, int padded_dstate>
+// gated: for the gradients of a call with z. The forward kernel leaves dz where others leave y.
+template <DType dtype, int padded_dstate, bool gated = false>
 struct FusedPolicy {
   static constexpr DType kDType = dtype;
+  static constexpr bool kGated = gated;
   static constexpr int kSides = sides_of(padded_dstate);
   static constexpr int kState = padded_dstate / kSides;  // of a block: 64 or 128
   static constexpr int kConsumers = 2;
@@ -26,7 +28,7 @@ struct FusedPolicy {
   // with 256 y was 1.42 roundings of the exact result off, 1.25 with this (emulated, headdim 40 to 64); the gate is 1.5.
   static constexpr bool kKeepsDiagonal = kSides > 1;
   // At positions or between stretches: rare, for all dstate up to 128.
-  static constexpr bool kLeavesStates = padded_dstate == kMostStatesOfBlock;
+  static constexpr bool kLeavesStates = padded_dstate == kMostStatesOfBlock && !gated;
   static constexpr bool kScalesOutput = kDType == DType::bfloat16 && kLeavesStates;  // y with shared exponents, as well
 };
 

@@ -18,7 +18,8 @@
 namespace statescan::ssd_scan {
 
 template <class Policy>
-void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, std::uint8_t* y_exponents, Stream stream);
+void launch_fused(const Args& args, const Dims& dims, const FusedPlan& plan, std::uint8_t* y_exponents, const Tensor& dy,
+                  Stream stream);
 
 template <class Policy>
 void launch_short(const Args& args, const Dims& dims, Stream stream);
@@ -103,12 +104,17 @@ void run_short(const Args& args, const Dims& dims, Stream stream) {
   launch_short<FusedPolicy<dtype, 128>>(args, dims, stream);
 }
 
-// The segments' states, those at positions, and those between parts.
+// The segments' states, and those between parts.
+std::size_t bytes_of_pass(const Inputs& in, const Dims& dims, const FusedPlan& plan, int padded_dstate) {
+  const std::int64_t at_once = cuda::multiprocessors(in.x.device.index) / sides_of(padded_dstate);
+  const Turns turns = fused_turns(dims, plan, static_cast<bool>(in.cu_seqlens), at_once);
+  return plan.workspace_bytes() + PartBytes(turns, padded_dstate).sum();
+}
+
+// Those at positions as well.
 std::size_t fused_workspace(const Args& args, const Dims& dims) {
-  const FusedPlan plan = fused_plan_of(args, dims);
-  const std::int64_t at_once = cuda::multiprocessors(args.x.device.index) / sides_of(padded_dstate(args, dims));
-  const Turns turns = fused_turns(dims, plan, static_cast<bool>(args.cu_seqlens), at_once);
-  return plan.workspace_bytes() + aligned(entry_bytes(args, dims, true)) + PartBytes(turns, padded_dstate(args, dims)).sum();
+  return bytes_of_pass(args, dims, fused_plan_of(args, dims), padded_dstate(args, dims)) +
+         aligned(entry_bytes(args, dims, true));
 }
 
 std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
@@ -120,7 +126,7 @@ std::int64_t fused_segment_tokens(const Args& args, const Dims& dims) {
 template <DType dtype>
 void run_fused_scaled(const Args& args, const Dims& dims, std::uint8_t* y_exponents, Stream stream) {
   const FusedPlan plan = fused_plan_of(args, dims);
-  const auto launch = [&]<int padded> { launch_fused<FusedPolicy<dtype, padded>>(args, dims, plan, y_exponents, stream); };
+  const auto launch = [&]<int padded> { launch_fused<FusedPolicy<dtype, padded>>(args, dims, plan, y_exponents, {}, stream); };
   const int padded = padded_dstate(args, dims);
   if (padded == 64) launch.template operator()<64>();
   else if (padded == kMostStatesOfBlock) launch.template operator()<kMostStatesOfBlock>();
@@ -233,7 +239,20 @@ void backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
 
 // Rare forms are compiled for 128 alone.
 int padded_dstate(const BackwardArgs& args, const Dims& dims) {
-  return dims.dstate <= 64 && !args.cu_seqlens && !args.reverse && !dims.D_per_channel ? 64 : 128;
+  return dims.dstate <= 64 && !args.cu_seqlens && !args.reverse && !dims.D_per_channel && !args.z ? 64 : 128;
+}
+
+// dz, of a pass of the forward's, with no more states than the backward has room for.
+int padded_dstate_of_gate(const Dims& dims) {
+  return dims.dstate > kMostStatesOfBlock ? 2 * kMostStatesOfBlock : kMostStatesOfBlock;
+}
+
+FusedPlan gate_plan_of(const BackwardArgs& args, const Dims& dims) {
+  const std::int64_t x = dims.batch * dims.seqlen * dims.nheads * dims.headdim * size_of(args.x.dtype);
+  const std::int64_t piece = std::int64_t{dims.num_sequences} * dims.nheads * divide_up(dims.headdim, kFusedTile) * kFusedTile *
+                             padded_dstate_of_gate(dims) * std::int64_t{sizeof(float)};
+  const auto most = static_cast<std::int64_t>(kMostMemory * static_cast<double>(x) / static_cast<double>(piece));
+  return fused_plan(dims, padded_dstate_of_gate(dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant, most);
 }
 
 FusedBackwardSides fused_backward_sides_of(const BackwardArgs& args, const Dims& dims) {
@@ -248,7 +267,6 @@ FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& d
 }
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
-  if (args.z) return "takes no z";
   if (std::string reason = why_not_dstate(dims, 2 * kMostStatesOfBlock); !reason.empty()) return reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.headdim == 0 || dims.dstate == 0) return "needs at least one sequence, channel and state";
@@ -259,17 +277,48 @@ std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
   const FusedBackwardPlan plan = fused_backward_plan_of(args, dims);
   if (dims.seqlen > kMost - 2 * kFusedTile || plan.slots * dims.ngroups * plan.group_items > kMost / 8)
     return "counts tokens, and heads in all chunks, in 32 bits";
-  return why_not_tma(
-      {{"x", &args.x}, {"B", &args.B}, {"C", &args.C}, {"dy", &args.dy}, {"dx", &args.dx}, {"dB", &args.dB}, {"dC", &args.dC}});
+  return why_not_tma({{"x", &args.x},
+                      {"B", &args.B},
+                      {"C", &args.C},
+                      {"dy", &args.dy},
+                      {"dx", &args.dx},
+                      {"dB", &args.dB},
+                      {"dC", &args.dC},
+                      {"z", &args.z},
+                      {"dz", &args.dz}});
 }
 
 std::size_t fused_backward_workspace(const BackwardArgs& args, const Dims& dims) {
-  if (dims.dstate > kMostStatesOfBlock) return fused_backward_sides_of(args, dims).workspace_bytes();
-  return fused_backward_plan_of(args, dims).workspace_bytes();
+  const std::size_t bytes = dims.dstate > kMostStatesOfBlock ? fused_backward_sides_of(args, dims).workspace_bytes()
+                                                             : fused_backward_plan_of(args, dims).workspace_bytes();
+  if (!args.dz) return bytes;
+  return std::max(bytes, bytes_of_pass(args, dims, gate_plan_of(args, dims), padded_dstate_of_gate(dims)));
+}
+
+// With z: dz by a pass of its own, the others by kernels that read z beside dy.
+template <DType dtype>
+void run_gated_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  if (args.dz) {
+    Args pass;
+    static_cast<Inputs&>(pass) = args;
+    pass.y = args.dz, pass.workspace = args.workspace;
+    const FusedPlan plan = gate_plan_of(args, dims);
+    if (dims.dstate <= kMostStatesOfBlock)
+      launch_fused<FusedPolicy<dtype, kMostStatesOfBlock, true>>(pass, dims, plan, nullptr, args.dy, stream);
+    else launch_fused<FusedPolicy<dtype, 2 * kMostStatesOfBlock, true>>(pass, dims, plan, nullptr, args.dy, stream);
+  }
+  using Policy = FusedPolicy<dtype, kMostStatesOfBlock, true>;
+  if (dims.dstate <= kMostStatesOfBlock)
+    launch_fused_backward<Policy>(args, dims, fused_backward_plan_of(args, dims), false, false, stream);
+  else launch_fused_backward_sides<Policy>(args, dims, fused_backward_sides_of(args, dims), stream);
 }
 
 template <DType dtype>
 void run_fused_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
+  if (args.z) {
+    run_gated_backward<dtype>(args, dims, stream);
+    return;
+  }
   if (dims.dstate > kMostStatesOfBlock) {
     launch_fused_backward_sides<FusedPolicy<dtype, 128>>(args, dims, fused_backward_sides_of(args, dims), stream);
     return;

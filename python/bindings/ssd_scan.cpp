@@ -99,6 +99,7 @@ nb::object backward(nb::handle x, nb::handle dt, nb::handle A, nb::handle B, nb:
       return Tensor::contiguous(nullptr, of.dtype, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]}, of.device);
     };
     args.dx = wanted_as(args.x), args.dB = wanted_as(args.B), args.dC = wanted_as(args.C);
+    if (args.z) args.dz = wanted_as(args.z);
     return Call::describe(args, d);
   }
   args.dx = call.gradient("dx", args.x);
