@@ -25,6 +25,10 @@ namespace fused {
 // long sequences are within 1.5 roundings at any decay, but one such head makes a batch of one as slow as all of them.
 inline constexpr float kSlowDecay = 0.7f;
 
+// With z they are multiplied at any decay where the state is kept after the chunk, which most of it is of: there is time beside
+// what the gates take.
+inline __device__ bool comes_before_kept(int i) { return i % 2 == 1; }
+
 template <class Policy>
 struct WalkStorage {
   // z comes with dy, to where the rests will be.
@@ -196,7 +200,7 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
       char* const rests = shared.rests[position % kRests][which];
       const WalkSteps& steps = shared.steps[stage][which];
       if (Policy::kGated && task.backward) {
-        const bool keeps_rest = steps.total > kSlowDecay;
+        const bool keeps_rest = steps.total > kSlowDecay || comes_before_kept(i);
         const auto weight = [&]<int kOf>(std::integral_constant<int, kOf>) {
           const int thread = threadIdx.x % kOf;
           if (keeps_rest) weight_tile<NativeElement, kOf, 2, true, true>(rows, steps, thread, rests, rests);
@@ -204,7 +208,7 @@ __device__ void weight_rows(const FusedBackwardParams& p, const WalkTask& task, 
         };
         if (single) weight(std::integral_constant<int, kAll>());
         else weight(std::integral_constant<int, kThreads>());
-      } else if (steps.total > kSlowDecay) {
+      } else if (steps.total > kSlowDecay || (Policy::kGated && comes_before_kept(i))) {
         if (kRests < kStages) shared.empty[before % kStages].wait(before / kStages % 2);
         if (single) weight_tile<NativeElement, kAll, 4, true>(rows, steps, threadIdx.x % kAll, rests);
         else weight_tile<NativeElement, kThreads, 4, true>(rows, steps, threadIdx.x % kThreads, rests);
@@ -289,7 +293,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
       for (int v = 0; v < kValues; ++v) state(v) *= total;
       shared.weighted[stage].wait(ring.parity);
       cute::warpgroup_fence_operand(state);
-      if (total > kSlowDecay) {
+      if (total > kSlowDecay || (Policy::kGated && comes_before_kept(i))) {
         cute::warpgroup_arrive();
         issue<false>(mma, rests(_, _, _, 2 * (stage % kRests) + which), projection(_, _, _, kTiles * stage + tile), state);
       }
