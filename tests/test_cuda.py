@@ -825,6 +825,35 @@ def test_fused_backward_of_ssd_scan_with_D_per_channel(rng, dtype, sizes, length
             assert_same_bits(again, first[name], name)
 
 
+def fused_backward_case(rng, dtype, lengths=None, reverse=False, D=None, **sizes):
+    """Inputs and options of a call that the fused row takes, with NaN past the last packed token; and what checks of its gradients
+    that they are zero there, and the same in more calls."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
+    made = op.inputs(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if D == "per channel":
+        made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
+    over_tokens = [name for name, value in made.items() if value is not None and op.has_tokens(name, value)]
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths])
+        for name in over_tokens:
+            made[name][:, sum(lengths) :] = np.nan
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
+
+    def again(got):
+        for name in over_tokens if lengths else ():
+            if name != "dy":
+                assert not np.any(got[f"d{name}"][:, sum(lengths) :]), f"d{name} is not zero past the last packed token"
+        for _ in range(3):
+            for name, value in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
+                if value is not None:
+                    assert_same_bits(gpu.get(value), got[f"d{name}"], f"d{name}")
+
+    return made, options, again
+
+
 @needs_gpu
 @pytest.mark.parametrize(
     "sizes",
@@ -854,28 +883,8 @@ def test_fused_backward_of_more_states_than_a_block_holds(request, rng, dstate, 
     if draw in dA_misses:
         reason = f"dA: the terms of one of 12 heads nearly cancel, of which roundings leave {dA_misses[draw]}"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
-    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=dstate, omit=("z",)) | sizes
-    lengths, reverse, D, dtype = (sizes.pop(name, None) for name in ("lengths", "reverse", "D", "dtype"))
-    dtype = dtype or "bfloat16"
-    made = op.inputs(rng, dtype, **sizes, sequences=lengths and len(lengths))
-    options = dict(dt_softplus=True, reverse=bool(reverse))
-    if D:
-        made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
-    if lengths:
-        options["cu_seqlens"] = np.cumsum([0, *lengths])
-        for name, value in made.items():
-            if value is not None and op.has_tokens(name, value):
-                value[:, sum(lengths) :] = np.nan
-    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
-    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
-    got = op.check(gpu, made, **options)
-    for name in ("dx", "ddt", "dB", "dC") if lengths else ():
-        assert not np.any(got[name][:, sum(lengths) :]), f"{name} is not zero past the last packed token"
-    for _ in range(3):
-        for name, again in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
-            if again is not None:
-                assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
+    made, options, again = fused_backward_case(rng, **dict(dtype="bfloat16", dstate=dstate, omit=("z",)) | sizes)
+    again(cases.SSD_SCAN_BACKWARD.check(DEVICES[1], made, **options))
 
 
 @needs_gpu
@@ -904,30 +913,12 @@ def test_fused_backward_of_gated_ssd_scan(request, rng, dtype, sizes):
     if dtype == "float16" and sizes.get("lengths") == [63, 64, 65, 1, 0, 367]:
         reason = "dB: roundings of operands leave 3.06e-4; the gate is 3.05e-4"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
-    sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
-    lengths, reverse, D = (sizes.pop(name, None) for name in ("lengths", "reverse", "D"))
-    made = op.inputs(rng, dtype, **sizes, sequences=lengths and len(lengths))
-    options = dict(dt_softplus=True, reverse=bool(reverse))
-    if D:
-        made["D"] = rng.standard_normal((sizes["nheads"], sizes["headdim"]), np.float32)
-    if lengths:
-        options["cu_seqlens"] = np.cumsum([0, *lengths])
-        for name, value in made.items():
-            if value is not None and op.has_tokens(name, value):
-                value[:, sum(lengths) :] = np.nan
-    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
-    assert statescan.plan("ssd_scan_backward", **inputs).kernel == f"fused_{dtype}"
-    got, expected = op.run(gpu, made, **options), op.expected(made, **options)
+    op, (made, options, again) = cases.SSD_SCAN_BACKWARD, fused_backward_case(rng, dtype, **sizes)
+    got, expected = op.run(DEVICES[1], made, **options), op.expected(made, **options)
     for name, value in expected.items():
         if value is not None and name not in ("dA", "ddt_bias"):  # sums over all tokens: of a few heads luck, and tested of many
             assert_accurate(got[name], value, name, dtype)
-    for name in ("dx", "ddt", "dB", "dC", "dz") if lengths else ():
-        assert not np.any(got[name][:, sum(lengths) :]), f"{name} is not zero past the last packed token"
-    for _ in range(3):
-        for name, again in zip(op.gradients, statescan.ssd_scan_backward(**inputs)):
-            if again is not None:
-                assert_same_bits(gpu.get(again), got[f"d{name}"], f"d{name}")
+    again(got)
 
 
 @needs_gpu

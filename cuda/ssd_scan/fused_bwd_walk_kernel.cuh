@@ -25,8 +25,8 @@ namespace fused {
 // long sequences are within 1.5 roundings at any decay, but one such head makes a batch of one as slow as all of them.
 inline constexpr float kSlowDecay = 0.7f;
 
-// With z they are multiplied at any decay where the state is kept after the chunk, which most of it is of: there is time beside
-// what the gates take.
+// With z they are multiplied at any decay where the state is kept after the chunk, which most of it is of: without, dB and dC
+// were up to 1.50 roundings off.
 inline __device__ bool comes_before_kept(int i) { return i % 2 == 1; }
 
 template <class Policy>
