@@ -1,6 +1,6 @@
 // ssd_scan backward on sm_90a, the main kernel: every gradient of a chunk of 64 tokens, from kept states and adjoints
-// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy,
-//          L[i][j] = exp(s[i] - s[j]) for j <= i, S[i][j] = C[i].B[j], T[i][j] = g[i].x[j], W = S L T:
+// Math     with s the sums of dt A in the chunk, end its last token, h the state before, G the adjoint after, g = dy
+//          or, with z, dy silu(z), L[i][j] = exp(s[i] - s[j]) for j <= i, S[i][j] = C[i].B[j], T[i][j] = g[i].x[j], W = S L T:
 //          r[j]  = L[end][j] G B[j] + sum_{i>=j} S[i][j] L[i][j] g[i],         dx[j] = dt[j] r[j] + D g[j]
 //          dB[j] = sum over heads of dt[j] L[end][j] G^T x[j] + sum_{i>=j} T[i][j] L[i][j] dt[j] C[i]
 //          dC[i] = sum over heads of exp(s[i]) h^T g[i]       + sum_{j<=i} T[i][j] L[i][j] dt[j] B[j]
@@ -21,7 +21,7 @@
 //          over one, they are a cluster and tell each other what has come. One warpgroup has dC, one dB, one what lies inside
 //          the chunk and dx; a fourth loads, prepares the steps, weights the rows of the pair's other chunk and finishes ddt,
 //          and is at the next task while the others end one. The first two make the states of an item between the halves of the
-//          item before it
+//          item before it. With z they weight those rows as well, and the third makes g of an item at the end of the one before
 // Numerics float32 sums; S L, and the sum over heads of T L dt, rounded to the element type as matrix operands; fixed order
 #pragma once
 
