@@ -423,6 +423,28 @@ def test_more_states_than_a_block_holds(rng, dtype, dstate, sizes, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("z", (False, True))
+def test_blocks_that_share_more_states_take_many_long_tasks(rng, z, reverse):
+    """A block is ahead of the one that it shares a task with while that one ends it: what the first hands over next must not
+    come before the other has read the last. The states of a sequence alone are all at the same time."""
+    shape = dict(batch=5, seqlen=1024, nheads=80, ngroups=1, headdim=64, dstate=256)
+    inputs = cases.ssd_scan(rng, "bfloat16", **shape, omit=() if z else ("z",))
+    gpu, options = DEVICES[1], dict(dt_softplus=True, reverse=reverse, return_final_state=True, batch_invariant=True)
+    on_device = {name: gpu.put(value) for name, value in inputs.items()}
+    assert statescan.plan("ssd_scan", **on_device, **options).kernel == "fused_bfloat16"
+    alone = []
+    for i in range(5):
+        row = {name: gpu.put(value) for name, value in cases.SSD_SCAN.rows(inputs, slice(i, i + 1)).items()}
+        alone.append([gpu.get(value)[0] for value in statescan.ssd_scan(**row, **options)])
+    for _ in range(6):
+        together = [gpu.get(value) for value in statescan.ssd_scan(**on_device, **options)]
+        for i in range(5):
+            for name, value, of_row in zip(("y", "final_state"), together, alone[i]):
+                assert_same_bits(value[i], of_row, f"{name} of row {i}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("lengths", ([130] * 300, [0, 1, 64, 65, 0, 0, 130, 7, 200] * 40), ids=("rows", "packed"))
 @pytest.mark.parametrize("dstate", (16, 136))
 def test_blocks_that_take_many_tasks(rng, dstate, lengths, reverse):

@@ -407,6 +407,14 @@ __device__ float2 sum_of_products(const char* x, const char* g, [[maybe_unused]]
   return sum;
 }
 
+// Arrives where what these values come of has been read. An arrival overtakes loads on their way, and who it tells may write
+// where they read. `count`: a number that is not negative, which the compiler doesn't know.
+template <class... Values>
+__device__ void arrive_after(const Barrier& barrier, int count, Values... values) {
+  const std::uint32_t nothing = (__float_as_uint(values) ^ ...) & (static_cast<std::uint32_t>(count) >> 31);
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(cute::cast_smem_ptr_to_uint(&barrier) + nothing) : "memory");
+}
+
 // One warp: ddt, and the chunk's shares of dA, ddt_bias and dD. The slices of a head add up.
 template <class Policy>
 __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& task, GradientStorage<Policy>& shared,
@@ -446,8 +454,12 @@ __device__ void finish_steps(const FusedBackwardParams& p, const GradientTask& t
     }
 #pragma unroll
     for (int w = 0; w < kWarpgroup / 32; ++w) whole = fmaf(steps.total, sums.whole[w], whole);
-    shared.empty[ring.stage].arrive();
-    shared.sums_empty[slots.stage].arrive();
+    const auto read = [&](Barrier& barrier) {
+      arrive_after(barrier, p.nheads, slope[0], slope[1], direct[0], direct[1], earlier[0], earlier[1], later[0], later[1],
+                   diagonal, whole);
+    };
+    read(shared.empty[ring.stage]);
+    read(shared.sums_empty[slots.stage]);
     if ((p.part.first_item + item) % p.slices + 1 < p.slices) continue;
 
     const int head = task.head_of(p, item);

@@ -1099,7 +1099,6 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
             y(v) += D.x * x_pair[0], y(v + 1) += D.y * x_pair[1];
           });
         }
-        shared.empty[stage].arrive();
         char* tile_y = shared.y[which][slots.stage];
         // What another block adds comes to where the other consumer, which hands its own values over, would have y.
         if constexpr (Policy::kSides > 1) {
@@ -1112,8 +1111,6 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
               const float4 v = place[k * kWarpgroup];
               y(4 * k) += v.x, y(4 * k + 1) += v.y, y(4 * k + 2) += v.z, y(4 * k + 3) += v.w;
             }
-            __syncwarp();
-            if (at.lane == 0) shared.sums_empty.arrive(which ^ 1, 1u);
           } else {
             shared.sums_empty.wait(sums.parity ^ 1);
             send_values<kTile / 2>(y, place, shared.sums_full, which);
@@ -1144,6 +1141,9 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
 #pragma unroll
           for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
         }
+        // Not as soon as all that this takes from the stage was asked for: an arrival overtakes loads, which may wait behind
+        // the stores of a whole state by the other consumer. What has gone into y has come.
+        shared.empty[stage].arrive();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         cutlass::arch::fence_view_async_shared();
@@ -1164,6 +1164,7 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
         } else if (leaves_y && thread == 0) {
           cute::SM90_TMA_STORE_4D::copy(&p.y, tile_y, channel, head, token, task.batch);
         }
+        if (Policy::kSides > 1 && leaves_y && thread == 0) shared.sums_empty.arrive(which ^ 1, 1u);  // all have read
         if (thread == 0) {  // a store a chunk, be it empty: all but the latest are done reading
           if (kExtra == Extra::kept_states) keep_state(i + 1);
           cute::tma_store_arrive();
@@ -1227,7 +1228,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
     }
     for (int which = 0; which < 2; ++which)
       for (int slot = 0; slot < 2; ++slot) shared.z_full[which][slot].init(1), shared.z_empty[which][slot].init(1);
-    shared.sums_full.init(1), shared.sums_empty.init(kWarpgroup / 32);
+    shared.sums_full.init(1), shared.sums_empty.init(1);
     cutlass::arch::fence_barrier_init();
   }
   constexpr bool kCluster = !kStateOnly && Policy::kSides > 1;
