@@ -423,28 +423,6 @@ def test_more_states_than_a_block_holds(rng, dtype, dstate, sizes, reverse):
 
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("z", (False, True))
-def test_blocks_that_share_more_states_take_many_long_tasks(rng, z, reverse):
-    """A block is ahead of the one that it shares a task with while that one ends it: what the first hands over next must not
-    come before the other has read the last. The states of a sequence alone are all at the same time."""
-    shape = dict(batch=5, seqlen=1024, nheads=80, ngroups=1, headdim=64, dstate=256)
-    inputs = cases.ssd_scan(rng, "bfloat16", **shape, omit=() if z else ("z",))
-    gpu, options = DEVICES[1], dict(dt_softplus=True, reverse=reverse, return_final_state=True, batch_invariant=True)
-    on_device = {name: gpu.put(value) for name, value in inputs.items()}
-    assert statescan.plan("ssd_scan", **on_device, **options).kernel == "fused_bfloat16"
-    alone = []
-    for i in range(5):
-        row = {name: gpu.put(value) for name, value in cases.SSD_SCAN.rows(inputs, slice(i, i + 1)).items()}
-        alone.append([gpu.get(value)[0] for value in statescan.ssd_scan(**row, **options)])
-    for _ in range(6):
-        together = [gpu.get(value) for value in statescan.ssd_scan(**on_device, **options)]
-        for i in range(5):
-            for name, value, of_row in zip(("y", "final_state"), together, alone[i]):
-                assert_same_bits(value[i], of_row, f"{name} of row {i}")
-
-
-@needs_gpu
-@pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("lengths", ([130] * 300, [0, 1, 64, 65, 0, 0, 130, 7, 200] * 40), ids=("rows", "packed"))
 @pytest.mark.parametrize("dstate", (16, 136))
 def test_blocks_that_take_many_tasks(rng, dstate, lengths, reverse):
@@ -460,6 +438,88 @@ def test_blocks_that_take_many_tasks(rng, dstate, lengths, reverse):
     plan = statescan.plan("ssd_scan", **{name: gpu.put(value) for name, value in (inputs | options).items()})
     assert plan.kernel == "fused_bfloat16" and plan.segment_tokens == 0
     cases.SSD_SCAN.check(gpu, inputs, **options)
+
+
+def assert_settled(op, inputs, of_rows, **options):
+    """The same bits in every run and, with batch_invariant, of a row alone as among others."""
+    import torch
+
+    def run(inputs, **more):
+        found = getattr(statescan, op)(**inputs, **options, **more)
+        return [value for value in (found if isinstance(found, tuple) else (found,)) if value is not None]
+
+    first = run(inputs)
+    for _ in range(6):
+        for i, (again, value) in enumerate(zip(run(inputs), first)):
+            assert torch.equal(again, value), f"output {i} of another run differs in {int((again != value).sum())} elements"
+    del first, again, value
+    batch = len(inputs["x"])
+    together = run(inputs, batch_invariant=True)
+    for row in {0, batch // 2, batch - 1}:
+        part = {name: value[row : row + 1] if name in of_rows else value for name, value in inputs.items()}
+        for i, (alone, value) in enumerate(zip(run(part, batch_invariant=True), together)):
+            if len(alone) == 1 and len(value) == batch:  # not summed over the batch
+                assert torch.equal(alone[0], value[row]), f"output {i} of row {row} is another one alone"
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("z", (False, True))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize(
+    "batch,seqlen,nheads,ngroups,dstate",
+    (
+        (8, 2048, 80, 1, 128),
+        (8, 2048, 80, 8, 128),
+        (8, 2048, 24, 1, 64),
+        (1, 16384, 80, 1, 128),
+        (256, 128, 24, 1, 128),
+        (8, 2048, 80, 1, 256),
+        (1, 16384, 80, 1, 256),
+    ),
+)
+def test_models_sizes_are_settled(batch, seqlen, nheads, ngroups, dstate, backward, z, reverse):
+    """Blocks take long tasks in turns, and load and store while others wait: what one reads, another must not write too soon."""
+    import torch
+
+    torch.manual_seed(1)
+    made = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    x = [made(batch, seqlen, nheads, 64) for _ in range(1 + z + backward)]
+    inputs = dict(
+        dt=torch.rand(batch, seqlen, nheads, device="cuda") / 8,
+        A=-torch.rand(nheads, device="cuda") - 0.05,
+        B=made(batch, seqlen, ngroups, dstate),
+        C=made(batch, seqlen, ngroups, dstate),
+        D=torch.randn(nheads, device="cuda"),
+        initial_state=torch.randn(batch, nheads, 64, dstate, device="cuda"),
+    ) | dict(zip(("x", *["z"] * z, *["dy"] * backward), x))
+    of_rows = set(inputs) - {"A", "D"}
+    if backward:
+        assert_settled("ssd_scan_backward", inputs, of_rows, reverse=reverse)
+    else:
+        assert_settled("ssd_scan", inputs, of_rows, reverse=reverse, return_final_state=True)
+
+
+@needs_gpu
+@pytest.mark.parametrize("channels_first", (False, True))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("batch,seqlen", ((8, 2048), (1, 16384)))
+def test_mamba_1_sizes_are_settled(batch, seqlen, backward, channels_first):
+    import torch
+
+    torch.manual_seed(2)
+    dim, dstate = 5120, 16
+    made = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    tokens = lambda: made(batch, dim, seqlen).transpose(1, 2) if channels_first else made(batch, seqlen, dim)
+    inputs = dict(
+        **{name: tokens() for name in ("x", "dt", "z", *["dy"] * backward)},
+        **{name: made(batch, seqlen, 1, dstate) for name in "BC"},
+        A=-4 * torch.rand(dim, dstate, device="cuda"),
+        D=torch.randn(dim, device="cuda"),
+        dt_bias=torch.randn(dim, device="cuda") - 4,
+    )
+    op = "selective_scan_backward" if backward else "selective_scan"
+    assert_settled(op, inputs, set(inputs) - {"A", "D", "dt_bias"}, dt_softplus=True)
 
 
 @needs_gpu
