@@ -52,7 +52,7 @@ inline __global__ void __launch_bounds__(kCombineThreads)
     for (int k = 0; k < kAhead; ++k) {
       if (first + k >= p.pieces) return;
       if (of_segment == 0) states[k * step] = state;
-      if (++of_segment == p.pieces_per_segment) of_segment = 0;
+      if (++of_segment == p.pieces_per_segment || (first + k == 0 && p.short_chunks > 0)) of_segment = 0;
       state = fmaf(expf(decay[k]), state, added[k]);
     }
   }

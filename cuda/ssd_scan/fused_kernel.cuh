@@ -110,14 +110,16 @@ class TasksOfBlock {
         sides_(sides),
         left_(p.left.remainder(block())),
         part_(p.turns.left > 0 ? p.left.quotient(block()) : parts_of_all()),
-        turn_of_part_(parts_of_all() > 1 ? p.gaps.quotient(part_ * whole() + (parts_of_all() - 1) / 2) : whole()) {}
+        turn_of_part_(has_part() && parts_of_all() > 1 ? p.gaps.quotient(part_ * whole() + (parts_of_all() - 1) / 2)
+                                                       : whole_of_block()) {}
 
-  __device__ bool next() { return ++turn_ < whole() + has_part(); }
+  __device__ bool next() { return ++turn_ < (has_part() ? whole() + 1 : turn_of_part_); }
 
   // Of all, and of those that are left over.
   __device__ int index() const {
     const int blocks = static_cast<int>(gridDim.x >> (sides_ - 1));
-    return is_part() ? whole() * blocks + left_ : block() + (turn_ - (has_part() && turn_ > turn_of_part_)) * blocks;
+    if (is_part()) return whole() * blocks + left_;
+    return block() + (turn_ - (has_part() && turn_ > turn_of_part_)) * (blocks - static_cast<int>(turns_.singles));
   }
   __device__ int sides() const { return sides_; }
   __device__ int side() const { return static_cast<int>(blockIdx.x & (sides_ - 1)); }
@@ -128,16 +130,21 @@ class TasksOfBlock {
 
  private:
   const Turns& turns_;
-  int sides_, left_, part_, turn_of_part_, turn_ = -1;
+  int sides_, left_, part_, turn_of_part_, turn_ = -1;  // without a part, the turn after the last
 
   __device__ int block() const { return static_cast<int>(blockIdx.x >> (sides_ - 1)); }
+  __device__ int whole_of_block() const {
+    const int singles = static_cast<int>(turns_.singles), others = static_cast<int>(gridDim.x >> (sides_ - 1)) - singles;
+    if (block() < singles) return 1;
+    return whole() - (singles > 0 && block() + (whole() - 1) * others >= static_cast<int>(turns_.tasks));
+  }
   __device__ int whole() const { return static_cast<int>(turns_.whole); }
   __device__ int parts_of_all() const { return static_cast<int>(turns_.parts); }
   __device__ bool has_part() const { return part_ < parts_of_all(); }
   __device__ bool is_part() const { return has_part() && turn_ == turn_of_part_; }
 };
 
-// Which tokens a task takes, and for which slices.
+// Which tokens a task takes, and for which slices. A short segment is -1.
 struct Task {
   static constexpr int kChunksOfStretch = kStretch / kTile;
 
@@ -145,7 +152,9 @@ struct Task {
 
   __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) : sides(tasks.sides()), side(tasks.side()) {
     const int task = tasks.index(), rest = p.pairs.quotient(task), pair = p.pairs.remainder(task);
-    sequence = p.segments.quotient(rest), segment = p.segments.remainder(rest);
+    const bool is_short = rest >= p.long_segments;
+    sequence = is_short ? rest - p.long_segments : p.segments.quotient(rest);
+    segment = is_short ? -1 : p.segments.remainder(rest);
     group = p.pairs_per_group.quotient(pair), first_slice = p.pairs_per_group.remainder(pair) * 2;
     first_token = 0, length = static_cast<int>(p.seqlen), batch = sequence;
     if (p.cu_seqlens) {
@@ -154,8 +163,8 @@ struct Task {
     }
     chunks = length / kTile + (length % kTile > 0);
     const int last = min(chunks, p.chunk_limit);
-    chunk_begin = min(p.first_chunk + segment * p.chunks_per_segment, last);
-    chunk_count = min(p.chunks_per_segment, last - chunk_begin);
+    chunk_begin = min(p.first_chunk + (is_short ? 0 : p.short_chunks + segment * p.chunks_per_segment), last);
+    chunk_count = min(is_short ? p.short_chunks : p.chunks_per_segment, last - chunk_begin);
     if (tasks.parts() > 1) {
       const int of_part = (chunk_count + tasks.parts() - 1) / tasks.parts(), before = min(tasks.part() * of_part, chunk_count);
       chunk_begin += before;
@@ -209,6 +218,11 @@ struct Task {
 template <class Policy>
 __device__ bool leaves_output(const Task& task, int which) {
   return Policy::kSides == 1 || task.side == which;
+}
+
+// The piece that a segment of the state pass leaves.
+inline __device__ int piece_of(const FusedParams& p, const Task& task) {
+  return task.segment + p.beside + (p.short_chunks > 0);
 }
 
 // The place of a piece's state, and of its decay.
@@ -370,7 +384,7 @@ __device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kState
       ring.advance();
     }
     if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
-      piece_decay(p, task, task.segment + p.beside, head) = after / kLog2e;
+      piece_decay(p, task, piece_of(p, task), head) = after / kLog2e;
   }
 }
 
@@ -824,7 +838,7 @@ __device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>
     cute::warpgroup_fence_operand(state);
     if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
 
-    store_values<kStateValues>(piece_state(p, task, task.segment + p.beside, which, kStateValues, thread), state);
+    store_values<kStateValues>(piece_state(p, task, piece_of(p, task), which, kStateValues, thread), state);
   }
 }
 
@@ -894,7 +908,8 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     // Combined pieces are the states before them; else what each before this task adds, with its decay. Piece 0 stands for all
     // that came before where first chunks went ahead.
     const bool all_before = p.pieces_combined || p.first_chunk > 0;
-    const int pieces_end = p.piece_states && !p.beside ? task.segment * p.pieces_per_segment + all_before : 0;
+    const int of_segments = task.segment < 0 ? 0 : task.segment * p.pieces_per_segment + (p.short_chunks > 0);
+    const int pieces_end = p.piece_states && !p.beside ? of_segments + all_before : 0;
     if (pieces_end > 0) cuda::wait_for_earlier_kernels();
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;

@@ -68,14 +68,15 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   const auto set_turns = [&](const Turns& turns) {
     p.turns = turns, p.left = divisor(turns.left), p.gaps = divisor(std::int64_t{turns.parts} - 1);
   };
-  // Tasks of `segments` of so many chunks, the first of them and the end of the last given.
-  const auto cut = [&](std::int64_t first, std::int64_t segments, std::int64_t chunks_per_segment, std::int64_t limit,
-                       std::int64_t places) {
-    p.first_chunk = static_cast<int>(first), p.segments = divisor(segments);
+  // Tasks of a short segment, if it has chunks, and `segments` of so many; the first chunk and the end of the last given.
+  const auto cut = [&](std::int64_t first, std::int64_t short_chunks, std::int64_t segments, std::int64_t chunks_per_segment,
+                       std::int64_t limit, std::int64_t places) {
+    p.first_chunk = static_cast<int>(first), p.segments = divisor(segments), p.short_chunks = static_cast<int>(short_chunks);
+    p.long_segments = static_cast<int>(segments * d.num_sequences);
     p.chunks_per_segment = static_cast<int>(chunks_per_segment), p.chunk_limit = static_cast<int>(limit);
-    const std::int64_t tasks = plan.pairs * segments * d.num_sequences;
-    takers = std::min(tasks, places);
-    set_turns({static_cast<unsigned>(tasks / takers), static_cast<unsigned>(tasks % takers), 1});
+    const std::int64_t items = plan.pairs * d.num_sequences, short_tasks = short_chunks > 0 ? items : 0;
+    takers = std::min(items * segments + short_tasks, places);
+    set_turns(turns_of(items * segments, short_tasks, places));
   };
   auto output = ssd_scan_fused_kernel<Policy, false>;
   if constexpr (Policy::kLeavesStates) {
@@ -102,13 +103,13 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     p.beside = first > 0;
     if (p.beside) {
       // As any kernel, it begins after those ahead of it: the state pass need not wait for them again.
-      cut(0, 1, first, first, at_once);
+      cut(0, 0, 1, first, first, at_once);
       const StateView final_state = std::exchange(p.final_state, {});
       launch_output(false);
       p.final_state = final_state;
     }
-    cut(first, (plan.segments - 1) * plan.pieces_per_segment, plan.chunks_per_piece,
-        first + (plan.segments - 1) * plan.chunks_per_segment,
+    cut(first, plan.short_chunks, (plan.long_segments() - 1) * plan.pieces_per_segment, plan.chunks_per_piece,
+        first + plan.short_chunks + (plan.long_segments() - 1) * plan.chunks_per_segment,
         p.beside ? std::max<std::int64_t>(at_once - takers, 1) : at_once);
     using OfBlock = FusedPolicy<Policy::kDType, Policy::kState>;  // sides need not meet here
     cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<OfBlock, true>,
@@ -128,7 +129,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     }
   }
 
-  cut(first, plan.segments, plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), at_once);
+  cut(first, plan.short_chunks, plan.long_segments(), plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), at_once);
   set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), at_once));
   if (p.turns.parts > 1) {
     const PartBytes bytes(p.turns, Policy::kSides * Policy::kState);

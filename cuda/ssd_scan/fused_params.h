@@ -41,12 +41,13 @@ static_assert(Divisor(1).quotient(2147483647) == 2147483647 && Divisor(7).quotie
 // parts, a part of one. A part waits for the one before it, which another block does: the first parts come in the first turn,
 // the last ones in the last, so that it need not wait long. Parts go to blocks in order, so that a block that waits is not the
 // one that keeps another from starting. Bits do not depend on any of this: the state goes from part to part as it is.
+// Where there are `singles`, so many blocks take one task each, a long one. The others take short ones, up to `tasks` in all.
 struct Turns {
-  unsigned whole, left, parts;
+  unsigned whole = 0, left = 0, parts = 1, singles = 0, tasks = 0;
 };
 
 // A task is one pair of slices of a group in one segment of one sequence. Pairs vary fastest: neighbouring blocks share B and C
-// in L2.
+// in L2. Short segments come after the others.
 struct FusedParams {
   CUtensorMap x, B, C, z, y;
   CUtensorMap chunk_states;  // [rows, headdim, nheads, dstate]
@@ -64,9 +65,11 @@ struct FusedParams {
   int nheads, headdim, dstate;
   int sides;  // of the states, each the work of a block of its own
   int heads_per_group, slices_of_group;
-  Divisor slices, pairs_per_group, pairs;  // slices of a head; pairs of slices of a group, of all groups
-  Divisor segments;
+  Divisor slices, pairs_per_group, pairs;            // slices of a head; pairs of slices of a group, of all groups
+  Divisor segments;                                  // of a sequence, but for a short one before them
   int first_chunk, chunks_per_segment, chunk_limit;  // chunks before the first or past the limit are in no segment
+  int short_chunks;                                  // the short segment of each sequence, or 0
+  int long_segments;                                 // of all sequences
   bool beside;                                       // the first chunks' outputs and the state pass, at the same time
   Turns turns;
   Divisor left, gaps;  // turns.left; between parts: turns.parts - 1
