@@ -1248,13 +1248,16 @@ def test_backward_keeps_less_than_one_and_a_half_times_x():
 
 
 @needs_gpu
-@pytest.mark.parametrize("seqlen,nheads,packed", ((2048, 8, False), (4096, 2, False), (16384, 1, False), (8192, 8, True)))
-def test_backward_of_gated_ssd_scan_keeps_less_than_one_and_a_half_times_x(seqlen, nheads, packed):
+@pytest.mark.parametrize(
+    "seqlen,nheads,dstate,packed",
+    ((2048, 8, 128, False), (4096, 2, 128, False), (16384, 1, 128, False), (8192, 8, 128, True), (1500, 1, 256, False)),
+)
+def test_backward_of_gated_ssd_scan_keeps_less_than_one_and_a_half_times_x(seqlen, nheads, dstate, packed):
     """The pass that finds dz cuts few heads into segments, as many as there is room for their states."""
     import torch
 
     x, dt = torch.empty(1, seqlen, nheads, 64, device="cuda", dtype=torch.bfloat16), torch.empty(1, seqlen, nheads, device="cuda")
-    A, B = torch.empty(nheads, device="cuda"), torch.empty(1, seqlen, 1, 128, device="cuda", dtype=torch.bfloat16)
+    A, B = torch.empty(nheads, device="cuda"), torch.empty(1, seqlen, 1, dstate, device="cuda", dtype=torch.bfloat16)
     bounds = torch.tensor([0, 500, 500, 8000], device="cuda") if packed else None
     plan = statescan.plan("ssd_scan_backward", x, dt, A, B, B, x, z=x, cu_seqlens=bounds)
     without = statescan.plan("ssd_scan_backward", x, dt, A, B, B, x, cu_seqlens=bounds)

@@ -91,7 +91,7 @@ constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bo
       }
   // Segments and a short one.
   if (!batch_invariant && !packed)
-    for (std::int64_t count = 1; count < kFewPieces && items * count < at_once; ++count) {
+    for (std::int64_t count = 1; count < std::min(kFewPieces, most_pieces) && items * count < at_once; ++count) {
       const std::int64_t turns = divide_up(items, at_once - items * count);
       const auto in_turn = [&](std::int64_t n, std::int64_t each) {
         return static_cast<double>(n * each) + static_cast<double>(n - 1) * kNextTask;
