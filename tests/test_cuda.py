@@ -80,7 +80,7 @@ def test_every_row_is_reachable(rng):
         assert statescan.plan("ssd_scan", **scan, ssd_mode=mode)[:2] == ("cuda", short)
     for dstate, options, row in (
         (256, {}, "fused_float16"),
-        (256, {"save_states": True}, "general"),
+        (256, {"save_states": True}, "fused_float16"),
         (136, {"state_positions": np.array([[1], [2]])}, "general"),
     ):
         scan = cases.ssd_scan(rng, "float16", headdim=8, dstate=dstate, omit=("initial_state",)) | options
@@ -339,7 +339,7 @@ def test_first_chunks_beside_the_states_of_the_others(rng, dtype, nheads, dstate
         assert_accurate(states[:, k], expected, f"state after {position} tokens", dtype)
     if reverse:
         return
-    positions = gpu.put(np.arange(0, 5000, 256)[None].repeat(2, 0))
+    positions = gpu.put(np.arange(0, 5000, 128)[None].repeat(2, 0))
     *_, states = statescan.ssd_scan(**on_device, **options, state_positions=positions)
     y, kept = statescan.ssd_scan(**on_device, **options, save_states=True)
     assert_same_bits(gpu.get(y), got["y"], "y beside kept states")
@@ -816,8 +816,14 @@ def test_every_row_of_ssd_scan_backward_is_reachable(rng, row, dtype, sizes):
 @pytest.mark.parametrize("keeps_states", (False, True))
 def test_fused_backward_of_ssd_scan(request, rng, dtype, keeps_states, sizes):
     """Two heads at a time share the tensor cores: the same bits again, and none that the other head left."""
-    if dtype == "float16" and sizes == dict(seqlen=256):
-        reason = "dA: the terms of one of 12 heads nearly cancel, of which roundings leave 6.1e-4; the gate is 3.9e-4"
+    dA_misses = {
+        (False, 256): "6.1e-4; the gate is 3.9e-4",
+        (True, 256): "6.1e-4; the gate is 3.9e-4",
+        (True, 384): "4.96e-4; the gate is 3.9e-4",
+    }
+    if dtype == "float16" and (keeps_states, sizes.get("seqlen")) in dA_misses:
+        left = dA_misses[keeps_states, sizes["seqlen"]]
+        reason = f"dA: the terms of one of 12 or 6 heads nearly cancel, of which roundings leave {left}"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     sizes = dict(batch=2, seqlen=300, nheads=12, ngroups=2, headdim=64, dstate=128) | sizes
@@ -827,7 +833,8 @@ def test_fused_backward_of_ssd_scan(request, rng, dtype, keeps_states, sizes):
     if keeps_states:
         scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
         options["chunk_states"] = statescan.ssd_scan(**scanned, **options, save_states=True)[-1]
-    assert statescan.plan("ssd_scan_backward", **inputs, **options).kernel == f"fused_{dtype}"
+    plan = statescan.plan("ssd_scan_backward", **inputs, **options)
+    assert plan.kernel == f"fused_{dtype}" and plan.reads_kept_states
     op.check(gpu, made, **{name: gpu.get(value) if name == "chunk_states" else value for name, value in options.items()})
     first, *others = (statescan.ssd_scan_backward(**inputs, **options) for _ in range(4))
     for other in others:
@@ -1106,9 +1113,84 @@ def test_fused_backward_of_packed_ssd_scan(rng, request, dtype, reverse, lengths
 
 
 @needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(omit=("z",), seqlen=384),  # the adjoints wait in dx
+        dict(omit=("z",), seqlen=330, D="per channel"),
+        dict(omit=("z",), seqlen=330, dstate=64, headdim=40),
+        dict(omit=("z",), batch=70, seqlen=130, nheads=12),
+        dict(omit=("z",), batch=1, seqlen=530, lengths=[63, 64, 65, 1, 0, 267]),
+        dict(omit=("z",), dstate=200),
+        dict(omit=("z",), seqlen=512, dstate=256),
+        dict(omit=("z",), batch=1, seqlen=530, dstate=136, lengths=[300, 0, 160]),
+        dict(),
+        dict(seqlen=384, headdim=128, nheads=16),
+        dict(batch=1, seqlen=630, lengths=[63, 64, 65, 1, 0, 367]),
+        dict(dstate=256),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_from_kept_states(rng, dtype, sizes):
+    """The forward's, as they are: no walk makes them again, nor is there room for them."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made, options, _ = fused_backward_case(rng, **dict(dtype=dtype, nheads=24) | sizes)
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+    assert statescan.plan("ssd_scan", **scanned, save_states=True).kernel == f"fused_{dtype}"
+    states = gpu.get(statescan.ssd_scan(**scanned, save_states=True)[-1])
+    plan = statescan.plan("ssd_scan_backward", **inputs, chunk_states=gpu.put(states))
+    assert plan.kernel == f"fused_{dtype}" and plan.reads_kept_states
+    got = op.check(gpu, made, **options, chunk_states=states)
+    for _ in range(3):
+        for name, again in op.run(gpu, made, **options, chunk_states=states).items():
+            if again is not None:
+                assert_same_bits(again, got[name], name)
+    spoiled = states.copy()
+    spoiled[0, 1] = 0
+    is_read = np.zeros(got["dC"].shape[:2], bool)
+    is_read[0, slice(63, 127) if sizes.get("lengths", [0])[0] == 63 else slice(128, 256)] = True  # of the second sequence, or first
+    wrong = op.run(gpu, made, **options, chunk_states=spoiled)
+    assert np.any(wrong["dC"][is_read] != got["dC"][is_read])
+    assert_same_bits(wrong["dC"][~is_read], got["dC"][~is_read], "dC of other stretches")
+    for name in ("dx", "dB", "dinitial_state"):
+        assert_same_bits(wrong[name], got[name], name)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(omit=("z", "initial_state"), batch=30, seqlen=128),
+        dict(omit=("z", "initial_state"), seqlen=70, headdim=40, dstate=64),
+        dict(omit=("z", "initial_state"), seqlen=100, dstate=200),
+        dict(omit=("initial_state",), seqlen=128),
+        dict(omit=("initial_state",), seqlen=127, reverse=True, D="per channel"),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_fused_backward_of_a_stretch_that_begins_with_zeros(rng, dtype, sizes):
+    """Nobody makes these states, nor reads those that were kept all the same."""
+    op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
+    made, options, again = fused_backward_case(rng, **dict(dtype=dtype, nheads=24) | sizes)
+    got = op.check(gpu, made, **options)
+    again(got)
+    inputs = {name: gpu.put(value) for name, value in (made | options).items()}
+    assert not statescan.plan("ssd_scan_backward", **inputs).reads_kept_states
+    scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
+    states = gpu.get(statescan.ssd_scan(**scanned, save_states=True)[-1])
+    assert not np.any(states)
+    for name, value in op.run(gpu, made, **options, chunk_states=states).items():
+        if value is not None:
+            assert_same_bits(value, got[name], name)
+
+
+@needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
 def test_fused_backward_of_packed_ssd_scan_is_that_of_each_sequence(rng, reverse):
-    """With batch_invariant in every bit, whatever lies in the sequences beside it; kept states change nothing then."""
+    """With batch_invariant in every bit, whatever lies in the sequences beside it."""
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     lengths = [64, 1, 190, 0, 129, 500]
     bounds = np.cumsum([0, *lengths])
@@ -1185,10 +1267,10 @@ def test_backward_in_segments(rng, dtype, lengths, reverse):
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("dtype,row", (("float16", "general"), ("bfloat16", "ahead_bfloat16")))
 def test_general_backward_from_kept_states(rng, dtype, row, reverse):
-    """The fused rows read none, and take no sequences of less than 64 tokens on average."""
+    """The fused rows take no sequences of less than 64 tokens on average."""
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     lengths = [0, 300, 512, 0, 513, 7, *[0] * 20]
-    made = op.inputs(rng, dtype, batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=8, ngroups=2, headdim=16, dstate=24)
+    made = op.inputs(rng, dtype, batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=24, ngroups=2, headdim=16, dstate=24)
     options = dict(dt_softplus=True, reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
     inputs = {name: gpu.put(value) for name, value in (made | options).items()}
     scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
@@ -1245,6 +1327,21 @@ def test_backward_keeps_less_than_one_and_a_half_times_x():
             for z in (None, x.to(dtype)):
                 plan = statescan.plan("ssd_scan_backward", x.to(dtype), dt, A, B, B, x.to(dtype), D=D, z=z)
                 assert plan.workspace_bytes <= 1.5 * x.numel() * dtype.itemsize
+
+
+@needs_gpu
+@pytest.mark.parametrize("batch,seqlen,nheads,dstate,most", ((8, 2048, 80, 128, 0.06), (1, 16384, 24, 64, 0.06), (1, 2048, 80, 128, 0.5)))
+def test_backward_from_kept_states_of_ssd_scan_has_no_room_for_others(batch, seqlen, nheads, dstate, most):
+    """Its scratch memory, of x, where the adjoints lie in dx; with few tokens in all, sums of dB and dC as well."""
+    import torch
+
+    x, dt = (torch.empty(batch, seqlen, nheads, *rest, device="cuda", dtype=torch.bfloat16) for rest in ((64,), ()))
+    A, B = torch.empty(nheads, device="cuda"), torch.empty(batch, seqlen, 1, dstate, device="cuda", dtype=torch.bfloat16)
+    states = torch.empty(batch, seqlen // 128, nheads, 64, dstate, device="cuda", dtype=torch.bfloat16)
+    alone, given = (statescan.plan("ssd_scan_backward", x, dt, A, B, B, x, chunk_states=kept) for kept in (None, states))
+    assert alone.kernel == given.kernel == "fused_bfloat16"
+    assert given.workspace_bytes <= most * x.nbytes
+    assert alone.workspace_bytes - given.workspace_bytes >= 0.95 * states.nbytes
 
 
 @needs_gpu

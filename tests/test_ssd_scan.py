@@ -617,10 +617,10 @@ def test_backward_takes_no_more_than_its_states(device, rng, dtype):
 
 
 # ---- kept states -------------------------------------------------------------------------------------------------------
-STRETCH = 256
+STRETCH = 128
 STRETCHES = {
     "one": dict(seqlen=STRETCH),
-    "two": dict(seqlen=STRETCH + 1),
+    "two": dict(seqlen=STRETCH + 1, nheads=16),
     "long": dict(seqlen=3 * STRETCH - 9, batch=1),
     "tiles": dict(seqlen=2 * STRETCH + 70, headdim=64, dstate=128, batch=1),
     "blocks": dict(seqlen=2 * STRETCH + 70, headdim=72, nheads=10, ngroups=1, batch=1),
@@ -752,7 +752,7 @@ def test_errors_of_kept_states(device, rng):
     inputs, _ = stretched(rng, "float16", STRETCHES["two"])
     states, _ = kept_states(device, inputs)
     for wrong, error, text in (
-        (states[:, :1], ValueError, "chunk_states has shape (2, 1, 8, 16, 24); expected (batch=2, nstretches=2, "),
+        (states[:, :1], ValueError, "chunk_states has shape (2, 1, 16, 16, 24); expected (batch=2, nstretches=2, "),
         (states.astype(DTYPES["bfloat16"]), TypeError, "chunk_states is bfloat16; expected float32 or float16"),
     ):
         with pytest.raises(error) as raised:

@@ -338,21 +338,22 @@ def test_states_are_kept_for_a_gradient_alone(rng, device):
     assert saved[-1] == (2, 1, *inputs["initial_state"].shape[1:])
 
 
+@pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("given", ("float32", "bfloat16", "autocast"))
-def test_states_are_kept_for_a_backward_that_reads_them(rng, device, given):
-    """A GPU's fused backward makes them again all the same."""
+def test_states_are_kept_for_a_backward_that_reads_them(rng, device, given, reverse):
+    """In reverse a GPU's fused backward makes them again all the same."""
     sizes = dict(seqlen=300, headdim=16, dstate=24)
     arrays = OPS["ssd_scan"].inputs(rng, "bfloat16" if given == "bfloat16" else "float32", **sizes)
     inputs = {name: tensor for name, tensor in tensors(arrays, device, requires_grad=True).items() if name != "z"}
     dtype = torch.float32 if given == "float32" else torch.bfloat16
     planned = {name: t.detach().to(dtype) if name in ("x", "B", "C") else t.detach() for name, t in inputs.items()}
-    plan = statescan.plan("ssd_scan_backward", **planned, dy=planned["x"])
-    assert plan.reads_kept_states != plan.kernel.startswith("fused")
+    plan = statescan.plan("ssd_scan_backward", **planned, dy=planned["x"], reverse=reverse)
+    assert plan.reads_kept_states == (not reverse or not plan.kernel.startswith("fused"))
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t)
     with implemented(), hooks, torch.autocast(device.name, torch.bfloat16, enabled=given == "autocast"):
-        y = statescan.torch.ssd_scan(**inputs, dt_softplus=True, save_states=True)
-    assert ((2, 2, *inputs["initial_state"].shape[1:]) in saved) == plan.reads_kept_states
+        y = statescan.torch.ssd_scan(**inputs, dt_softplus=True, reverse=reverse, save_states=True)
+    assert ((2, 3, *inputs["initial_state"].shape[1:]) in saved) == plan.reads_kept_states
     scalar([y]).backward()
     assert inputs["x"].grad.isfinite().all()
 
@@ -380,7 +381,7 @@ def test_opcheck_of_kept_states(rng, device, asked):
         options["state_positions"] = torch.tensor([[0, 9], [5, -1]], device=device.name)
     with implemented():
         results = torch.ops.statescan.ssd_scan(*positional(op, inputs, options))
-    assert results[-1].shape == (2, 2, *inputs["initial_state"].shape[1:])
+    assert results[-1].shape == (2, 3, *inputs["initial_state"].shape[1:])
     opcheck(torch.ops.statescan.ssd_scan.default, positional(op, inputs, options))
 
 

@@ -28,7 +28,7 @@ struct Row {
   std::size_t (*workspace_bytes)(const Args&, const Dims&);
   void (*launch)(const Args&, const Dims&, Stream);
   std::int64_t (*segment_tokens)(const Args&, const Dims&) = nullptr;  // see Plan
-  bool reads_kept_states = false;                                      // see Plan
+  bool (*reads_kept_states)(const Args&, const Dims&) = nullptr;        // see Plan
 };
 
 template <class Args, class Dims>
@@ -40,7 +40,7 @@ struct Table {
   Plan plan(const Args& args, const Dims& dims) const {
     const Row<Args, Dims>& row = choose(args, dims);
     return {"cuda", row.name, row.workspace_bytes(args, dims), row.segment_tokens ? row.segment_tokens(args, dims) : 0,
-            row.reads_kept_states};
+            row.reads_kept_states && row.reads_kept_states(args, dims)};
   }
 
   void run(const Args& args, const Dims& dims, Stream stream) const {

@@ -7,7 +7,7 @@
 // n,
 //          and one more warp finds the steps. Where that leaves multiprocessors idle a sequence is cut into segments, and the
 //          kernel runs twice: first for what each segment adds to the state, then, with those combined, from the right starts.
-//          From states that the forward kept, at each 256 tokens, every stretch between two of them is a walk of its own
+//          From states that the forward kept, at each 128 tokens, every stretch between two of them is a walk of its own
 // Numerics as the forward: weighted x and g as sums of bfloat16 terms, chunks added up in float
 #pragma once
 

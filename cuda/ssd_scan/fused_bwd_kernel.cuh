@@ -7,8 +7,8 @@
 //          ddtA[i] = exp(s[end]) <G,h> + sum_{j<i} dt[j] L[end][j] B[j].(G^T x[j]) + sum_{k>=i} exp(s[k]) C[k].(h^T g[k])
 //                    + sum_{k>=i} (sum_{j<k} W[k][j] dt[j] - sum_{m>k} W[m][k] dt[k])
 //          ddt[j] = x[j].r[j] + A ddtA[j], through limit, softplus and bias;  dA = sum dt[i] ddtA[i];  dD = sum g x
-//          Of a pair of chunks, h of the first and G of the second are kept; h of the second is made from that of the first,
-//          and G of the first from that of the second, as the walks do
+//          Of a pair of chunks, h of the first and G of the second are kept, h by a walk or by the forward; h of the second is
+//          made from that of the first, and G of the first from that of the second, as the walks do
 // Shapes   x, dy, dx [b,l,h,p], dt [b,l,h], B, C [b,l,g,n]; h, G [p,n] of each head and pair; p in slices of 64: an item
 // Traffic  read x, dy, dt, h and G of pairs, write dx and ddt: once (the other chunk of a pair finds them in L2); B, C, dB, dC
 //          once a block. Floor of B8 L2048 H80 P64 G1 N128 bf16: 0.84 GB, 0.28 ms; matmuls 107 GFLOP, 0.14 ms
@@ -36,10 +36,10 @@ namespace fused {
 inline constexpr int kGradientWarpgroups = 4;
 
 // Packed sequences, reverse and a D for each channel have a kernel of their own: that this one asks for them makes the others
-// 5% slower.
-template <class Base, bool rare>
+// 5% slower. So have states that the forward kept.
+template <class Base, bool rare, bool from_forward>
 struct GradientPolicy : Base {
-  static constexpr bool kRare = rare;
+  static constexpr bool kRare = rare, kFromForward = from_forward;
   static constexpr int kStages = Base::kGated ? 2 : Base::kState == 128 ? 3 : 4;  // items on their way: what fits
 };
 
@@ -270,13 +270,16 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
               kept = task.kept_of(p, item);
     shared.empty[stage].wait(ring.parity ^ 1);
     Barrier& full = shared.full[stage];
-    full.arrive_and_expect_tx((2 + Policy::kGated + 2 * Storage::kTiles) * kTileBytes + 2 * Storage::kTiles * kTile);
+    full.arrive_and_expect_tx((2 + Policy::kGated + 2 * Storage::kTiles) * kTileBytes +
+                              (Policy::kFromForward ? 1 : 2) * Storage::kTiles * kTile);
     load_eights(maps.x_eights, full, shared.x[stage], channel, head, token, batch, true, reverse);
     load_rows(maps.dy, maps.dy_eights, full, shared.g[stage], channel, head, token, batch, reverse);
     if constexpr (Policy::kGated) load_rows(maps.z, maps.z_eights, full, shared.z[stage], channel, head, token, batch, reverse);
 #pragma unroll
     for (int k = 0; k < Storage::kTiles; ++k) {
-      load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
+      if constexpr (Policy::kFromForward)
+        load_tile(p.states, full, shared.states[stage][k], k * kTile, head, channel, p.first_pair + task.pair);
+      else load_tile(p.states, full, shared.states[stage][k], k * kTile, kept, 0, task.pair);
       if (p.adjoints_in_dx)
         load_tile(p.adjoints, full, shared.adjoints[stage][k], channel, head, pair_token + k * kTile, batch);
       else load_tile(p.adjoints, full, shared.adjoints[stage][k], k * kTile, kept, 0, task.pair);
@@ -286,7 +289,7 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
       cute::SM90_BULK_COPY_G2S::copy(from + (std::int64_t{task.pair} * p.kept_items + kept) * kBytes,
                                      reinterpret_cast<std::uint64_t*>(&full), to, kBytes);
     };
-    load_exponents(p.state_exponents, shared.state_exponents[stage]);
+    if (!Policy::kFromForward) load_exponents(p.state_exponents, shared.state_exponents[stage]);
     load_exponents(p.adjoint_exponents, shared.adjoint_exponents[stage]);
   }
 }
@@ -659,7 +662,7 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
   const auto round_state = [&](bool is_first) {
     const int stage = ahead.stage;
     shared.full[stage].wait(ahead.parity);
-    if (kTiles == 2 || is_C)
+    if ((kTiles == 2 || is_C) && !(is_first && Policy::kFromForward))
       round_kept<NativeElement>((is_first ? shared.states : shared.adjoints)[stage][own_tile],
                                 (is_first ? shared.state_exponents : shared.adjoint_exponents)[stage][own_tile], at);
     if constexpr (Policy::kGated) {
@@ -690,7 +693,8 @@ __device__ void project(const FusedBackwardParams& p, GradientStorage<Policy>& s
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
           float count[2];
-          from_fixed_point(word[w], count);
+          if constexpr (Policy::kFromForward) read_kept<NativeElement>(word[w], !is_first, count);
+          else from_fixed_point(word[w], count);
           product(8 * j + 2 * w) = count[0] * unit[w % 2], product(8 * j + 2 * w + 1) = count[1] * unit[w % 2];
         }
       }
@@ -1187,6 +1191,10 @@ __global__ void __launch_bounds__(128 * fused::kGradientWarpgroups, 1)
       shared.other_empty[slot].init(Storage::kTiles * kWarpgroup);
     }
     cutlass::arch::fence_barrier_init();
+  }
+  if constexpr (Policy::kFromForward) {  // whose exponents nobody loads
+    auto* const exponents = reinterpret_cast<std::uint8_t*>(shared.state_exponents);
+    for (unsigned i = threadIdx.x; i < sizeof(shared.state_exponents); i += blockDim.x) exponents[i] = kExponentOfElements;
   }
   cuda::sync_cluster();
   cuda::let_next_kernel_in();

@@ -43,6 +43,8 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
   p.pairs = static_cast<int>(plan.pairs);
   p.slices = static_cast<int>(plan.slices), p.heads_per_group = static_cast<int>(d.nheads / d.ngroups);
   p.splits = static_cast<int>(plan.splits), p.adjoints_in_dx = plan.adjoints_in_dx;
+  p.from_forward = plan.from_forward;
+  const std::int64_t directions = p.from_forward ? 1 : 2;
 
   auto* memory = static_cast<char*>(args.workspace.data);
   const auto take = [&](std::size_t bytes) {
@@ -100,23 +102,29 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
       return cuda::tma_map(t);
     };
     p.kept_items = static_cast<int>(items);
-    p.states = kept(states), p.adjoints = plan.adjoints_in_dx ? cuda::tma_map(args.dx) : kept(adjoints);
+    const bool zeros = begins_with_zeros(args, d);  // past the end of x, as of any tensor
+    if (p.from_forward) p.states = cuda::tma_map(zeros ? args.x : chunk_states_of(args.chunk_states));
+    else p.states = kept(states);
+    p.first_pair = static_cast<int>(zeros ? d.batch : p.part.first_batch * plan.pairs);
+    p.adjoints = plan.adjoints_in_dx ? cuda::tma_map(args.dx) : kept(adjoints);
     p.slots = static_cast<unsigned>(slots);
-    p.items_of_walk = items_of_walk(sequences * items);
+    p.items_of_walk = items_of_walk(directions * sequences * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
     p.walks = static_cast<unsigned>(sequences * p.walks_per_group * p.part.groups);
     launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
-           std::min(2 * std::int64_t{p.walks}, multiprocessors), 128 * fused::WalkStorage<Policy>::kWarpgroups,
+           std::min(directions * p.walks, multiprocessors), 128 * fused::WalkStorage<Policy>::kWarpgroups,
            sizeof(fused::WalkStorage<Policy>), p);
     p.tasks = static_cast<unsigned>(slots * p.part.groups * plan.splits);
-    using Plain = fused::GradientPolicy<Policy, false>;
-    auto kernel = ssd_scan_fused_gradient_kernel<Plain>;
+    const auto kernel_of = [&]<bool rare> {
+      return p.from_forward ? ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, rare, true>>
+                            : ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, rare, false>>;
+    };
+    auto kernel = kernel_of.template operator()<false>();
     if constexpr (Policy::kState == 128)
-      if (packed || args.reverse || d.D_per_channel || of_side)
-        kernel = ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, true>>;
+      if (packed || args.reverse || d.D_per_channel || of_side) kernel = kernel_of.template operator()<true>();
     const int cluster = p.adjoints_in_dx ? 2 : 1;  // a pair of chunks
     launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors / cluster * cluster),
-           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<Plain>), p, cluster);
+           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<fused::GradientPolicy<Policy, false, false>>), p, cluster);
     if (plan.splits == 1 || !p.part.ends_batches) continue;
     const FusedSplitSumParams sums{
         p.dB_sums, p.dC_sums,          gradient(args.dB),       gradient(args.dC), p.packed_chunks, p.packed_count,
@@ -138,8 +146,9 @@ inline Tensor side_of(const Tensor& t, int side) {
   if (!t) return t;
   Tensor of_side = t;
   const std::int64_t first = side * kMostStatesOfBlock;
-  of_side.data = static_cast<char*>(t.data) + first * t.stride[3] * size_of(t.dtype);
-  of_side.shape[3] = std::min<std::int64_t>(t.shape[3] - first, kMostStatesOfBlock);
+  const int last = t.ndim - 1;
+  of_side.data = static_cast<char*>(t.data) + first * t.stride[last] * size_of(t.dtype);
+  of_side.shape[last] = std::min<std::int64_t>(t.shape[last] - first, kMostStatesOfBlock);
   return of_side;
 }
 
@@ -156,8 +165,8 @@ void launch_fused_backward_sides(const BackwardArgs& args, const Dims& d, const 
     const int side = 1 - turn;  // the smaller one first, and without D: its dx is rounded once more
     BackwardArgs call = args;
     Dims dims = d;
-    for (Tensor BackwardArgs::* tensor :
-         {&BackwardArgs::dB, &BackwardArgs::dC, &BackwardArgs::dinitial_state, &BackwardArgs::dfinal_state})
+    for (Tensor BackwardArgs::* tensor : {&BackwardArgs::dB, &BackwardArgs::dC, &BackwardArgs::dinitial_state,
+                                          &BackwardArgs::dfinal_state, &BackwardArgs::chunk_states})
       call.*tensor = side_of(args.*tensor, side);
     for (Tensor Inputs::* tensor : {&Inputs::B, &Inputs::C, &Inputs::initial_state}) call.*tensor = side_of(args.*tensor, side);
     dims.dstate = call.B.shape[3];

@@ -41,6 +41,8 @@ struct FusedBackwardParams {
   unsigned *packed_count, *packed_order;
   TokenMaps* ends;
   CUtensorMap states, adjoints;  // [pairs, items, 64, padded dstate] of the part: what enters, what leaves a pair of chunks
+  bool from_forward;    // `states` is a map of chunk_states then, [pairs, headdim, nheads, dstate] of the call: elements, those
+                        // of the part from first_pair on; past the end where all are zeros. All walks go backward
   bool adjoints_in_dx;  // `adjoints` is a map of dx then: tile k of a pair lies where dx of its k-th chunk in memory will
   std::uint8_t *state_exponents, *adjoint_exponents;  // [pairs, items, padded dstate / 64, 64]: of their rows
   WalkSteps *first_steps, *second_steps;  // [pairs, items] of the part: of the chunks that the main kernel passes again
@@ -55,6 +57,7 @@ struct FusedBackwardParams {
   bool dt_softplus, has_dx, has_dB, has_dC, D_per_channel;
   float dt_min, dt_max;
   int nheads, headdim, ngroups, dstate;
+  int first_pair;
   int chunks, pairs;  // of a row of the batch, where it is not packed; the last pair may lack its second chunk
   int slices, heads_per_group;
   FusedPart part;

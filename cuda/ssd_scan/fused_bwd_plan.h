@@ -2,8 +2,8 @@
 //
 // Two walks keep, for each pair of chunks, the state that enters it and the adjoint of the state that leaves it; the main
 // kernel then takes all chunks at the same time. Kept for all heads they are twice as large as x (headdim 64, dstate 128).
-// Where dx has room for whole tiles the adjoints lie there, until the main kernel puts dx in their place; else the work goes
-// through both kernels in parts.
+// States that the forward kept, for each pair as well, want no walk and no room. Where dx has room for whole tiles the adjoints
+// lie there, until the main kernel puts dx in their place; else the work goes through both kernels in parts.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct FusedBackwardPlan {
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
   std::int64_t splits;  // blocks that share the items of a piece
   bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
-  bool adjoints_in_dx;
+  bool adjoints_in_dx, from_forward;  // from_forward: states
   // Of the workspace: two each, and one each.
   std::size_t exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
   std::size_t states_bytes, adjoints_bytes, D_shares_bytes, packed_chunks_bytes, packed_order_bytes, ends_bytes;
@@ -62,9 +62,12 @@ struct FusedBackwardPlan {
 // Of the kernels' PackedChunk and TokenMaps.
 inline constexpr std::size_t kPackedChunkBytes = 16, kTokenMapsBytes = 13 * 128;
 
-// Slices whose states a block of the walks takes together, of so many in all sequences: two share B or C, one where that leaves
-// multiprocessors without work.
-constexpr int items_of_walk(std::int64_t items) { return 2 * items <= kMultiprocessors ? 1 : 2; }
+// Slices whose states a block of the walks takes together, of so many in all sequences and both directions: two share B or C,
+// one where that leaves multiprocessors without work.
+constexpr int items_of_walk(std::int64_t items) { return items <= kMultiprocessors ? 1 : 2; }
+
+// Stretches are pairs of chunks.
+static_assert(kStretch == 2 * kFusedTile);
 
 // Whether dx, where it is wanted, takes the adjoints of a call: two tiles for each pair of whole chunks. Sequences of other
 // lengths and packed ones cut heads into pieces, and with batch_invariant all have to do as they do.
@@ -72,12 +75,19 @@ constexpr bool adjoints_fit_dx(const Dims& d, bool packed, bool batch_invariant)
   return !packed && !batch_invariant && d.seqlen % (2 * kFusedTile) == 0 && d.headdim % kFusedTile == 0;
 }
 
+// Whether each sequence is one pair of chunks that zeros enter: states that nobody need make or keep. With batch_invariant the
+// work is cut as that of longer ones and packed ones is.
+inline bool begins_with_zeros(const BackwardArgs& args, const Dims& d) {
+  return !args.initial_state && !args.cu_seqlens && !args.batch_invariant && d.seqlen <= kStretch;
+}
+
 // What may be kept between the kernels, in units of x.
 inline constexpr double kMostMemory = 1.45, kMostMemoryOfSide = 1.37;
 
 // The parts and splits that make the estimated time least, of those whose memory is in bounds. Times in us, of an H100.
+// from_forward: states are there.
 constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
-                                                bool wants_dx, double most_memory = kMostMemory) {
+                                                bool wants_dx, bool from_forward, double most_memory = kMostMemory) {
   constexpr std::int64_t kMostSplits = 8, kMoreParts = 3;
   constexpr double kLaunch = 2.0, kSplitSum = 4.0;
   constexpr double kWalkStart = 1.5, kWalkStep = 0.3;  // a task; a chunk and slice, where nothing waits for memory
@@ -85,6 +95,8 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   constexpr double kBytes = 2.9e6 / kMultiprocessors;  // that a multiprocessor has of the memory in one us, when all are busy
   FusedBackwardPlan plan{};
   plan.adjoints_in_dx = wants_dx && adjoints_fit_dx(d, packed, batch_invariant);
+  plan.from_forward = from_forward;
+  const std::int64_t directions = from_forward ? 1 : 2, kinds = directions - plan.adjoints_in_dx;  // kinds: with room here
   plan.slices = divide_up(d.headdim, kFusedTile);
   const std::int64_t sequences = packed ? std::max<std::int64_t>(d.num_sequences, 1) : 1;  // of a row
   plan.chunks = packed ? d.seqlen / kFusedTile + sequences : divide_up(d.seqlen, kFusedTile);
@@ -101,7 +113,7 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
   const double bound = most_memory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
   const double kept =
-      static_cast<double>((batch_invariant ? 1 : plan.pairs) * ((plan.adjoints_in_dx ? 1 : 2) * state + 2 * (columns + steps)));
+      static_cast<double>((batch_invariant ? 1 : plan.pairs) * (kinds * state + 2 * (columns + steps)));
   const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
@@ -119,8 +131,8 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
     const bool in_memory = splits > 1 || pieces > 1;
     const double memory = kept * static_cast<double>(groups * items) + (in_memory ? sums * static_cast<double>(splits) : 0.0);
     if (least >= 0 && memory * static_cast<double>(batches) > bound * static_cast<double>(d.batch)) return;
-    const int together = items_of_walk(batches * sequences * groups * items);
-    const double walks = kernel(2 * batches * sequences * groups * divide_up(items, together), kWalkStart,
+    const int together = items_of_walk(directions * batches * sequences * groups * items);
+    const double walks = kernel(directions * batches * sequences * groups * divide_up(items, together), kWalkStart,
                                 divide_up(expected, sequences), kWalkStep * together, together * (tile + state / 2));
     // A task's sums go to the workspace, and come back but for those of the first piece.
     const double passes = in_memory ? 2.0 * static_cast<double>(pieces - 1) / static_cast<double>(pieces) + (splits > 1) : 0.0;
@@ -160,8 +172,8 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   const std::int64_t slots_of_part = plan.batches_of_part * plan.chunks;
   const std::int64_t kept_of_part = plan.batches_of_part * plan.pairs * plan.groups_of_part * plan.items_of_piece;
   plan.sums_in_memory = plan.splits > 1 || plan.pieces > 1;
-  plan.states_bytes = static_cast<std::size_t>(kept_of_part * state);
-  plan.adjoints_bytes = plan.adjoints_in_dx ? 0 : plan.states_bytes;
+  plan.states_bytes = from_forward ? 0 : static_cast<std::size_t>(kept_of_part * state);
+  plan.adjoints_bytes = plan.adjoints_in_dx ? 0 : static_cast<std::size_t>(kept_of_part * state);
   plan.exponents_bytes = static_cast<std::size_t>(kept_of_part * columns);
   plan.steps_bytes = static_cast<std::size_t>(kept_of_part * steps);
   if (plan.sums_in_memory)
@@ -186,8 +198,9 @@ struct FusedBackwardSides {
   FusedBackwardPlan calls[2];
   std::size_t steps, heads;  // numbers of ddt; of dA or ddt_bias
 
-  constexpr FusedBackwardSides(const Dims& d, bool packed, bool batch_invariant, bool wants_dx)
-      : calls{plan_of(d, packed, batch_invariant, wants_dx), plan_of(d, packed, batch_invariant, false)},
+  constexpr FusedBackwardSides(const Dims& d, bool packed, bool batch_invariant, bool wants_dx, bool from_forward)
+      : calls{plan_of(d, packed, batch_invariant, wants_dx, from_forward),
+              plan_of(d, packed, batch_invariant, false, from_forward)},
         steps(static_cast<std::size_t>(d.batch * d.seqlen * d.nheads)),
         heads(static_cast<std::size_t>(d.nheads)) {}
 
@@ -196,10 +209,12 @@ struct FusedBackwardSides {
   constexpr std::size_t workspace_bytes() const { return kept_bytes() + 2 * sizeof(float) * (steps + 2 * heads); }
 
  private:
-  static constexpr FusedBackwardPlan plan_of(const Dims& d, bool packed, bool batch_invariant, bool wants_dx) {
+  static constexpr FusedBackwardPlan plan_of(const Dims& d, bool packed, bool batch_invariant, bool wants_dx,
+                                             bool from_forward) {
     Dims of_side = d;
     of_side.dstate = kMostStatesOfBlock;
-    return fused_backward_plan(of_side, kMostStatesOfBlock, packed, batch_invariant, wants_dx, kMostMemoryOfSide);
+    return fused_backward_plan(of_side, kMostStatesOfBlock, packed, batch_invariant, wants_dx, from_forward,
+                               kMostMemoryOfSide);
   }
 };
 

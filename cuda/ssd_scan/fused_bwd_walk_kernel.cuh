@@ -2,6 +2,7 @@
 // Math     with s the sums of dt A in a chunk, end its last token, h the state before the chunk, G the adjoint after it:
 //          forward  h = exp(s[end]) h + sum_j dt[j] exp(s[end] - s[j]) x[j] B[j]^T, kept before each pair of chunks
 //          backward G = exp(s[end]) G + sum_i exp(s[i]) dy[i] C[i]^T, kept after each pair
+//          Where the forward kept h, backward alone
 // Shapes   h, G [p,n] of each head in float32 registers, kept in 16 bits (fused_bwd_kept.cuh); p in slices of 64
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
 //          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms. With z, which is read with dy, 0.84 GB, 0.29 ms
@@ -60,8 +61,8 @@ struct WalkTask {
     const unsigned sequences = p.walks / of_sequence, sequence = index / of_sequence;  // over and over again
     const int tile = static_cast<int>(index % of_sequence);
     if (p.ends) {
-      backward = sequence % 2 == 0;
-      span = Span::packed(p, static_cast<int>(p.packed_order[sequence / 2]), p.sequences.reverse);
+      backward = p.from_forward || sequence % 2 == 0;
+      span = Span::packed(p, static_cast<int>(p.packed_order[p.from_forward ? sequence : sequence / 2]), p.sequences.reverse);
     } else {
       backward = sequence < sequences;
       span = Span::row(p, p.part.first_batch + static_cast<int>(sequence % sequences), p.sequences.reverse);
@@ -98,8 +99,9 @@ struct WalkTask {
 template <class Visit>
 __device__ void for_each_walk(const FusedBackwardParams& p, Visit visit) {
   unsigned step = p.ends ? 2 * (gridDim.x - blockIdx.x) - 1 : gridDim.x;
+  const unsigned walks = p.from_forward ? p.walks : 2 * p.walks;
 #pragma unroll 1
-  for (unsigned index = blockIdx.x; index < 2 * p.walks; index += step, step = 2 * gridDim.x - step) visit(WalkTask(p, index));
+  for (unsigned index = blockIdx.x; index < walks; index += step, step = 2 * gridDim.x - step) visit(WalkTask(p, index));
 }
 
 template <class Policy>
@@ -138,7 +140,9 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
                              unsigned& position, int warp) {
   using Storage = WalkStorage<Policy>;
   constexpr int kAhead = Storage::kAhead, kStages = Storage::kStages;
-  const int lane = threadIdx.x % 32, two = p.items_of_walk - 1, all = task.chunks << two;  // two: 1, or 0 of single slices
+  const int lane = threadIdx.x % 32, two = p.items_of_walk - 1;  // two: 1, or 0 of single slices
+  // Where no walk goes forward, the steps of the first chunk of each pair are prepared here too, be it walked or not.
+  const int all = (p.from_forward ? task.begin + 1 : task.chunks) << two;
   const StepReader first(p, task.span, task.head_of(p, 0)), second(p, task.span, task.head_of(p, task.has_item(p, 1)));
   const auto reader_of = [&](int which) {
     StepReader reader = first;
@@ -156,7 +160,6 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
         reader_of(own & two).fetch(p, task.span, task.chunk_of(own >> two), next[k]);
   };
   fetch(warp);
-  WalkSteps* const kept = task.backward ? p.second_steps : p.first_steps;
   int turn = 0;
 #pragma unroll 1
   for (int own = warp; own < all; own += Storage::kPreparing, ++turn) {
@@ -171,12 +174,16 @@ __device__ void prepare_walk(const FusedBackwardParams& p, const WalkTask& task,
     const std::uint32_t bits[2] = {loaded.x, loaded.y};
     const StepReader reader = reader_of(which);
     const LaneSteps s = scan_steps(p, task.span, task.chunk_of(i), reader.A, reader.bias, bits);
-    shared.empty[at % kStages].wait(at / kStages % 2 ^ 1);
-    store_walk_steps(shared.steps[at % kStages][which], s, task.backward, task.span.reverse);
-    shared.full[at % kStages].arrive();
-    if (i % 2 == 0 && task.has_item(p, which))
-      store_walk_steps(kept[std::int64_t{task.pair_of(p, i)} * p.kept_items + task.kept_of(p, which)], s, task.backward,
-                       task.span.reverse);
+    if (i < task.chunks) {
+      shared.empty[at % kStages].wait(at / kStages % 2 ^ 1);
+      store_walk_steps(shared.steps[at % kStages][which], s, task.backward, task.span.reverse);
+      shared.full[at % kStages].arrive();
+    }
+    const bool ends_pair = i % 2 == 0 && task.backward;  // as the second chunk, of which the main kernel asks what is backward
+    if ((i % 2 == 0 || p.from_forward) && task.has_item(p, which))
+      store_walk_steps((ends_pair ? p.second_steps : p.first_steps)[std::int64_t{task.pair_of(p, i)} * p.kept_items +
+                                                                    task.kept_of(p, which)],
+                       s, ends_pair, task.span.reverse);
   }
   position += max(task.chunks, 0);
 }

@@ -80,6 +80,7 @@ struct SharedStorage {
   Steps steps[kStages][2];
   uint2 raw[2][kStepsAhead][32];  // what each warp that prepares steps has loaded ahead
   alignas(16) float D[2][kTile];
+  int next_kept[2][4];  // of each consumer, where in chunk_states the next state goes out to: state, head, channel, stretch
   alignas(8) Barrier full[kStages], empty[kStages];
   Barrier z_full[2][2], z_empty[2][2];
   Barrier sums_full, sums_empty;  // what the other block of a cluster adds to this one's output; its place for that of this one
@@ -188,10 +189,10 @@ struct Task {
 
   __device__ bool begins_stretch(int i) const { return (chunk_begin + i) % kChunksOfStretch == 0; }
 
-  // The row of chunk_states of the stretch that begins with the i-th chunk, or -1.
-  __device__ std::int64_t stretch_of(const FusedParams& p, int i) const {
-    if (!begins_stretch(i) || i == chunk_count) return -1;
-    return (p.cu_seqlens ? first_token / kStretch + sequence : sequence * p.stretches) + (chunk_begin + i) / kChunksOfStretch;
+  // The row of chunk_states of the first stretch that begins in the task.
+  __device__ int first_stretch(const FusedParams& p) const {
+    const int before = p.cu_seqlens ? first_token / static_cast<int>(kStretch) + sequence : sequence * p.stretches;
+    return before + (chunk_begin + kChunksOfStretch - 1) / kChunksOfStretch;
   }
 
   // Tokens of the sequence that the scan meets before the i-th chunk.
@@ -931,15 +932,19 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
     cutlass::arch::fence_view_async_shared();
     sync();
-    // One thread: what the state is as a matrix operand goes out where a stretch begins with the i-th chunk.
+    // One thread: what the state is as a matrix operand goes out where a stretch begins with the i-th chunk. Where to lies in
+    // shared memory, and takes no registers from the loop.
+    volatile int(&next_kept)[4] = shared.next_kept[which];
     const auto keep_state = [&](int i) {
-      const std::int64_t row = task.stretch_of(p, i);
-      if (row < 0) return;
+      if (!task.begins_stretch(i) || i == task.chunk_count) return;
+      const int to_state = next_kept[0], to_head = next_kept[1], to_channel = next_kept[2], stretch = next_kept[3];
 #pragma unroll
       for (int k = 0; k < kState / kTile; ++k)
-        cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], k * kTile, head, channel, static_cast<int>(row));
+        cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], to_state + k * kTile, to_head, to_channel, stretch);
+      next_kept[3] = stretch + 1;
     };
     if (kExtra == Extra::kept_states && thread == 0) {
+      next_kept[0] = first_state, next_kept[1] = head, next_kept[2] = channel, next_kept[3] = task.first_stretch(p);
       keep_state(0);
       cute::tma_store_arrive();
     }

@@ -39,7 +39,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   p.has_z = static_cast<bool>(args.z);
   if (p.has_z) p.z = cuda::tma_map(args.z);
   if constexpr (Policy::kGated) p.dy = cuda::tma_map(dy);
-  p.stretches = d.nstretches;
+  p.stretches = static_cast<int>(d.nstretches);
   if (args.chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
   const std::int64_t y_size = size_of(args.y.dtype);
   p.dt = step_view(args.dt);
@@ -79,10 +79,10 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     set_turns(turns_of(items * segments, short_tasks, places));
   };
   auto output = ssd_scan_fused_kernel<Policy, false>;
-  if constexpr (Policy::kLeavesStates) {
+  if constexpr (Policy::kKeepsStates)
     if (args.chunk_states) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
+  if constexpr (Policy::kLeavesStates)
     if (p.positions.data) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
-  }
   if constexpr (Policy::kScalesOutput)
     if (p.y_exponents) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::scaled_y>;
   const auto launch_output = [&](bool early) {

@@ -60,7 +60,8 @@ struct FusedParams {
   std::uint8_t* y_exponents;  // [b,l,h,slices]: y goes out as halves with shared exponents (scaled.cuh); null: as elements
   const void* cu_seqlens;     // null: sequence i is row i of the batch
   bool cu_is_int64, dt_softplus, reverse, has_z;
-  std::int64_t cu_stride, seqlen, stretches;  // stretches: rows of chunk_states of a sequence of the batch
+  std::int64_t cu_stride, seqlen;
+  int stretches;  // rows of chunk_states of a sequence of the batch
   float dt_min, dt_max;
   int nheads, headdim, dstate;
   int sides;  // of the states, each the work of a block of its own

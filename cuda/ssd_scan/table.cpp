@@ -71,9 +71,9 @@ std::string why_not_fused(const Args& args, const Dims& dims) {
   if (args.chunk_states && args.state_positions) return "keeps no chunk_states beside state_positions";
   if (std::string reason = why_not_fused_states(args.chunk_states, args.x.dtype); !reason.empty()) return reason;
   if (args.mode != SsdMode::automatic && args.mode != SsdMode::chunked) return "computes in chunks";
-  const bool leaves_states = args.state_positions || args.chunk_states;
-  if (std::string reason = why_not_dstate(dims, leaves_states ? kMostStatesOfBlock : 2 * kMostStatesOfBlock); !reason.empty())
-    return leaves_states ? reason + " with states between" : reason;
+  if (std::string reason = why_not_dstate(dims, args.state_positions ? kMostStatesOfBlock : 2 * kMostStatesOfBlock);
+      !reason.empty())
+    return args.state_positions ? reason + " with state_positions" : reason;
   if (dims.dstate % 2 != 0) return "takes an even dstate, got " + std::to_string(dims.dstate);
   if (dims.num_sequences == 0 || dims.seqlen == 0 || dims.headdim == 0 || dims.dstate == 0)
     return "needs at least one sequence, token, channel and state";
@@ -255,15 +255,31 @@ FusedPlan gate_plan_of(const BackwardArgs& args, const Dims& dims) {
   return fused_plan(dims, padded_dstate_of_gate(dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant, most);
 }
 
+// Whether the fused backward reads chunk_states or, where none are given, would read those that the forward keeps. In reverse its
+// chunks are not those of the stretches, and zeros it knows.
+bool reads_kept_states(const BackwardArgs& args, const Dims& dims) {
+  if (args.reverse || begins_with_zeros(args, dims)) return false;
+  if (args.chunk_states) return why_not_fused_states(args.chunk_states, args.x.dtype).empty();
+  const Tensor as_kept = Tensor::contiguous(
+      nullptr, args.x.dtype, {dims.batch, dims.nstretches, dims.nheads, dims.headdim, dims.dstate}, args.x.device);
+  return why_not_fused_states(as_kept, args.x.dtype).empty();
+}
+
+bool reads_kept_states_of_any_kind(const BackwardArgs&, const Dims&) { return true; }
+
+bool from_forward(const BackwardArgs& args, const Dims& dims) {
+  return begins_with_zeros(args, dims) || (args.chunk_states && reads_kept_states(args, dims));
+}
+
 FusedBackwardSides fused_backward_sides_of(const BackwardArgs& args, const Dims& dims) {
-  return {dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant, static_cast<bool>(args.dx)};
+  return {dims, static_cast<bool>(args.cu_seqlens), args.batch_invariant, static_cast<bool>(args.dx), from_forward(args, dims)};
 }
 
 // Of the call, or of the first of two.
 FusedBackwardPlan fused_backward_plan_of(const BackwardArgs& args, const Dims& dims) {
   if (dims.dstate > kMostStatesOfBlock) return fused_backward_sides_of(args, dims).calls[0];
   return fused_backward_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant,
-                             static_cast<bool>(args.dx));
+                             static_cast<bool>(args.dx), from_forward(args, dims));
 }
 
 std::string why_not_fused_backward(const BackwardArgs& args, const Dims& dims) {
@@ -347,14 +363,14 @@ constexpr cuda::Table<Args, Dims> kForward{"ssd_scan", &Args::x, kForwardRows};
 constexpr cuda::Row<BackwardArgs, Dims> kBackwardRows[] = {
 #ifdef STATESCAN_CUDA_SM90A
     {"fused_float16", just(DType::float16), cuda::kSm90Only, why_not_fused_backward, fused_backward_workspace,
-     run_fused_backward<DType::float16>},
+     run_fused_backward<DType::float16>, nullptr, reads_kept_states},
     {"fused_bfloat16", just(DType::bfloat16), cuda::kSm90Only, why_not_fused_backward, fused_backward_workspace,
-     run_fused_backward<DType::bfloat16>},
+     run_fused_backward<DType::bfloat16>, nullptr, reads_kept_states},
 #endif
     {"ahead_bfloat16", just(DType::bfloat16), cuda::kSm80AndNewer, why_not_ahead, backward_workspace<States::one_term>,
-     backward<States::one_term>, backward_segment_tokens<States::one_term>, true},
+     backward<States::one_term>, backward_segment_tokens<States::one_term>, reads_kept_states_of_any_kind},
     {"general", kReal, cuda::kSm80AndNewer, why_not_backward, backward_workspace<States::full>, backward<States::full>,
-     backward_segment_tokens<States::full>, true},
+     backward_segment_tokens<States::full>, reads_kept_states_of_any_kind},
 };
 constexpr cuda::Table<BackwardArgs, Dims> kBackward{"ssd_scan_backward", &BackwardArgs::x, kBackwardRows};
 

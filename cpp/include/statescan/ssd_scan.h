@@ -14,7 +14,7 @@
 namespace statescan::ssd_scan {
 
 // The states that a training step keeps are those that enter each stretch of so many tokens of a sequence.
-inline constexpr std::int64_t kStretch = 256;
+inline constexpr std::int64_t kStretch = 128;
 
 struct Inputs {
   Tensor x;              // [b,l,h,p] float32, float16, bfloat16 (float64 on the CPU)
