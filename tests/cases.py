@@ -368,6 +368,7 @@ class Backward:
         return {name: value[part] if self.has_rows(name, value) else value for name, value in inputs.items()}
 
 
+STRETCH = {"cpu": 256, "cuda": 128}  # tokens between the states that ssd_scan keeps
 SSD_SCAN_BACKWARD = Backward(SSD_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
 SELECTIVE_SCAN_BACKWARD = Backward(SELECTIVE_SCAN, ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state"))
 MAMBA2_SCAN_BACKWARD = Backward(

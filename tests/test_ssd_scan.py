@@ -617,23 +617,22 @@ def test_backward_takes_no_more_than_its_states(device, rng, dtype):
 
 
 # ---- kept states -------------------------------------------------------------------------------------------------------
-STRETCH = 128
 STRETCHES = {
-    "one": dict(seqlen=STRETCH),
-    "two": dict(seqlen=STRETCH + 1, nheads=16),
-    "long": dict(seqlen=3 * STRETCH - 9, batch=1),
-    "tiles": dict(seqlen=2 * STRETCH + 70, headdim=64, dstate=128, batch=1),
-    "blocks": dict(seqlen=2 * STRETCH + 70, headdim=72, nheads=10, ngroups=1, batch=1),
-    "packed": dict(lengths=[0, 300, 512, 0, 513, 7]),
-    "one after another": dict(lengths=[STRETCH] * 3, unused=40),
-    "empty": dict(seqlen=0),
+    "one": lambda stretch: dict(seqlen=stretch),
+    "two": lambda stretch: dict(seqlen=stretch + 1, nheads=16),
+    "long": lambda stretch: dict(seqlen=3 * stretch - 9, batch=1),
+    "tiles": lambda stretch: dict(seqlen=2 * stretch + 70, headdim=64, dstate=128, batch=1),
+    "blocks": lambda stretch: dict(seqlen=2 * stretch + 70, headdim=72, nheads=10, ngroups=1, batch=1),
+    "packed": lambda stretch: dict(lengths=[0, 300, 512, 0, 513, 7]),
+    "one after another": lambda stretch: dict(lengths=[stretch] * 3, unused=40),
+    "empty": lambda stretch: dict(seqlen=0),
 }
-every_stretch = pytest.mark.parametrize("sizes", STRETCHES.values(), ids=STRETCHES)
+every_stretch = pytest.mark.parametrize("sizes", STRETCHES)
 
 
-def stretched(rng, dtype, sizes, make=BACKWARD.inputs, **others):
+def stretched(device, rng, dtype, sizes, make=BACKWARD.inputs):
     """Inputs, and the options that go with them. States are large enough for their rounding errors to average out in sums."""
-    sizes = {"nheads": 8, "ngroups": 2, "headdim": 16, "dstate": 24, **sizes, **others}
+    sizes = {"nheads": 8, "ngroups": 2, "headdim": 16, "dstate": 24, **STRETCHES[sizes](cases.STRETCH[device.name])}
     lengths, unused = sizes.pop("lengths", None), sizes.pop("unused", 0)
     if lengths is None:
         return make(rng, dtype, **sizes), {}
@@ -641,15 +640,15 @@ def stretched(rng, dtype, sizes, make=BACKWARD.inputs, **others):
     return inputs, {"cu_seqlens": cumulative(lengths)}
 
 
-def positions_of_stretches(inputs, cu_seqlens=None):
+def positions_of_stretches(device, inputs, cu_seqlens=None):
     """For each sequence the positions where its stretches begin, -1 behind them, and the rows in chunk_states of those."""
-    seqlen = inputs["x"].shape[1]
+    stretch, seqlen = cases.STRETCH[device.name], inputs["x"].shape[1]
     cu = [0, seqlen] if cu_seqlens is None else [int(end) for end in cu_seqlens]
     spans = list(zip(cu[:-1], cu[1:])) * (len(inputs["x"]) if cu_seqlens is None else 1)
-    count = -(-seqlen // STRETCH)
-    positions = np.array([[k * STRETCH if k * STRETCH < last - first else -1 for k in range(count)] for first, last in spans])
+    count = -(-seqlen // stretch)
+    positions = np.array([[k * stretch if k * stretch < last - first else -1 for k in range(count)] for first, last in spans])
     rows = [
-        (0, first // STRETCH + s + k) if cu_seqlens is not None else (s, k)
+        (0, first // stretch + s + k) if cu_seqlens is not None else (s, k)
         for s, (first, _) in enumerate(spans)
         for k in range(count)
         if positions[s, k] >= 0
@@ -670,12 +669,12 @@ def kept_states(device, inputs, **options):
 @pytest.mark.parametrize("mode", (None, "recurrent", "quadratic"))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_kept_states(device, rng, sizes, reverse, mode, dtype):
-    inputs, options = stretched(rng, dtype, sizes, OP.inputs)
+    inputs, options = stretched(device, rng, dtype, sizes, OP.inputs)
     options |= {"reverse": reverse, "ssd_mode": mode}
-    positions, rows = positions_of_stretches(inputs, options.get("cu_seqlens"))
+    positions, rows = positions_of_stretches(device, inputs, options.get("cu_seqlens"))
     states, y = kept_states(device, inputs, **options)
     batch, seqlen, *heads = inputs["x"].shape
-    count = seqlen // STRETCH + len(positions) if "cu_seqlens" in options else positions.shape[1]
+    count = seqlen // cases.STRETCH[device.name] + len(positions) if "cu_seqlens" in options else positions.shape[1]
     assert states.shape == (batch, count, *heads, inputs["B"].shape[3])
     assert dtype == states.dtype.name
     expected = PositionsContract()
@@ -693,7 +692,7 @@ def test_kept_states(device, rng, sizes, reverse, mode, dtype):
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize("dtype", ("float32", *NARROW))
 def test_backward_from_kept_states(device, rng, sizes, reverse, dtype):
-    inputs, options = stretched(rng, dtype, sizes)
+    inputs, options = stretched(device, rng, dtype, sizes)
     options |= {"reverse": reverse}
     states, _ = kept_states(device, inputs, **options)
     BACKWARD.check(device, inputs, dt_softplus=True, chunk_states=states, **options)
@@ -701,30 +700,32 @@ def test_backward_from_kept_states(device, rng, sizes, reverse, dtype):
 
 @pytest.mark.parametrize("chunk_size", (1, 64, 96, 128, 200, 256, 1024))
 def test_backward_from_kept_states_in_chunks_of_any_size(device, rng, chunk_size):
-    inputs, _ = stretched(rng, "float32", STRETCHES["long"])
+    inputs, _ = stretched(device, rng, "float32", "long")
     states, _ = kept_states(device, inputs, chunk_size=chunk_size)
     BACKWARD.check(device, inputs, dt_softplus=True, chunk_states=states, chunk_size=chunk_size)
 
 
 def test_backward_takes_kept_states_as_they_are(device, rng):
     """It makes no others: where they hold something else, so do the gradients of what reads them, and only these."""
-    inputs, _ = stretched(rng, "float32", STRETCHES["two"])
+    inputs, _ = stretched(device, rng, "float32", "two")
     states, _ = kept_states(device, inputs)
     right = BACKWARD.run(device, inputs, dt_softplus=True, chunk_states=states)
     states[:, 1] = 0
     wrong = BACKWARD.run(device, inputs, dt_softplus=True, chunk_states=states)
-    assert np.any(wrong["dC"][:, STRETCH:] != right["dC"][:, STRETCH:])
+    stretch = cases.STRETCH[device.name]
+    assert np.any(wrong["dC"][:, stretch:] != right["dC"][:, stretch:])
     for name in ("dC", "dz"):
-        assert_same_bits(wrong[name][:, :STRETCH], right[name][:, :STRETCH], f"{name} of the first stretch")
+        assert_same_bits(wrong[name][:, :stretch], right[name][:, :stretch], f"{name} of the first stretch")
     for name in ("dx", "dB", "dinitial_state"):
         assert_same_bits(wrong[name], right[name], name)
 
 
 def test_kept_states_come_last_and_where_they_are_wanted(device, rng):
-    inputs = {n: device.put(v) for n, v in stretched(rng, "bfloat16", STRETCHES["packed"], OP.inputs)[0].items()}
-    cu_seqlens = device.put(cumulative(STRETCHES["packed"]["lengths"]))
+    inputs, packing = stretched(device, rng, "bfloat16", "packed", OP.inputs)
+    _, rows = positions_of_stretches(device, inputs, **packing)
+    inputs = {name: device.put(value) for name, value in (inputs | packing).items()}
     positions = device.put(np.zeros((6, 1), np.int32))
-    options = dict(cu_seqlens=cu_seqlens, return_final_state=True, state_positions=positions, dt_softplus=True)
+    options = dict(return_final_state=True, state_positions=positions, dt_softplus=True)
     *others, plain = device.call(statescan.ssd_scan, **inputs, **options, save_states=True)
     assert len(others) == 3
     plain = device.get(plain)
@@ -732,7 +733,6 @@ def test_kept_states_come_last_and_where_they_are_wanted(device, rng):
     *_, given = device.call(statescan.ssd_scan, **inputs, **options, chunk_states_out=out)
     assert given is out
     given = device.get(given)
-    _, rows = positions_of_stretches({"x": np.zeros((1, 1332))}, cumulative(STRETCHES["packed"]["lengths"]))
     for row in np.ndindex(plain.shape[:2]):
         if row in rows:
             assert_same_bits(given[row].astype(plain.dtype), plain[row], f"states of row {row}")
@@ -744,12 +744,12 @@ def test_kept_states_keep_the_backward_small(rng):
     inputs = BACKWARD.inputs(rng, "bfloat16", batch=1, seqlen=4096, nheads=8, ngroups=1, headdim=64, dstate=64)
     states, _ = kept_states(Cpu(), inputs)
     without, given = (statescan.plan("ssd_scan_backward", **inputs, chunk_states=kept) for kept in (None, states))
-    of_a_stretch, of_all = (count * inputs["initial_state"][0, 0].nbytes for count in (STRETCH // 64, 4096 // 64))
+    of_a_stretch, of_all = (count * inputs["initial_state"][0, 0].nbytes for count in (cases.STRETCH["cpu"] // 64, 4096 // 64))
     assert given.workspace_bytes <= without.workspace_bytes - (of_all - of_a_stretch)
 
 
 def test_errors_of_kept_states(device, rng):
-    inputs, _ = stretched(rng, "float16", STRETCHES["two"])
+    inputs, _ = stretched(device, rng, "float16", "two")
     states, _ = kept_states(device, inputs)
     for wrong, error, text in (
         (states[:, :1], ValueError, "chunk_states has shape (2, 1, 16, 16, 24); expected (batch=2, nstretches=2, "),

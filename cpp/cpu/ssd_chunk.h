@@ -113,7 +113,7 @@ inline Walk walk_of(const ssd_scan::Inputs& in, const ssd_scan::Dims& d, std::in
   return {0, index_at(in.cu_seqlens, s), index_at(in.cu_seqlens, s + 1), in.reverse};
 }
 
-using ssd_scan::kStretch;
+inline constexpr std::int64_t kStretch = ssd_scan::stretch_of(DeviceType::cpu);
 
 // The row of chunk_states that has the state of a stretch.
 inline std::int64_t stretch_row(const ssd_scan::Inputs& in, const Walk& walk, std::int64_t sequence, std::int64_t stretch) {

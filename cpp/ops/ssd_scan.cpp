@@ -41,7 +41,8 @@ static Dims validate_inputs(const Contract& check, const Inputs& in) {
   check.optional("dt_bias", in.dt_bias, {{"nheads", d.nheads}}, check.parameter());
   check.limits(in.dt_min, in.dt_max);
   d.num_sequences = check.sequences(in.cu_seqlens, d.batch, d.seqlen);
-  d.nstretches = in.cu_seqlens ? d.seqlen / kStretch + d.num_sequences : (d.seqlen + kStretch - 1) / kStretch;
+  const std::int64_t stretch = stretch_of(in.x.device.type);
+  d.nstretches = in.cu_seqlens ? d.seqlen / stretch + d.num_sequences : (d.seqlen + stretch - 1) / stretch;
   check.optional("initial_state", in.initial_state,
                  {{in.cu_seqlens ? "num_sequences" : "batch", d.num_sequences}, {"nheads", d.nheads},
                   {"headdim", d.headdim}, {"dstate", d.dstate}},

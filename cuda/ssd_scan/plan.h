@@ -21,6 +21,8 @@
 
 namespace statescan::ssd_scan {
 
+inline constexpr std::int64_t kStretch = stretch_of(DeviceType::cuda);
+
 // How segments come by the states that they start from.
 enum class Passing {
   none,       // there is one segment

@@ -62,9 +62,9 @@ def ssd_scan(
             -1 pads rows of unequal length.
         ssd_mode: "chunked" (matrix products inside chunks, a state between them), "recurrent" (token by token), "quadratic"
             (one chunk, the masked attention form, whose work grows with the square of seqlen), or None: what is fastest.
-        save_states: also return the state that enters each stretch of 128 tokens, for ssd_scan_backward, which then need
-            not make them again: dstate/128 of the memory of x. In reverse a GPU's fused backward does all the same
-            (``plan("ssd_scan_backward", ...).reads_kept_states``).
+        save_states: also return the state that enters each stretch of 128 tokens, 256 on the CPU, for ssd_scan_backward, which
+            then need not make them again: dstate/128 of the memory of x, or half. In reverse a GPU's fused backward does all the
+            same (``plan("ssd_scan_backward", ...).reads_kept_states``).
         out, final_state_out, position_states_out, chunk_states_out: arrays to write the results to; states may have a narrower
             dtype, those of chunk_states_out that of x or float32.
         stream: the CUDA stream, as an integer or an object with ``__cuda_stream__``; the framework's current one when None.
@@ -73,8 +73,8 @@ def ssd_scan(
         y, shaped and typed as x; with return_final_state (or final_state_out) the pair (y, final_state). With state_positions
         the states at them, [num_sequences, npositions, nheads, headdim, dstate], come next: (y, states) or
         (y, final_state, states). With save_states (or chunk_states_out) chunk_states comes last, in the dtype of x:
-        [batch, ceil(seqlen/128), nheads, headdim, dstate]; with cu_seqlens [1, seqlen//128 + num_sequences, ...], where sequence i
-        has its stretch k in row cu_seqlens[i]//128 + i + k, and other rows hold nothing. The other results
+        [batch, ceil(seqlen/t), nheads, headdim, dstate] for stretches of t; with cu_seqlens [1, seqlen//t + num_sequences, ...],
+        where sequence i has its stretch k in row cu_seqlens[i]//t + i + k, and other rows hold nothing. The other results
         agree to rounding with those of a call that asks for less, which another kernel may serve (see plan): so without states
         (short sequences) and with save_states.
 

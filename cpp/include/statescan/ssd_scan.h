@@ -14,7 +14,7 @@
 namespace statescan::ssd_scan {
 
 // The states that a training step keeps are those that enter each stretch of so many tokens of a sequence.
-inline constexpr std::int64_t kStretch = 128;
+constexpr std::int64_t stretch_of(DeviceType device) { return device == DeviceType::cpu ? 256 : 128; }
 
 struct Inputs {
   Tensor x;              // [b,l,h,p] float32, float16, bfloat16 (float64 on the CPU)
@@ -52,8 +52,8 @@ struct Args : Inputs {
   Tensor position_states;  // [b,k,h,p,n] or [s,k,h,p,n] float32 or narrower, given with state_positions
   Tensor chunk_states;     // dtype of x, or float32 (float64 where x is), optional: the state that enters each stretch, in the
                            // order in which the scan meets them, the first of them the initial state.
-                           // [b,ceil(l/kStretch),h,p,n]; with cu_seqlens [1,l/kStretch+s,h,p,n], where sequence i has its stretch
-                           // k in row cu[i]/kStretch + i + k, and rows on which none falls are left alone.
+                           // [b,ceil(l/t),h,p,n], t = stretch_of(device); with cu_seqlens [1,l/t+s,h,p,n], where sequence i has
+                           // its stretch k in row cu[i]/t + i + k, and rows on which none falls are left alone.
   SsdMode mode = SsdMode::automatic;
   Workspace workspace;
 };

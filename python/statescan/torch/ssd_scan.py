@@ -13,7 +13,8 @@ from ._op import Op, Results, state_dtype, wants_gradient
 def _results(a: SimpleNamespace) -> Results:
     sequences = a.x.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     state = (*a.x.shape[2:], a.B.shape[3])
-    stretches = -(-a.x.shape[1] // 128) if a.cu_seqlens is None else a.x.shape[1] // 128 + sequences
+    stretch = 256 if a.x.device.type == "cpu" else 128
+    stretches = -(-a.x.shape[1] // stretch) if a.cu_seqlens is None else a.x.shape[1] // stretch + sequences
     positions = 0 if a.state_positions is None else a.state_positions.shape[1]
     return {
         "y": (a.x.shape, a.x.dtype),
@@ -87,10 +88,10 @@ def ssd_scan(
         batch_invariant: same bits for a row at any batch size and packing; None: as set_batch_invariant() says.
         state_positions: [batch or num_sequences, npositions] int32 or int64: after how many tokens the state is wanted as well.
         ssd_mode: "chunked", "recurrent" or "quadratic", the form of the computation; None lets the library pick.
-        save_states: keep the state that enters each stretch of 128 tokens for the backward, which then need not make them
-            again: dstate/128 of the memory of x, until the backward. Nothing is kept without a gradient, nor for a backward that
-            would not read it, as a GPU's fused one in reverse (the plan of ssd_scan_backward: reads_kept_states); under
-            torch.compile, which does not know the kernel, always.
+        save_states: keep the state that enters each stretch of 128 tokens, 256 on the CPU, for the backward, which then need not
+            make them again: dstate/128 of the memory of x, or half, until the backward. Nothing is kept without a gradient, nor
+            for a backward that would not read it, as a GPU's fused one in reverse (the plan of ssd_scan_backward:
+            reads_kept_states); under torch.compile, which does not know the kernel, always.
 
     Returns:
         y, shaped and typed as x; with return_final_state the pair (y, final_state), the state in float32.
