@@ -36,7 +36,7 @@ namespace fused {
 inline constexpr int kGradientWarpgroups = 4;
 
 // Packed sequences, reverse and a D for each channel have a kernel of their own: that this one asks for them makes the others
-// 5% slower. So have states that the forward kept.
+// 5% slower. So have states that the forward kept, which would make them 1 to 2% slower.
 template <class Base, bool rare, bool from_forward>
 struct GradientPolicy : Base {
   static constexpr bool kRare = rare, kFromForward = from_forward;
@@ -289,7 +289,7 @@ __device__ void load_items(const FusedBackwardParams& p, const GradientTask& tas
       cute::SM90_BULK_COPY_G2S::copy(from + (std::int64_t{task.pair} * p.kept_items + kept) * kBytes,
                                      reinterpret_cast<std::uint64_t*>(&full), to, kBytes);
     };
-    if (!Policy::kFromForward) load_exponents(p.state_exponents, shared.state_exponents[stage]);
+    if constexpr (!Policy::kFromForward) load_exponents(p.state_exponents, shared.state_exponents[stage]);
     load_exponents(p.adjoint_exponents, shared.adjoint_exponents[stage]);
   }
 }

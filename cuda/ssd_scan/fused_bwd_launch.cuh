@@ -111,9 +111,8 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
     p.items_of_walk = items_of_walk(directions * sequences * items);
     p.walks_per_group = static_cast<int>(divide_up(p.part.items, p.items_of_walk));
     p.walks = static_cast<unsigned>(sequences * p.walks_per_group * p.part.groups);
-    launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>,
-           std::min(directions * p.walks, multiprocessors), 128 * fused::WalkStorage<Policy>::kWarpgroups,
-           sizeof(fused::WalkStorage<Policy>), p);
+    launch("ssd_scan_fused_walk_kernel", ssd_scan_fused_walk_kernel<Policy>, std::min(directions * p.walks, multiprocessors),
+           128 * fused::WalkStorage<Policy>::kWarpgroups, sizeof(fused::WalkStorage<Policy>), p);
     p.tasks = static_cast<unsigned>(slots * p.part.groups * plan.splits);
     const auto kernel_of = [&]<bool rare> {
       return p.from_forward ? ssd_scan_fused_gradient_kernel<fused::GradientPolicy<Policy, rare, true>>
@@ -124,7 +123,8 @@ void launch_fused_backward(const BackwardArgs& args, const Dims& d, const FusedB
       if (packed || args.reverse || d.D_per_channel || of_side) kernel = kernel_of.template operator()<true>();
     const int cluster = p.adjoints_in_dx ? 2 : 1;  // a pair of chunks
     launch("ssd_scan_fused_gradient_kernel", kernel, std::min(std::int64_t{p.tasks}, multiprocessors / cluster * cluster),
-           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<fused::GradientPolicy<Policy, false, false>>), p, cluster);
+           128 * fused::kGradientWarpgroups, sizeof(fused::GradientStorage<fused::GradientPolicy<Policy, false, false>>), p,
+           cluster);
     if (plan.splits == 1 || !p.part.ends_batches) continue;
     const FusedSplitSumParams sums{
         p.dB_sums, p.dC_sums,          gradient(args.dB),       gradient(args.dC), p.packed_chunks, p.packed_count,

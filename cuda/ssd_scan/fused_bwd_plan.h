@@ -31,8 +31,8 @@ struct FusedBackwardPlan {
   std::int64_t pairs;          // of chunks, of a row
   std::int64_t group_items;    // slices of all heads of a group
   std::int64_t batches_of_part, groups_of_part, items_of_piece, pieces, parts_of_batches, parts;
-  std::int64_t splits;  // blocks that share the items of a piece
-  bool sums_in_memory;  // dB and dC of all pieces and splits meet in the workspace
+  std::int64_t splits;                // blocks that share the items of a piece
+  bool sums_in_memory;                // dB and dC of all pieces and splits meet in the workspace
   bool adjoints_in_dx, from_forward;  // from_forward: states
   // Of the workspace: two each, and one each.
   std::size_t exponents_bytes, steps_bytes, sums_bytes, shares_bytes;
@@ -112,8 +112,7 @@ constexpr FusedBackwardPlan fused_backward_plan(const Dims& d, int padded_dstate
   // With batch_invariant that of a pair of whole chunks: how heads are cut must not depend on what is packed together.
   const std::int64_t tokens = batch_invariant ? 2 * kFusedTile : d.seqlen;
   const double bound = most_memory * 2.0 * static_cast<double>(tokens * d.nheads * d.headdim);
-  const double kept =
-      static_cast<double>((batch_invariant ? 1 : plan.pairs) * (kinds * state + 2 * (columns + steps)));
+  const double kept = static_cast<double>((batch_invariant ? 1 : plan.pairs) * (kinds * state + 2 * (columns + steps)));
   const double sums = static_cast<double>((batch_invariant ? 2 : plan.chunks) * d.ngroups * sums_of_task);
 
   // Of blocks that take tasks of so many steps in turns.
@@ -213,8 +212,7 @@ struct FusedBackwardSides {
                                              bool from_forward) {
     Dims of_side = d;
     of_side.dstate = kMostStatesOfBlock;
-    return fused_backward_plan(of_side, kMostStatesOfBlock, packed, batch_invariant, wants_dx, from_forward,
-                               kMostMemoryOfSide);
+    return fused_backward_plan(of_side, kMostStatesOfBlock, packed, batch_invariant, wants_dx, from_forward, kMostMemoryOfSide);
   }
 };
 

@@ -934,13 +934,14 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
     sync();
     // One thread: what the state is as a matrix operand goes out where a stretch begins with the i-th chunk. Where to lies in
     // shared memory, and takes no registers from the loop.
-    volatile int(&next_kept)[4] = shared.next_kept[which];
+    volatile int (&next_kept)[4] = shared.next_kept[which];
     const auto keep_state = [&](int i) {
       if (!task.begins_stretch(i) || i == task.chunk_count) return;
       const int to_state = next_kept[0], to_head = next_kept[1], to_channel = next_kept[2], stretch = next_kept[3];
 #pragma unroll
       for (int k = 0; k < kState / kTile; ++k)
-        cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], to_state + k * kTile, to_head, to_channel, stretch);
+        cute::SM90_TMA_STORE_4D::copy(&p.chunk_states, shared.state[which][k], to_state + k * kTile, to_head, to_channel,
+                                      stretch);
       next_kept[3] = stretch + 1;
     };
     if (kExtra == Extra::kept_states && thread == 0) {

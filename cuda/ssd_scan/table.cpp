@@ -255,8 +255,8 @@ FusedPlan gate_plan_of(const BackwardArgs& args, const Dims& dims) {
   return fused_plan(dims, padded_dstate_of_gate(dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant, most);
 }
 
-// Whether the fused backward reads chunk_states or, where none are given, would read those that the forward keeps. In reverse its
-// chunks are not those of the stretches, and zeros it knows.
+// Whether the fused backward reads chunk_states or, where none are given, would read those that the forward keeps. In reverse
+// its chunks are not those of the stretches, and zeros it knows.
 bool reads_kept_states(const BackwardArgs& args, const Dims& dims) {
   if (args.reverse || begins_with_zeros(args, dims)) return false;
   if (args.chunk_states) return why_not_fused_states(args.chunk_states, args.x.dtype).empty();
