@@ -13,12 +13,12 @@
 
 namespace statescan::causal_conv1d {
 
-template <class Policy>
+template <class Policy, bool kMirrored>
 __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
     causal_conv1d_backward_time_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kTaps = Policy::kTaps, kRun = Policy::kRun, kStep = Policy::kStep;
-  using Lanes = Track<Policy>;
-  const Lanes track(p.shape, p.sequences.mirrored);
+  using Lanes = Track<Policy, kMirrored>;
+  const Lanes track(p.shape);
   cuda::wait_for_earlier_kernels();
   cuda::let_next_kernel_in();
   if (!track.has_work(p.shape)) return;  // a whole warp
@@ -35,17 +35,16 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
   struct Step {
     typename Lanes::Run x, dy;
   };
-  const auto load = [&](Step& step, std::int64_t first, bool wants_x, bool wants_dy) {
-    const std::int64_t t = first + track.lane * kRun;
+  const auto load = [&](Step& step, int first, bool wants_x, bool wants_dy) {
+    const int t = first + track.lane * kRun;
     const bool is_inside = t >= 0 && t < track.seqlen;
     track.load(step.x, x, t, wants_x && is_inside);
     track.load(step.dy, dy, t, wants_dy && is_inside);
   };
   // The gradients of the sums of the lane's run; a step of the segment adds to dweight and dbias.
-  const auto gradients_of = [&](const Step& step, const Step& step_before, std::int64_t first, bool counted,
-                                float (&gradient)[kRun]) {
+  const auto gradients_of = [&](const Step& step, const Step& step_before, int first, bool counted, float (&gradient)[kRun]) {
     float before[kRun], current[kRun], around[kTaps - 1 + kRun];
-    track.widen(step.x, current, step_before.x, before, step.dy, gradient);
+    track.widen(step.x, current), track.widen(step_before.x, before), track.widen(step.dy, gradient);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) before[i] = first == 0 ? initial[i] : before[i];
     track.gather(before, current, around);
@@ -53,9 +52,9 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
 #pragma unroll
       for (int i = 0; i < kRun; ++i) gradient[i] *= cuda::fast_dsilu(track.convolve(weight, bias, around, i));
       // Past the end 0 meets what the last tokens make of act', which may not be finite.
-      if (first + track.lane * kRun >= track.seqlen) {
+      if (first + kStep > track.seqlen) {  // for the whole warp
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) gradient[i] = 0.0f;
+        for (int i = 0; i < kRun; ++i) gradient[i] = first + track.lane * kRun >= track.seqlen ? 0.0f : gradient[i];
       }
     }
     if (!counted) return;
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
   // Three steps are held: the one worked on, the one before it, which is there by now, and the next, which is on its way. The
   // first of all comes after the segment; of it only the first tokens matter, as of the last of all, before it, the last.
   float gradient[kRun], after[kRun] = {};
-  std::int64_t first = track.first + (track.last - 1 - track.first) / kStep * kStep;
+  int first = track.first + (track.last - 1 - track.first) / kStep * kStep;
   Step step, before, next;
   load(step, first, true, true);
   load(before, first - kStep, first > track.first || track.is_late(), first > track.first);
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
       load(next, first - 2 * kStep, first - kStep > track.first || track.is_late(), first - kStep > track.first);
     gradients_of(step, before, first, true, gradient);
     // The gradients after the lane's run; past the segment they stand in `after`, past the last token they are zero.
-    const std::int64_t t = first + track.lane * kRun;
+    const int t = first + track.lane * kRun;
     float values[kRun], ahead[kTaps - 1 + kRun];
     track.gather_after(gradient, after, ahead);
 #pragma unroll
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, Policy::kTaps == kFour ? 6 : 1)
     if (p.dfinal_state.data && t + kRun > track.seqlen - (p.shape.width - 1) && t < track.last) {
 #pragma unroll 1
       for (int back = 1; back < p.shape.width; ++back) {  // one at a time, for fewer registers
-        const std::int64_t at = track.seqlen - back - t;
+        const int at = track.seqlen - back - t;
         if (at < 0 || at >= kRun) continue;
         const float given = from_final_state(p, span, track.channel, t + at);
 #pragma unroll

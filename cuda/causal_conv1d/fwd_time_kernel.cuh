@@ -12,11 +12,11 @@
 
 namespace statescan::causal_conv1d {
 
-template <class Policy>
+template <class Policy, bool kMirrored>
 __global__ void __launch_bounds__(kThreads) causal_conv1d_forward_time_kernel(const __grid_constant__ ForwardParams p) {
   constexpr int kTaps = Policy::kTaps, kRun = Policy::kRun, kStep = Policy::kStep, kAhead = Policy::kStepsAhead;
-  using Lanes = Track<Policy>;
-  const Lanes track(p.shape, p.sequences.mirrored);
+  using Lanes = Track<Policy, kMirrored>;
+  const Lanes track(p.shape);
   cuda::wait_for_earlier_kernels();
   cuda::let_next_kernel_in();
   if (!track.has_work(p.shape)) return;  // a whole warp
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) causal_conv1d_forward_time_kernel(co
     track.widen(packed, before);
   }
 #pragma unroll 1
-  for (std::int64_t t = track.first + track.lane * kRun; t - track.lane * kRun < track.last; t += kAhead * kStep) {
+  for (int t = track.first + track.lane * kRun; t - track.lane * kRun < track.last; t += kAhead * kStep) {
     typename Lanes::Run packed[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) track.load(packed[i], x, t + i * kStep, t + i * kStep < track.last);

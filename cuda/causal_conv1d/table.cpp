@@ -1,5 +1,6 @@
 // CUDA kernels of causal_conv1d.
 #include <array>
+#include <limits>
 
 #include "../../cpp/ops/backend.h"
 #include "../common/table.h"
@@ -57,6 +58,7 @@ template <class A>
 std::string why_not_time(const A& args, const Dims& dims) {
   if (args.cu_seqlens) return "takes no cu_seqlens";
   if (dims.seqlen == 0) return "needs tokens";
+  if (dims.seqlen > std::numeric_limits<std::int32_t>::max() / 2) return "counts tokens in 32 bits";
   return why_not_runs(args, 1, 16 / size_of(args.x.dtype));
 }
 

@@ -7,9 +7,9 @@ namespace statescan::causal_conv1d {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The channel of a warp, and the segment of tokens that it goes through, kStep at a time. With `reverse` token t lies before
-// token t-1 in memory: a run is then loaded from its last token on, and turned round in registers.
-template <class Policy>
+// The channel of a warp, and the segment of tokens that it goes through, kStep at a time. Mirrored, token t lies before token
+// t-1 in memory: a run is then loaded from its last token on, and turned round in registers.
+template <class Policy, bool kMirrored>
 class Track {
  public:
   static constexpr int kTaps = Policy::kTaps, kRun = Policy::kRun;
@@ -17,18 +17,19 @@ class Track {
   static constexpr int kReach = (kTaps - 1 + kRun - 1) / kRun;  // how many lanes away the window begins
   using Run = cuda::Run<Access::vector, kRun>;
 
-  std::int64_t row, channel, segment, first, last, seqlen;
+  std::int64_t row, channel, segment;
+  int first, last, seqlen;  // tokens
   int lane, unused;
 
-  __device__ Track(const Shape& shape, bool mirrored)
-      : seqlen(shape.seqlen), lane(threadIdx.x % kWarp), unused(kTaps - shape.width), mirrored_(mirrored) {
+  __device__ explicit Track(const Shape& shape)
+      : seqlen(static_cast<int>(shape.seqlen)), lane(threadIdx.x % kWarp), unused(kTaps - shape.width) {
     const std::int64_t unit = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp, line = unit / shape.segments;
     row = line / shape.dim;
     channel = line % shape.dim;
     const std::int64_t part = unit % shape.segments;
     segment = row * shape.segments + part;
-    first = part * shape.tokens;
-    last = first + shape.tokens < seqlen ? first + shape.tokens : seqlen;
+    first = static_cast<int>(part * shape.tokens);
+    last = static_cast<int>(shape.tokens) < seqlen - first ? first + static_cast<int>(shape.tokens) : seqlen;
   }
 
   __device__ bool has_work(const Shape& shape) const { return row < shape.batch; }
@@ -37,20 +38,14 @@ class Track {
   __device__ char* at(const TokenView& t) const { return t.data + (row * t.batch + channel * t.channel); }
 
   // The run of tokens from t on, in the order of memory; zeros where it is not wanted.
-  __device__ void load(Run& run, const char* base, std::int64_t t, bool wanted) const {
+  __device__ void load(Run& run, const char* base, int t, bool wanted) const {
     run.load(base + offset(t), Policy::kDType, 0, wanted ? kRun : 0);
   }
   __device__ void widen(const Run& run, float (&values)[kRun]) const {
     run.widen(Policy::kDType, values);
     turn(values);
   }
-  // The same of several runs, with one branch.
-  __device__ void widen(const Run& a, float (&of_a)[kRun], const Run& b, float (&of_b)[kRun], const Run& c,
-                        float (&of_c)[kRun]) const {
-    a.widen(Policy::kDType, of_a), b.widen(Policy::kDType, of_b), c.widen(Policy::kDType, of_c);
-    turn(of_a, of_b, of_c);
-  }
-  __device__ void store(char* base, std::int64_t t, float (&values)[kRun]) const {
+  __device__ void store(char* base, int t, float (&values)[kRun]) const {
     turn(values);
     Run::store(base + offset(t), Policy::kDType, 0, t < last ? kRun : 0, values);
   }
@@ -112,24 +107,16 @@ class Track {
   }
 
  private:
-  bool mirrored_;
-
-  __device__ std::int64_t offset(std::int64_t t) const {
-    return (mirrored_ ? -(t + kRun - 1) : t) * cuda::bytes_of(Policy::kDType);
+  static __device__ std::int64_t offset(int t) {
+    return std::int64_t{kMirrored ? -(t + kRun - 1) : t} * cuda::bytes_of(Policy::kDType);
   }
-  template <class... Values>
-  __device__ void turn(Values&... values) const {
-    if (!mirrored_) return;
-    asm volatile("");  // a branch: selections would cost every call what turning costs
-    const auto turn_one = [](float (&v)[kRun]) {
+  static __device__ void turn(float (&v)[kRun]) {
 #pragma unroll
-      for (int i = 0; i < kRun / 2; ++i) {
-        const float kept = v[i];
-        v[i] = v[kRun - 1 - i];
-        v[kRun - 1 - i] = kept;
-      }
-    };
-    (turn_one(values), ...);
+    for (int i = 0; i < kRun / 2 && kMirrored; ++i) {
+      const float kept = v[i];
+      v[i] = v[kRun - 1 - i];
+      v[kRun - 1 - i] = kept;
+    }
   }
 };
 
