@@ -52,10 +52,10 @@ void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) 
   const cuda::LaunchShape shape = shape_of_launch<Policy>(dims, params.shape, kThreads);
   if (shape.blocks > 0) {
     if constexpr (kTime)
-      cuda::launch("causal_conv1d_backward_time_kernel",
-                   args.reverse ? causal_conv1d_backward_time_kernel<Policy, true>
-                                : causal_conv1d_backward_time_kernel<Policy, false>,
-                   shape, stream, params);
+      cuda::launch(
+          "causal_conv1d_backward_time_kernel",
+          args.reverse ? causal_conv1d_backward_time_kernel<Policy, true> : causal_conv1d_backward_time_kernel<Policy, false>,
+          shape, stream, params);
     else cuda::launch("causal_conv1d_backward_walk_kernel", causal_conv1d_backward_walk_kernel<Policy>, shape, stream, params);
   }
   launch_weight_gradient(args, dims, params, stream);

@@ -46,10 +46,10 @@ void launch_forward(const Args& args, const Dims& dims, Stream stream) {
   const cuda::LaunchShape shape = shape_of_launch<Policy>(dims, params.shape, kTime ? kThreads : kForwardWalkThreads);
   if (shape.blocks > 0) {
     if constexpr (kTime)
-      cuda::launch("causal_conv1d_forward_time_kernel",
-                   args.reverse ? causal_conv1d_forward_time_kernel<Policy, true>
-                                : causal_conv1d_forward_time_kernel<Policy, false>,
-                   shape, stream, params);
+      cuda::launch(
+          "causal_conv1d_forward_time_kernel",
+          args.reverse ? causal_conv1d_forward_time_kernel<Policy, true> : causal_conv1d_forward_time_kernel<Policy, false>,
+          shape, stream, params);
     else cuda::launch("causal_conv1d_forward_walk_kernel", causal_conv1d_forward_walk_kernel<Policy>, shape, stream, params);
   }
   launch_final_state(params, dims, stream);

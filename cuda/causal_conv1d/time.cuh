@@ -41,6 +41,7 @@ class Track {
   __device__ void load(Run& run, const char* base, int t, bool wanted) const {
     run.load(base + offset(t), Policy::kDType, 0, wanted ? kRun : 0);
   }
+  __device__ void prefetch(const char* base, int t) const { cuda::prefetch(base + offset(t)); }
   __device__ void widen(const Run& run, float (&values)[kRun]) const {
     run.widen(Policy::kDType, values);
     turn(values);
