@@ -1149,8 +1149,9 @@ def test_fused_backward_from_kept_states(rng, dtype, sizes):
                 assert_same_bits(again, got[name], name)
     spoiled = states.copy()
     spoiled[0, 1] = 0
+    second = slice(63, 127) if sizes.get("lengths", [0])[0] == 63 else slice(128, 256)  # sequence, or stretch of the first
     is_read = np.zeros(got["dC"].shape[:2], bool)
-    is_read[0, slice(63, 127) if sizes.get("lengths", [0])[0] == 63 else slice(128, 256)] = True  # of the second sequence, or first
+    is_read[0, second] = True
     wrong = op.run(gpu, made, **options, chunk_states=spoiled)
     assert np.any(wrong["dC"][is_read] != got["dC"][is_read])
     assert_same_bits(wrong["dC"][~is_read], got["dC"][~is_read], "dC of other stretches")
@@ -1270,7 +1271,8 @@ def test_general_backward_from_kept_states(rng, dtype, row, reverse):
     """The fused rows take no sequences of less than 64 tokens on average."""
     op, gpu = cases.SSD_SCAN_BACKWARD, DEVICES[1]
     lengths = [0, 300, 512, 0, 513, 7, *[0] * 20]
-    made = op.inputs(rng, dtype, batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=24, ngroups=2, headdim=16, dstate=24)
+    sizes = dict(batch=1, seqlen=sum(lengths), sequences=len(lengths), nheads=24, ngroups=2, headdim=16, dstate=24)
+    made = op.inputs(rng, dtype, **sizes)
     options = dict(dt_softplus=True, reverse=reverse, cu_seqlens=np.cumsum([0, *lengths]))
     inputs = {name: gpu.put(value) for name, value in (made | options).items()}
     scanned = {name: value for name, value in inputs.items() if name not in ("dy", "dfinal_state")}
@@ -1330,7 +1332,10 @@ def test_backward_keeps_less_than_one_and_a_half_times_x():
 
 
 @needs_gpu
-@pytest.mark.parametrize("batch,seqlen,nheads,dstate,most", ((8, 2048, 80, 128, 0.06), (1, 16384, 24, 64, 0.06), (1, 2048, 80, 128, 0.5)))
+@pytest.mark.parametrize(
+    "batch,seqlen,nheads,dstate,most",
+    ((8, 2048, 80, 128, 0.06), (1, 16384, 24, 64, 0.06), (1, 2048, 80, 128, 0.5)),
+)
 def test_backward_from_kept_states_of_ssd_scan_has_no_room_for_others(batch, seqlen, nheads, dstate, most):
     """Its scratch memory, of x, where the adjoints lie in dx; with few tokens in all, sums of dB and dC as well."""
     import torch

@@ -28,7 +28,7 @@ struct Row {
   std::size_t (*workspace_bytes)(const Args&, const Dims&);
   void (*launch)(const Args&, const Dims&, Stream);
   std::int64_t (*segment_tokens)(const Args&, const Dims&) = nullptr;  // see Plan
-  bool (*reads_kept_states)(const Args&, const Dims&) = nullptr;        // see Plan
+  bool (*reads_kept_states)(const Args&, const Dims&) = nullptr;       // see Plan
 };
 
 template <class Args, class Dims>

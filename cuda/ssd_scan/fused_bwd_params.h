@@ -57,7 +57,7 @@ struct FusedBackwardParams {
   bool dt_softplus, has_dx, has_dB, has_dC, D_per_channel;
   float dt_min, dt_max;
   int nheads, headdim, ngroups, dstate;
-  int first_pair;
+  int first_pair;     // see from_forward
   int chunks, pairs;  // of a row of the batch, where it is not packed; the last pair may lack its second chunk
   int slices, heads_per_group;
   FusedPart part;

@@ -2,7 +2,7 @@
 // Math     with s the sums of dt A in a chunk, end its last token, h the state before the chunk, G the adjoint after it:
 //          forward  h = exp(s[end]) h + sum_j dt[j] exp(s[end] - s[j]) x[j] B[j]^T, kept before each pair of chunks
 //          backward G = exp(s[end]) G + sum_i exp(s[i]) dy[i] C[i]^T, kept after each pair
-//          Where the forward kept h, backward alone
+//          Where the forward kept h, the walk backward alone
 // Shapes   h, G [p,n] of each head in float32 registers, kept in 16 bits (fused_bwd_kept.cuh); p in slices of 64
 // Traffic  read x, dy, dt once, B, C once per pair of slices; write h and G of every other chunk
 //          Floor of B8 L2048 H80 P64 N128 bf16: 0.67 GB, 0.23 ms. With z, which is read with dy, 0.84 GB, 0.29 ms
