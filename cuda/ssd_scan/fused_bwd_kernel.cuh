@@ -934,7 +934,7 @@ __device__ void combine(const FusedBackwardParams& p, GradientStorage<Policy>& s
       shared.passed[of.stage].arrive();
     }
   };
-  for_each_task<Policy>(p, [&](const GradientTask& task, int parity) {
+  for_each_task<Policy>(p, [&](const GradientTask& task, int parity) __attribute__((always_inline)) {
     if (task.begin < task.end) gate(ring);
     shared.projections_full.wait(parity);
     const int first_token = task.first_token();
