@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kRuns, kEndsOnly ? 4 : 2)
   if constexpr (kEndsOnly) ++task.segment;
   Span span = span_of(p, task.sequence, task.segment);
   if (is_linked) {
-    span = backward_link_of(span, link, p.links);
+    span = backward_link_of(p, span, link);
     if (link > 0) wait_for_turn(p.turns + index, link);
   }
   if (p.cu_seqlens && task.sequence == p.sequences) {

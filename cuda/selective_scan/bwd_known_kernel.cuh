@@ -146,6 +146,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
   constexpr int kSub = kCheckpoint, kSummed = Shape::kSummed, kElementBytes = 2;
   extern __shared__ uint4 memory[];
   cuda::wait_for_earlier_kernels();
+  cuda::let_next_kernel_in();  // the sums, which need not wait for all of this one
 
   const unsigned thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const int four = warp, own = 2 * lane;  // the warp's states of a piece, the lane's first channel
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(KnownBackward<Policy>::kThreads, 2)
     return;
   }
   if (p.links > 1) {
-    span = backward_link_of(span, link, p.links);
+    span = backward_link_of(p, span, link);
     if (link > 0) wait_for_turn(p.turns + index, link);
   }
 

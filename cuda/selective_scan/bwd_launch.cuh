@@ -7,11 +7,31 @@
 
 namespace statescan::selective_scan {
 
+// How what the blocks leave for dB and dC is added up.
+template <class Policy>
+ProjectionSums projection_sums(const BackwardArgs& args, const Dims& dims, const BackwardParams& params) {
+  ProjectionSums sums{};
+  if (!wants_projections(args, dims)) return sums;
+  if (dims.varying_B && args.dB) sums.dB = projection_view(args.dB, false);
+  if (dims.varying_C && args.dC) sums.dC = projection_view(args.dC, false);
+  sums.scale = Policy::kArithmetic == Arithmetic::fast && args.x.dtype == DType::bfloat16 ? kCutOff : 1.0f;
+  sums.values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
+  sums.tokens = dims.batch * dims.seqlen;
+  if (Policy::kKnown && params.links > 1) {
+    const std::int64_t rows = params.sequences * params.segments, tiles = longest_segment(params);
+    const auto parts = [&](int link) { return parts_after(link, params.links, params.segments > 1); };
+    sums.early_blocks = tiles * rows * dims.ngroups;
+    sums.tokens_of_row = divide_up(tiles * parts(static_cast<int>(params.links) - 2), parts(-1)) * kTile;
+    sums.tokens = rows * sums.tokens_of_row;
+  }
+  return sums;
+}
+
 // What the blocks, the segments and the sequences left of the gradients that they share.
 template <class Policy>
 void launch_sums(const BackwardArgs& args, const Dims& dims, const BackwardParams& params, Stream stream) {
-  SumParams sums{};
-  std::int64_t blocks = 0;
+  RowSums sums{};
+  std::int64_t blocks = params.sums.early_blocks;
   const auto add_rows = [&](int i, const float* rows, std::int64_t states, std::int64_t parts, const View& to) {
     if (!to.data) return;
     RowSumParams& sum = sums.rows[i];
@@ -23,28 +43,10 @@ void launch_sums(const BackwardArgs& args, const Dims& dims, const BackwardParam
   if (!dims.varying_C) add_rows(2, params.dC, dims.dstate, Policy::kParts, states_view(args.dC));
   add_rows(3, params.dD, 1, 1, channels_view(args.dD));
   add_rows(4, params.ddt_bias, 1, 1, channels_view(args.ddt_bias));
-  if (wants_projections(args, dims)) {
-    const std::int64_t tokens = dims.batch * dims.seqlen;
-    const std::int64_t values = divide_up(dims.dstate, Policy::kStates) * 2 * Policy::kValues;
-    const bool is_coarse = Policy::kArithmetic == Arithmetic::fast && args.x.dtype == DType::bfloat16;
-    sums.projections = {params.projections,
-                        params.cu_seqlens,
-                        params.cu_is_int64,
-                        params.sequences * params.cu_stride,
-                        dims.seqlen,
-                        tokens,
-                        dims.ngroups,
-                        params.blocks_of_group,
-                        dims.dstate,
-                        values,
-                        is_coarse ? kCutOff : 1.0f,
-                        dims.varying_B && args.dB ? projection_view(args.dB, false) : View{},
-                        dims.varying_C && args.dC ? projection_view(args.dC, false) : View{}};
-    blocks += divide_up(tokens * dims.ngroups * values, kRuns);
-  }
+  blocks += divide_up(params.sums.tokens * dims.ngroups * params.sums.values / 4, kRuns);
   if (blocks > 0)
     cuda::launch("selective_scan_sums_kernel", selective_scan_sums_kernel<Policy>,
-                 {.blocks = blocks, .threads = kRuns, .early = true}, stream, sums);
+                 {.blocks = blocks, .threads = kRuns, .early = true}, stream, params, sums);
 }
 
 // The states before every kCheckpoint-th token, and the adjoints at the ends of segments.
@@ -72,6 +74,7 @@ template <class Policy>
 void launch_backward(const BackwardArgs& args, const Dims& dims, Stream stream) {
   if (dims.ngroups == 0) return;
   BackwardParams params = params_of(args, dims);
+  params.sums = projection_sums<Policy>(args, dims, params);
   const std::int64_t blocks = (params.sequences + (params.cu_seqlens ? 1 : 0)) * params.segments * params.blocks;
   if (const std::int64_t turns = BackwardScratch(args, dims).all_turns; turns > 0)
     cuda::clear(params.turns, turns * sizeof(*params.turns), stream);

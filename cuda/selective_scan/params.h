@@ -75,14 +75,35 @@ struct Params {
   View position_states;  // [sequence, position, d, n]; a position is a token
 };
 
+// The gradients of a B and C that change with the token, as what the blocks of a group add up to.
+struct ProjectionSums {
+  View dB, dC;
+  float scale;                 // of the sums
+  std::int64_t values;         // that a block leaves of a token
+  std::int64_t early_blocks;   // that add up tokens while the gradients' kernel runs, or 0
+  std::int64_t tokens_of_row;  // where there are such blocks: of the longest of the segments' last links
+  std::int64_t tokens;         // of all rows that the other blocks add up; of these links so many each
+};
+
 struct BackwardParams : Params {
   View dfinal_state, dx, ddt, dz, dinitial_state;
   float* starts;         // of segments whose checkpoints are as if they started from zero: the states
   float* partial_steps;  // sums for dx and ddt [2,b,l,d] when there are several pieces
+  ProjectionSums sums;
   float* projections;    // what a block's channels add to dB and dC: [b,l,block, four states of B, then of C]; or null
   float *dA, *dB, *dC;   // of a sequence's segment, [.., d, n]; dB and dC where B and C do not change with the token
   float *dD, *ddt_bias;  // the same, [.., d]
 };
+
+// Of a sequence of so many tiles, those of each segment but the first.
+STATESCAN_HOST_DEVICE inline std::int64_t segment_tiles(const Params& p, std::int64_t tiles) {
+  return kShare * tiles / (kShare * (p.segments - 1) + p.first_share);
+}
+// The tiles of the longest segment of whole rows.
+inline std::int64_t longest_segment(const Params& p) {
+  const std::int64_t tiles = divide_up(p.seqlen, kTile), each = segment_tiles(p, tiles);
+  return std::max(tiles - (p.segments - 1) * each, each);
+}
 
 // The tensors that a thread moves in runs.
 struct Moved {

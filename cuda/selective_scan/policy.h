@@ -92,14 +92,24 @@ inline std::int64_t links(const Inputs& args, const Dims& d) {
   return std::max<std::int64_t>(divide_up(divide_up(d.seqlen, cut), kTokens), 1);
 }
 
-// The backward's links are each half as long as the one before.
+// The backward's links: of a whole sequence each is half as long as the one before, of a segment there are two.
 inline std::int64_t backward_links(const Inputs& args, const Dims& d) {
   constexpr std::int64_t kLeastTokens = 256;
   if (links(args, d) == 1) return 1;
-  const std::int64_t tokens = divide_up(d.seqlen, segments(d, args.batch_invariant));
+  if (segments(d, args.batch_invariant) > 1) return 2;
   std::int64_t count = 1;
-  while (((std::int64_t{2} << count) - 1) * kLeastTokens <= tokens) ++count;
+  while (((std::int64_t{2} << count) - 1) * kLeastTokens <= d.seqlen) ++count;
   return count;
+}
+
+// Of so many parts of a segment, those of the links after `link`; of all links it is -1. Shorter links end a launch: while
+// these run places stay empty, and every link costs two tiles' time. H100, d5120, the backward with sums beside its end
+// (bwd_sums.cuh), us, channels last and first: b8 l2048 in links as 4 to 2 to 1 2168 and 2236, 9 to 6 to 1 2215 and 2255, 3 to
+// 1 2186 and 2264; b1 l16384 in eight segments 4 to 2 to 1 2429 and 2521, 13 to 3 2397 and 2489, 3 to 1 2445 and 2507.
+STATESCAN_HOST_DEVICE constexpr std::int64_t parts_after(int link, std::int64_t links, bool is_cut) {
+  constexpr std::int64_t kAll = 16, kSecond = 3;
+  if (is_cut) return link < 0 ? kAll : (link == 0 ? kSecond : 0);
+  return (std::int64_t{1} << (links - 1 - link)) - 1;
 }
 
 // Hands out places in the workspace, counted in floats.
@@ -154,7 +164,7 @@ inline constexpr std::int64_t kEnoughLaneBlocks = 264;
 inline LanesPlan lanes_plan(const Inputs& args, const Dims& d, int states) {
   LanesPlan plan{states, d.ngroups > 0 ? divide_up(d.dim / d.ngroups, lanes_width(states)) : 0, 0, 1, 1};
   plan.tasks = d.num_sequences * d.ngroups * plan.blocks_of_group;
-  const std::int64_t tokens_of_link = states == 8 ? 256 : 1024;
+  const std::int64_t tokens_of_link = states == 8 ? 384 : 768;
   if (!args.cu_seqlens && plan.tasks >= kEnoughLaneBlocks)
     plan.links = std::max<std::int64_t>(divide_up(d.seqlen, tokens_of_link), 1);
   if (plan.links > 3) ++plan.links;  // the last ones are shorter

@@ -42,8 +42,8 @@ inline __device__ Span span_of(const Params& p, std::int64_t sequence, std::int6
   Span s{sequence, 0, p.seqlen, 0, 0};
   if (p.cu_seqlens) s = {0, boundary(p, sequence), sequence == p.sequences ? p.seqlen : boundary(p, sequence + 1), 0, 0};
   const std::int64_t length = s.last > s.first ? s.last - s.first : 0;
-  const std::int64_t tiles = (length + kTile - 1) / kTile, others = p.segments - 1,
-                     each = kShare * tiles / (kShare * others + p.first_share) * kTile, first = tiles * kTile - others * each;
+  const std::int64_t tiles = (length + kTile - 1) / kTile, each = segment_tiles(p, tiles) * kTile,
+                     first = tiles * kTile - (p.segments - 1) * each;
   s.begin = segment == 0 ? 0 : min(first + (segment - 1) * each, length);
   s.end = min(first + segment * each, length);
   return s;
@@ -77,29 +77,28 @@ inline __device__ Span lanes_link_of(const Span& s, std::uint32_t link, std::uin
   return part;
 }
 
-// The same from the last tokens to the first. Each link is half as long as the one before: while those run that end a launch
-// places stay empty, and every link costs two tiles' time. H100, b8 l2048 d5120, 640 segments on 264 places: with three links
-// the backward takes 2226 us, with four of which the last is half as long 2252, with four alike 2285.
-inline __device__ Span backward_link_of(const Span& s, std::uint32_t link, std::uint32_t links) {
-  const std::int64_t tiles = (s.end - s.begin + kTile - 1) / kTile, parts = (std::int64_t{1} << links) - 1,
-                     after = (std::int64_t{1} << (links - 1 - link)) - 1;  // of the parts, those of the links to come
+// The same of the backward, from the last tokens to the first.
+inline __device__ Span backward_link_of(const Params& p, const Span& s, int link) {
+  const std::int64_t tiles = (s.end - s.begin + kTile - 1) / kTile;
+  const auto parts = [&](int of) { return parts_after(of, p.links, p.segments > 1); };
   Span part = s;
-  part.begin = s.begin + after * tiles / parts * kTile;
-  part.end = min(s.begin + (2 * after + 1) * tiles / parts * kTile, s.end);
+  part.begin = s.begin + parts(link) * tiles / parts(-1) * kTile;
+  part.end = min(s.begin + parts(link - 1) * tiles / parts(-1) * kTile, s.end);
   return part;
 }
 
 // Blocks begin in the order of their numbers, links of one segment far apart: one waits only for another that is done or runs.
+inline __device__ void sleep_until_done(const std::uint32_t* done, std::uint32_t count) {
+  std::uint32_t value;
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
+    if (value >= count) break;
+    __nanosleep(100);  // the multiprocessor's other blocks need the issue slots
+  }
+}
 // Every thread of the block calls these.
 inline __device__ void wait_for_turn(const std::uint32_t* done, std::uint32_t count) {
-  if (threadIdx.x == 0) {
-    std::uint32_t value;
-    while (true) {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(done) : "memory");
-      if (value == count) break;
-      __nanosleep(100);  // the multiprocessor's other blocks need the issue slots
-    }
-  }
+  if (threadIdx.x == 0) sleep_until_done(done, count);
   __syncthreads();
 }
 // After a fence of every thread, and a barrier.
