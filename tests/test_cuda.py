@@ -1487,6 +1487,48 @@ def test_runs_on_the_callers_stream(rng):
         torch.cuda.synchronize()
 
 
+@needs_gpu
+def test_small_scratch_is_kept_for_each_stream(rng):
+    """A step on more streams than are remembered, all at work at the same time, and in a graph that runs beside further steps."""
+    import torch
+
+    op, gpu, steps = cases.MAMBA2_UPDATE, DEVICES[1], 40
+    made = op.inputs(rng, "bfloat16", batch=15, headdim=32, dstate=128)
+
+    def call(inputs):
+        return statescan.mamba2_update(**inputs, ngroups=2)
+
+    def new_inputs():
+        return {name: gpu.put(value) for name, value in made.items()}
+
+    assert statescan.plan("mamba2_update", **new_inputs(), ngroups=2).workspace_bytes > 0
+    alone = new_inputs()
+    expected = [call(alone) for _ in range(steps)]
+    streams = [torch.cuda.Stream() for _ in range(10)]
+    of_streams, got = [new_inputs() for _ in streams], [[] for _ in streams]
+    captured, graph = new_inputs(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(captured)
+    torch.cuda.synchronize()
+    from_graph = []
+    for step in range(steps):
+        for stream, inputs, ys in zip(streams, of_streams, got, strict=True):
+            with torch.cuda.stream(stream):
+                ys.append(call(inputs))
+        graph.replay()
+        from_graph.append(y.clone())
+    torch.cuda.synchronize()
+    for ys in [*got, from_graph]:
+        assert all(torch.equal(a, b) for a, b in zip(ys, expected, strict=True))
+    for inputs in [*of_streams, captured]:
+        assert torch.equal(inputs["state"], alone["state"])
+    call(alone)
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        call(alone)
+    assert torch.cuda.memory_allocated() == held
+
+
 FIRST_CALL_IN_A_CAPTURE = """
 import numpy as np, torch, statescan
 log_decay = -torch.rand(2, 6, 3, device="cuda")

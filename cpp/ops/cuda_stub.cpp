@@ -18,5 +18,6 @@ STATESCAN_FOR_EACH_OP(STATESCAN_STUB)
 const char* cuda_architectures() { return ""; }
 std::string cuda_unavailable_reason() { return "this build has no CUDA kernels"; }
 int cuda_device_count() { return 0; }
+bool cuda_is_capturing(Stream) { return false; }
 
 }  // namespace statescan

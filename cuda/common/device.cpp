@@ -77,6 +77,14 @@ int cuda_device_count() {
   return 0;
 }
 
+bool cuda_is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status;
+  if (cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) == cudaSuccess)
+    return status != cudaStreamCaptureStatusNone;
+  (void)cudaGetLastError();  // the legacy stream, while others are captured
+  return true;
+}
+
 // Nothing here raises: a machine without a driver imports the package and runs the CPU kernels.
 std::string cuda_unavailable_reason() {
   int count = 0;

@@ -376,14 +376,51 @@ Tensor Call::out_as_laid_out(const char* name, nb::handle object, const Tensor& 
   return tensor;
 }
 
-void Call::lend_workspace(std::size_t bytes, Workspace& workspace) {
+namespace {
+
+// A little scratch memory on a GPU, kept for the calls to come: to have it allocated takes longer than a decode step's launch.
+// The calls of one stream use it one after the other, and each holds it until its work is on the stream.
+struct KeptScratch {
+  static constexpr std::size_t kBytes = std::size_t{1} << 18;
+  int device;
+  Stream stream;
+  nb::object array;  // null: none yet
+  void* data;
+};
+
+// That of a stream, the GIL held: the one used longest ago makes room. A per-thread stream is another in every thread.
+KeptScratch* kept_scratch(int device, Stream stream) {
+  constexpr int kStreams = 8;
+  static KeptScratch* const kept = new KeptScratch[kStreams]();  // never freed: the interpreter ends before statics do
+  const Stream per_thread = reinterpret_cast<Stream>(std::uintptr_t{2});
+  if (stream == per_thread || cuda_is_capturing(stream)) return nullptr;
+  int at = 0;
+  while (at < kStreams - 1 && kept[at].array.is_valid() && !(kept[at].device == device && kept[at].stream == stream)) ++at;
+  if (!(kept[at].device == device && kept[at].stream == stream)) kept[at] = {device, stream, {}, nullptr};
+  std::rotate(kept, kept + at, kept + at + 1);
+  return kept;
+}
+
+}  // namespace
+
+void Call::lend_workspace(std::size_t bytes, Stream stream, Workspace& workspace) {
   if (bytes == 0) return;
   if (main_.device.type == DeviceType::cpu) {
     workspace = {thread_workspace(bytes), bytes};
     return;
   }
-  const std::int64_t words = static_cast<std::int64_t>((bytes + 7) / 8);
+  const auto kept = [&] { return kept_scratch(main_.device.index, stream); };
+  const KeptScratch* const found = api_ && bytes <= KeptScratch::kBytes ? kept() : nullptr;
+  if (found && found->array.is_valid()) {
+    workspace_ = found->array;
+    workspace = {found->data, bytes};
+    return;
+  }
+  const std::int64_t words = static_cast<std::int64_t>(((found ? KeptScratch::kBytes : bytes) + 7) / 8);
   workspace = {allocate(&words, 1, DType::int64, workspace_).data, bytes};
+  if (!found) return;
+  KeptScratch& now = *kept();  // looked up again: another call may have come in between
+  now.array = workspace_, now.data = workspace.data;
 }
 
 Stream Call::find_stream() const {

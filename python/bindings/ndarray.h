@@ -150,8 +150,8 @@ class __attribute__((visibility("hidden"))) Call {
   Tensor output(const char* name, nb::handle object, const std::int64_t* shape, int ndim, DType dtype);
   template <class Args, class Dims, class Run>
   nb::object lend_and_run(Args& args, const Dims& dims, Run run) {
-    lend_workspace(plan(args, dims).workspace_bytes, args.workspace);
     const Stream stream = find_stream();
+    lend_workspace(plan(args, dims).workspace_bytes, stream, args.workspace);
     {
       nb::gil_scoped_release unlocked;
       run(args, dims, stream);
@@ -159,7 +159,7 @@ class __attribute__((visibility("hidden"))) Call {
     return results();
   }
 
-  void lend_workspace(std::size_t bytes, Workspace& workspace);
+  void lend_workspace(std::size_t bytes, Stream stream, Workspace& workspace);
   Stream find_stream() const;
   nb::object results();
 };

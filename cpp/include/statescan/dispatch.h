@@ -45,5 +45,7 @@ STATESCAN_API void set_num_threads(int count);
 STATESCAN_API const char* cuda_architectures();
 STATESCAN_API std::string cuda_unavailable_reason();
 STATESCAN_API int cuda_device_count();
+// Whether a graph is being captured on a stream: memory that a captured call uses is used again whenever the graph runs.
+STATESCAN_API bool cuda_is_capturing(Stream stream);
 
 }  // namespace statescan
