@@ -741,6 +741,24 @@ def test_selective_scan_in_reverse_is_that_of_flipped_tokens(batch, seqlen, dim,
 
 
 @needs_gpu
+@pytest.mark.parametrize("layout", ("channels_last", "channels_first"))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_segments_in_links_of_selective_scan(layout, reverse):
+    """Seven segments of two links each, and what these leave for dB and dC, beside the sequence as a whole."""
+    import torch
+
+    torch.manual_seed(0)
+    made = normal_selective_scan(1, 3608, 6400, 16, torch.bfloat16, layout)
+    gradients, again, whole = (
+        statescan.selective_scan_backward(**made, reverse=reverse, batch_invariant=invariant) for invariant in (False, False, True)
+    )
+    for one, other, expected in zip(gradients, again, whole, strict=True):
+        if one is not None:
+            assert torch.equal(one, other)
+            assert (one.float() - expected.float()).norm() < 1e-3 * expected.float().norm()
+
+
+@needs_gpu
 def test_more_channels_than_a_grid_axis_of_selective_scan(rng):
     """known_bugs 7: dim past 65,535, in many groups of few channels and in one."""
     for ngroups in (1, 32_770):
