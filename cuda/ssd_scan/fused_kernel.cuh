@@ -152,7 +152,7 @@ struct Task {
 
   int sequence, first_token, length, segment, batch, chunks, chunk_begin, chunk_count, group, first_slice, sides, side;
 
-  __device__ Task(const FusedParams& p, const TasksOfBlock& tasks) : sides(tasks.sides()), side(tasks.side()) {
+  __device__ Task(const auto& p, const TasksOfBlock& tasks) : sides(tasks.sides()), side(tasks.side()) {
     const int task = tasks.index(), rest = p.pairs.quotient(task), pair = p.pairs.remainder(task);
     const bool is_short = rest >= p.long_segments;
     sequence = is_short ? rest - p.long_segments : p.segments.quotient(rest);
@@ -183,7 +183,7 @@ struct Task {
 
   // First token, within the sequence, of the i-th chunk that is taken: in the order of the scan, or against it.
   template <bool kBackwards>
-  __device__ int start_of(const FusedParams& p, int i) const {
+  __device__ int start_of(const auto& p, int i) const {
     const int chunk = chunk_begin + (kBackwards ? chunk_count - 1 - i : i);
     return (p.reverse ? chunks - 1 - chunk : chunk) * kTile;
   }
@@ -191,19 +191,19 @@ struct Task {
   __device__ bool begins_stretch(int i) const { return (chunk_begin + i) % kChunksOfStretch == 0; }
 
   // The row of chunk_states of the first stretch that begins in the task.
-  __device__ int first_stretch(const FusedParams& p) const {
+  __device__ int first_stretch(const auto& p) const {
     const int before = p.cu_seqlens ? first_token / static_cast<int>(kStretch) + sequence : sequence * p.stretches;
     return before + (chunk_begin + kChunksOfStretch - 1) / kChunksOfStretch;
   }
 
   // Tokens of the sequence that the scan meets before the i-th chunk.
-  __device__ std::int64_t tokens_before(const FusedParams& p, int i) const {
+  __device__ std::int64_t tokens_before(const auto& p, int i) const {
     const std::int64_t chunk = chunk_begin + i;
     return p.reverse ? max(length - (chunks - chunk) * kTile, std::int64_t{0}) : min(chunk * kTile, std::int64_t{length});
   }
 
   // The one that the scan takes up after so many tokens of the sequence.
-  __device__ int chunk_of(const FusedParams& p, int tokens) const {
+  __device__ int chunk_of(const auto& p, int tokens) const {
     const std::int64_t skipped = p.reverse ? static_cast<std::int64_t>(chunks) * kTile - length : 0;  // of the first chunk
     return static_cast<int>((tokens + skipped) / kTile) - chunk_begin;
   }
@@ -252,7 +252,7 @@ inline __device__ void load_tile(const CUtensorMap& map, Barrier& barrier, void*
 
 // One thread: B, C and x into the ring. An absent slice is counted as loaded and left alone.
 template <class Policy, bool kStateOnly>
-__device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
+__device__ void load_chunks(const auto& p, SharedStorage<Policy, kStateOnly>& shared) {
   constexpr int kTilesOfBC = Policy::kState / kTile;
   Ring<stages_of<Policy, kStateOnly>> ring;
   for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
@@ -277,7 +277,7 @@ __device__ void load_chunks(const FusedParams& p, SharedStorage<Policy, kStateOn
 
 // One thread: z into the tiles of y, and dy with it.
 template <class Policy, bool kStateOnly>
-__device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared) {
+__device__ void load_gates(const auto& p, SharedStorage<Policy, kStateOnly>& shared) {
   Ring<Policy::kGated ? 1 : 2> ring[2];  // of each consumer
   for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
@@ -301,7 +301,7 @@ __device__ void load_gates(const FusedParams& p, SharedStorage<Policy, kStateOnl
 
 // One warp per slice: discretises the steps of a chunk, two tokens a lane, and sums them up in the order of the scan.
 template <class Policy, bool kStateOnly>
-__device__ void prepare_steps(const FusedParams& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
+__device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
   constexpr float kLog2e = 1.4426950408889634f;
   const int lane = threadIdx.x % 32, place = p.reverse ? 31 - lane : lane;  // tokens 2 place and 2 place + 1
   Ring<stages_of<Policy, kStateOnly>> ring;
@@ -792,7 +792,7 @@ __device__ void send_values(const Values& values, const float4* place, const Bar
 // What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
 // reaches to the segment's end and the sums need no decay in between: nothing waits for a matmul but its own registers.
 template <class Policy>
-__device__ void add_up_segment(const FusedParams& p, SharedStorage<Policy, true>& shared, int which) {
+__device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& shared, int which) {
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kState = Policy::kState, kStages = stages_of<Policy, true>, kStateValues = kState / 2;
@@ -855,7 +855,7 @@ enum class Extra {
 
 // The output of a slice, chunk by chunk.
 template <class Policy, Extra kExtra>
-__device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false>& shared, int which) {
+__device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shared, int which) {
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
   constexpr int kState = Policy::kState, kStages = Policy::kStages, kStateValues = kState / 2;
@@ -1229,9 +1229,10 @@ __device__ void compute_output(const FusedParams& p, SharedStorage<Policy, false
 
 }  // namespace fused
 
-// kStateOnly: what each segment adds to the state, and its decay; no C, no y.
-template <class Policy, bool kStateOnly, fused::Extra kExtra = fused::Extra::nothing>
-__global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ FusedParams p) {
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y. Params: FusedParams, or
+// OrderedParams.
+template <class Policy, bool kStateOnly, class Params, fused::Extra kExtra = fused::Extra::nothing>
+__global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ Params p) {
   using namespace fused;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   static_assert(sizeof(SharedStorage<Policy, kStateOnly>) <= kMostSharedBytes);

@@ -78,21 +78,32 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     takers = std::min(items * segments + short_tasks, places);
     set_turns(turns_of(items * segments, short_tasks, places));
   };
-  auto output = ssd_scan_fused_kernel<Policy, false>;
-  if constexpr (Policy::kKeepsStates)
-    if (args.chunk_states) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::kept_states>;
-  if constexpr (Policy::kLeavesStates)
-    if (p.positions.data) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::positions>;
-  if constexpr (Policy::kScalesOutput)
-    if (p.y_exponents) output = ssd_scan_fused_kernel<Policy, false, fused::Extra::scaled_y>;
+  const bool is_ordered = !p.reverse && !p.cu_seqlens;
+  using fused::Extra;
   const auto launch_output = [&](bool early) {
-    cuda::launch("ssd_scan_fused_kernel", output,
-                 {.blocks = takers * Policy::kSides,
-                  .threads = Policy::kThreads,
-                  .shared_bytes = sizeof(fused::SharedStorage<Policy, false>),
-                  .cluster = Policy::kSides,
-                  .early = early},
-                 stream, p);
+    const cuda::LaunchShape shape{.blocks = takers * Policy::kSides,
+                                  .threads = Policy::kThreads,
+                                  .shared_bytes = sizeof(fused::SharedStorage<Policy, false>),
+                                  .cluster = Policy::kSides,
+                                  .early = early};
+    const auto launch_as = [&]<Extra extra, class Params>(const Params& params) {
+      cuda::launch("ssd_scan_fused_kernel", ssd_scan_fused_kernel<Policy, false, Params, extra>, shape, stream, params);
+    };
+    // Positions are rare, and y as halves goes to a norm that has the gate.
+    const auto launch_with = [&]<Extra extra> {
+      if constexpr (extra != Extra::positions && extra != Extra::scaled_y)
+        if (is_ordered && p.has_z) return launch_as.template operator()<extra>(OrderedParams<true>{p});
+      if constexpr (extra != Extra::positions && !Policy::kGated)
+        if (is_ordered && !p.has_z) return launch_as.template operator()<extra>(OrderedParams<false>{p});
+      launch_as.template operator()<extra>(p);
+    };
+    if constexpr (Policy::kScalesOutput)
+      if (p.y_exponents) return launch_with.template operator()<Extra::scaled_y>();
+    if constexpr (Policy::kLeavesStates)
+      if (p.positions.data) return launch_with.template operator()<Extra::positions>();
+    if constexpr (Policy::kKeepsStates)
+      if (args.chunk_states) return launch_with.template operator()<Extra::kept_states>();
+    launch_with.template operator()<Extra::nothing>();
   };
 
   const std::int64_t first = plan.first_chunks;
@@ -112,12 +123,14 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
         first + plan.short_chunks + (plan.long_segments() - 1) * plan.chunks_per_segment,
         p.beside ? std::max<std::int64_t>(at_once - takers, 1) : at_once);
     using OfBlock = FusedPolicy<Policy::kDType, Policy::kState>;  // sides need not meet here
-    cuda::launch("ssd_scan_fused_kernel (states)", ssd_scan_fused_kernel<OfBlock, true>,
-                 {.blocks = takers * Policy::kSides,
-                  .threads = Policy::kThreads,
-                  .shared_bytes = sizeof(fused::SharedStorage<OfBlock, true>),
-                  .early = p.beside},
-                 stream, p);
+    const cuda::LaunchShape shape{.blocks = takers * Policy::kSides,
+                                  .threads = Policy::kThreads,
+                                  .shared_bytes = sizeof(fused::SharedStorage<OfBlock, true>),
+                                  .early = p.beside};
+    constexpr const char* kName = "ssd_scan_fused_kernel (states)";
+    if (is_ordered)
+      cuda::launch(kName, ssd_scan_fused_kernel<OfBlock, true, OrderedParams<false>>, shape, stream, OrderedParams<false>{p});
+    else cuda::launch(kName, ssd_scan_fused_kernel<OfBlock, true, FusedParams>, shape, stream, p);
     p.beside = false;
 
     if (plan.combines) {
