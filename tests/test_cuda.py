@@ -255,6 +255,31 @@ def test_vectors_and_elements_of_ssd_scan_give_the_same_bits(rng, dtype):
 
 
 @needs_gpu
+@pytest.mark.parametrize("headdim", (40, 72, 136))  # one, two and three slices of 64 channels
+@pytest.mark.parametrize("nheads,ngroups", ((16, 1), (16, 2), (15, 3), (13, 1)))  # a pair of heads may begin with an odd one
+@pytest.mark.parametrize("dt_dtype", ("float32", "float16", "bfloat16"))
+def test_steps_of_any_layout(rng, dt_dtype, nheads, ngroups, headdim):
+    """The bulk copy engine loads dt where it lies as that wants it, threads do elsewhere: the same bits."""
+    import torch
+
+    gpu, dtype = DEVICES[1], getattr(torch, dt_dtype)
+    made = cases.ssd_scan(rng, "bfloat16", batch=2, seqlen=330, nheads=nheads, ngroups=ngroups, headdim=headdim, dstate=24)
+    inputs = {name: gpu.put(value) for name, value in made.items()}
+    dt = inputs["dt"].to(dtype)
+    rows = torch.full((2, 330, 32), float("nan"), device="cuda", dtype=dtype)
+    for batch_invariant in (False, True):
+        options = dict(dt_softplus=True, return_final_state=True, batch_invariant=batch_invariant)
+        expected = statescan.ssd_scan(**(inputs | dict(dt=gapped(dt))), **options)
+        for first in (0, 1, 8):
+            rows[..., first : first + nheads] = dt
+            got = statescan.ssd_scan(**(inputs | dict(dt=rows[..., first : first + nheads])), **options)
+            for name, a, b in zip(("y", "final_state"), got, expected, strict=True):
+                assert_same_bits(gpu.get(a), gpu.get(b), f"{name}, dt from {first} on")
+    assert statescan.plan("ssd_scan", **inputs).kernel == "fused_bfloat16"
+    cases.SSD_SCAN.check(gpu, made | dict(dt=gpu.get(dt)), dt_softplus=True)
+
+
+@needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize(
     "nheads,seqlen,lengths",

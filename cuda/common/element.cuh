@@ -27,6 +27,18 @@ inline __device__ float widen_bits(std::uint32_t bits, DType dtype) {
   return __half2float(__ushort_as_half(static_cast<std::uint16_t>(bits)));
 }
 
+// With one branch for all of them.
+template <int kCount>
+__device__ void widen_bits(const std::uint32_t (&bits)[kCount], DType dtype, float (&values)[kCount]) {
+  const auto widen_as = [&](DType of) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) values[k] = widen_bits(bits[k], of);
+  };
+  if (dtype == DType::float32) widen_as(DType::float32);
+  else if (dtype == DType::bfloat16) widen_as(DType::bfloat16);
+  else widen_as(DType::float16);
+}
+
 inline __device__ std::uint32_t narrow_bits(float value, DType dtype) {
   if (dtype == DType::float32) return __float_as_uint(value);
   if (dtype == DType::bfloat16) return __bfloat16_as_ushort(__float2bfloat16_rn(value));

@@ -17,4 +17,8 @@ std::string why_not_tma(const char* name, const Tensor& t);
 // them. What lies outside the tensor reads as zero and is not written. Coordinates: m, k, l, b.
 CUtensorMap tma_map(const Tensor& t, int tokens = 64);
 
+// The same of steps [b,l,h], of 16 or 32 bits: boxes of `tokens` tokens by 16 bytes of consecutive heads. Coordinates: h, l, b.
+std::string why_not_tma_steps(const char* name, const Tensor& t);
+CUtensorMap tma_map_steps(const Tensor& t, int tokens);
+
 }  // namespace statescan::cuda

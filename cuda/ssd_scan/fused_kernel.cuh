@@ -7,10 +7,12 @@
 //          Floor of B8 L2048 H80 P64 G1 N128 bf16: 348 MB, 0.116 ms; matmuls 75 GFLOP, 0.10 ms. States that are kept for a
 //          backward, one for 128 tokens, are 168 MB more, 0.056 ms
 // Launch   a block per multiprocessor, which takes tasks in turns (FusedParams): a pair of slices in a segment of a sequence,
-//          or in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, step sizes by one
-//          warp for each consumer. With more than 128 states two blocks, a cluster, take a task, each for a side of them: as
-//          states do not mix, each finds y from its own, hands that of one slice to the other block and adds up that of the
-//          other
+//          or in a part of that. Two consumer warpgroups of a slice each, and one that loads: tiles by TMA, and step sizes, which
+//          one warp makes ready for each consumer, two chunks at a time. Of a token's steps these want those of two heads, a
+//          sector of its own for each token: as loads of a warp's 32 lanes they held up the consumers' shared memory, so TMA
+//          brings them too, where they lie as it wants them. With more than 128 states two blocks, a cluster, take a task, each
+//          for a side of them: as states do not mix, each finds y from its own, hands that of one slice to the other block and
+//          adds up that of the other
 // Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order. y as the
 //          element type or, for the norm of a Mamba-2 block, as halves with shared exponents
 // Gate     in the backward of a call with z the same pass leaves dz = dy y silu'(z), y as it is before the gate: it reads dy
@@ -46,21 +48,25 @@ inline constexpr int kWarpgroup = 128;
 inline constexpr int kTileBytes = 2 * kTile * kTile;
 
 // The step sizes of a chunk, as one warp prepares them for a consumer. Logarithms are to base 2. A block is 16 tokens, what a
-// warp has of a chunk's rows. Between blocks, the decay from token j to token i is that from j to the first token of i's block
-// times that from there to i: neither is more than the whole, and 4 x 64 exponentials replace 64 x 64.
+// warp has of a chunk's rows; first and last are meant in the order of the scan. Between blocks, the decay from token j to token
+// i is that from j to the last token of its block, times that from there to the first token of i's, times that from there to i:
+// none is more than one, and 2 x 64 exponentials replace 64 x 64.
 struct alignas(16) Steps {
-  float4 pair[kTile / 2];  // of tokens 2 k and 2 k + 1: log decay from the chunk's start through it, twice; dt, twice
-  float to_block[kTile / 16][kTile];  // dt_j, decayed from token j to the first token that is scanned of a block after it
-  float from_block[kTile];            // decay from the first token of i's block to token i
-  float weight[kTile];                // dt_j, decayed from token j to the chunk's end
-  float enter[kTile];                 // decay from the chunk's start through token i
-  float total, unused[3];             // decay through the chunk
+  static constexpr int kBlocks = kTile / 16;
 
-  __device__ float log_decay(int i) const { return reinterpret_cast<const float*>(pair)[i / 2 * 4 + i % 2]; }
+  float2 token[kTile];      // log decay from the chunk's start through the token, dt
+  float weight[kTile];      // dt_j, decayed from token j to its block's end; to the segment's where the state alone is wanted
+  float from_block[kTile];  // decay from the first token of i's block to token i
+  float enter[kTile];       // decay from the chunk's start through token i
+  // Decay from the end of a block, its column, to the first token of a later one, its row. The last row: to the chunk's end.
+  float after_block[kBlocks + 1][kBlocks];
+  float total, unused[3];  // decay through the chunk
 };
 
-// Chunks whose steps are loaded at once: a load from memory takes longer than a chunk.
-inline constexpr int kStepsAhead = 4;
+// Chunks whose steps one warp finds at once, half of its lanes each. Two such groups are on their way to each consumer.
+inline constexpr int kStepsAtOnce = 2;
+// Groups of raw steps on their way by TMA, 16 bytes of each token: those of the slices' heads come first.
+inline constexpr int kRawGroups = 3, kRawBytes = 16 * kTile * kStepsAtOnce;
 
 // Chunks on their way. Where the state alone is wanted there is room for more.
 template <class Policy, bool kStateOnly>
@@ -78,11 +84,13 @@ struct SharedStorage {
   // Of each consumer two, by turns: z comes in where y goes out. For dz the second is for dy, and the next z and dy wait until
   // it has gone out.
   alignas(1024) Tile y[kStateOnly ? 1 : 2][2];
-  Steps steps[kStages][2];
-  uint2 raw[2][kStepsAhead][32];  // what each warp that prepares steps has loaded ahead
+  alignas(128) char raw[kRawGroups][kRawBytes];
+  Steps steps[2][2][kStepsAtOnce];  // of each consumer, of a group by turns
   alignas(16) float D[2][kTile];
   int next_kept[2][4];  // of each consumer, where in chunk_states the next state goes out to: state, head, channel, stretch
   alignas(8) Barrier full[kStages], empty[kStages];
+  Barrier raw_full[kRawGroups], raw_empty[kRawGroups];
+  Barrier steps_full[2][2], steps_empty[2][2];
   Barrier z_full[2][2], z_empty[2][2];
   Barrier sums_full, sums_empty;  // what the other block of a cluster adds to this one's output; its place for that of this one
 };
@@ -250,15 +258,35 @@ inline __device__ void load_tile(const CUtensorMap& map, Barrier& barrier, void*
   cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier), kHint, tile, column, slab, token, batch);
 }
 
-// One thread: B, C and x into the ring. An absent slice is counted as loaded and left alone.
+// TMA takes 16 bytes of a token's raw steps, from where 16 bytes begin. The heads of a pair of slices are in one such unit.
+__device__ int first_raw_head(const auto& p, const Task& task) {
+  return task.head_of(p, 0) & (p.dt.dtype == DType::float32 ? -4 : -8);
+}
+
+// One thread: B, C and x into the ring, and the raw steps. An absent slice is counted as loaded and left alone.
 template <class Policy, bool kStateOnly>
 __device__ void load_chunks(const auto& p, SharedStorage<Policy, kStateOnly>& shared) {
   constexpr int kTilesOfBC = Policy::kState / kTile;
   Ring<stages_of<Policy, kStateOnly>> ring;
+  Ring<kRawGroups> raw_ring;
   for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
     const int slices = task.has_slice(p, 1) ? 2 : 1;
+    const auto load_steps = [&](int i) {  // of the group that begins with the i-th chunk
+      if (i >= task.chunk_count) return;
+      shared.raw_empty[raw_ring.stage].wait(raw_ring.parity ^ 1);
+      Barrier& full = shared.raw_full[raw_ring.stage];
+      full.arrive_and_expect_tx(kRawBytes);
+      cute::SM90_TMA_LOAD_3D::copy(&p.raw_steps, reinterpret_cast<std::uint64_t*>(&full),
+                                   static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   shared.raw[raw_ring.stage], first_raw_head(p, task),
+                                   task.template start_of<kStateOnly>(p, kStateOnly ? i + kStepsAtOnce - 1 : i), task.batch);
+      raw_ring.advance();
+    };
+    if constexpr (is_ordered<decltype(p)>)
+      for (int i = 0; i < (kRawGroups - 1) * kStepsAtOnce; i += kStepsAtOnce) load_steps(i);
     for (int i = 0; i < task.chunk_count; ++i, ring.advance()) {
+      if (is_ordered<decltype(p)> && i % kStepsAtOnce == 0) load_steps(i + (kRawGroups - 1) * kStepsAtOnce);
       const int stage = ring.stage, token = task.first_token + task.template start_of<kStateOnly>(p, i);
       shared.empty[stage].wait(ring.parity ^ 1);
       Barrier& full = shared.full[stage];
@@ -299,93 +327,128 @@ __device__ void load_gates(const auto& p, SharedStorage<Policy, kStateOnly>& sha
   }
 }
 
-// One warp per slice: discretises the steps of a chunk, two tokens a lane, and sums them up in the order of the scan.
+// One warp per slice: discretises the steps of a group of chunks and sums them up in the order of the scan. Of each block of its
+// chunk a lane has one token, as the scan meets them.
 template <class Policy, bool kStateOnly>
 __device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
   constexpr float kLog2e = 1.4426950408889634f;
-  const int lane = threadIdx.x % 32, place = p.reverse ? 31 - lane : lane;  // tokens 2 place and 2 place + 1
-  Ring<stages_of<Policy, kStateOnly>> ring;
+  constexpr bool kByTma = is_ordered<decltype(p)>;
+  constexpr int kLanes = 32 / kStepsAtOnce, kBlocks = Steps::kBlocks;
+  static_assert(kLanes * kBlocks == kTile);
+  const int lane = threadIdx.x % 32, of_chunk = lane / kLanes, of_block = lane % kLanes;
+  const auto place_of = [&](int k) { return p.reverse ? kTile - 1 - kLanes * k - of_block : kLanes * k + of_block; };
+  Ring<2> ring;
+  Ring<kRawGroups> raw_ring;
   for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
     const Task task(p, tasks);
-    const bool present = task.has_slice(p, which);
-    const int head = task.head_of(p, present ? which : 0);
+    const auto give_back_raw = [&] {
+      __syncwarp();
+      if (lane == 0) shared.raw_empty[raw_ring.stage].arrive();
+      raw_ring.advance();
+    };
+    if (!task.has_slice(p, which)) {
+      for (int i = 0; kByTma && i < task.chunk_count; i += kStepsAtOnce) {
+        shared.raw_full[raw_ring.stage].wait(raw_ring.parity);
+        give_back_raw();
+      }
+      continue;
+    }
+    const int head = task.head_of(p, which);
     const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head);
     const float bias = p.dt_bias.data ? *reinterpret_cast<const float*>(p.dt_bias.data + head * p.dt_bias.head) : 0.0f;
-    const char* dt =
-        p.dt.data + task.batch * p.dt.batch + head * p.dt.head + (std::int64_t{task.first_token} + 2 * place) * p.dt.token;
+    const char* dt = p.dt.data + task.batch * p.dt.batch + head * p.dt.head + std::int64_t{task.first_token} * p.dt.token;
+    const int of_row = (head - first_raw_head(p, task)) * (p.dt.dtype == DType::float32 ? 4 : 2);
 
-    // Raw steps of the chunks to come go through shared memory: registers that move up would wait for every load on its way.
-    // The loop begins before the first chunk, so that the code that loads is there once: a start waits for code as for data.
-    uint2* const raw = shared.raw[which][0] + lane;
-    std::uint32_t next[kStepsAhead][2] = {};
-    float after = 0.0f;  // log decay from the chunk's end to the segment's, where the state alone is wanted
-    for (int i = -kStepsAhead; i < task.chunk_count; ++i) {
-      if (i % kStepsAhead == 0) {
+    // Without TMA the steps of a group are loaded while those of the one before are worked on. The loop begins before the first
+    // group, so that the code that loads is there once: a start waits for code as for data.
+    std::uint32_t narrow[kBlocks] = {}, wide[kBlocks] = {};  // a second load to one register would wait for the first
+    float after = 0.0f;  // log decay from the group's end to the segment's, where the state alone is wanted
+    for (int first = kByTma ? 0 : -kStepsAtOnce; first < task.chunk_count; first += kStepsAtOnce) {
+      std::uint32_t bits[kBlocks];
+      if constexpr (kByTma) {
+        shared.raw_full[raw_ring.stage].wait(raw_ring.parity);
+        const int tile = kStateOnly ? kStepsAtOnce - 1 - of_chunk : of_chunk;
+        const char* rows = shared.raw[raw_ring.stage] + 16 * kTile * tile + of_row;
 #pragma unroll
-        for (int k = 0; k < kStepsAhead; ++k) {
-          raw[32 * k] = make_uint2(next[k][0], next[k][1]);
-          const int coming = i + kStepsAhead + k;
-          if (coming >= task.chunk_count) continue;
-          const int start = task.template start_of<kStateOnly>(p, coming), left = task.length - start - 2 * place;
-          const char* from = dt + start * p.dt.token;
-          if (left > 0) next[k][0] = cuda::load_bits(from, p.dt.dtype);
-          if (left > 1) next[k][1] = cuda::load_bits(from + p.dt.token, p.dt.dtype);
+        for (int k = 0; k < kBlocks; ++k) bits[k] = cuda::load_bits(rows + 16 * place_of(k), p.dt.dtype);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k) {
+          bits[k] = narrow[k] | wide[k];
+          const int coming = first + kStepsAtOnce + of_chunk;
+          const int token = task.template start_of<kStateOnly>(p, coming) + place_of(k);
+          const char* from = dt + token * p.dt.token;
+          const bool there = coming < task.chunk_count && token < task.length, is_wide = p.dt.dtype == DType::float32;
+          if (there && is_wide) wide[k] = *reinterpret_cast<const std::uint32_t*>(from);
+          if (there && !is_wide) narrow[k] = *reinterpret_cast<const std::uint16_t*>(from);
         }
+        if (first < 0) continue;
       }
-      if (i < 0) continue;
-      const uint2 own_raw = raw[i % kStepsAhead * 32];
-      const std::uint32_t bits[2] = {own_raw.x, own_raw.y};
-      const int left = task.length - task.template start_of<kStateOnly>(p, i) - 2 * place;
-      float step[2];
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        step[k] = left > k ? discretise(cuda::widen_bits(bits[k], p.dt.dtype), bias, p.dt_softplus, p.dt_min, p.dt_max) : 0.0f;
 
-      // Inclusive sums in the order of the scan. Past the end of the sequence steps are 0 and leave them as they are.
+      // Inclusive sums, of each block, then with those before it. Past the end of the sequence steps are 0 and change nothing.
       float rate = A;
       asm volatile("" : "+f"(rate));  // multiplied here: before the loop, the first steps' loads would wait for this one
       rate *= kLog2e;
-      const float own[2] = {step[0] * rate, step[1] * rate};
-      float before = own[0] + own[1];
+      float step[kBlocks], log_decay[kBlocks], block_end[kBlocks];
+      cuda::widen_bits(bits, p.dt.dtype, step);
 #pragma unroll
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const float other = __shfl_up_sync(~0u, before, distance);
-        if (lane >= distance) before += other;
+      for (float& v : step) v += bias;
+      if (p.dt_softplus)
+#pragma unroll
+        for (float& v : step) v = softplus(v);
+      const int valid = task.length - task.template start_of<kStateOnly>(p, first + of_chunk);
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        step[k] = place_of(k) < valid ? clamp(step[k], p.dt_min, p.dt_max) : 0.0f;
+        log_decay[k] = step[k] * rate;
       }
-      const float total = __shfl_sync(~0u, before, 31);
-      before = __shfl_up_sync(~0u, before, 1);
-      if (lane == 0) before = 0.0f;
-      const float both = before + (own[0] + own[1]);
-      const float log_decay[2] = {p.reverse ? both : before + own[0], p.reverse ? before + own[1] : both};
+      if constexpr (kByTma) give_back_raw();  // what was loaded has been used
+#pragma unroll
+      for (int distance = 1; distance < kLanes; distance *= 2)
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k) {
+          const float other = __shfl_up_sync(~0u, log_decay[k], distance, kLanes);
+          if (of_block >= distance) log_decay[k] += other;
+        }
+      float total = 0.0f;
+#pragma unroll
+      for (int k = 0; k < kBlocks; ++k) {
+        const float of_all = __shfl_sync(~0u, log_decay[k], kLanes - 1, kLanes);
+        log_decay[k] += total, total += of_all;
+        block_end[k] = total;
+      }
 
-      shared.empty[ring.stage].wait(ring.parity ^ 1);
-      Steps& steps = shared.steps[ring.stage][which];
-      const float end = total + after;
-      reinterpret_cast<float2*>(steps.weight)[place] =
-          make_float2(step[0] * fast_exp2(end - log_decay[0]), step[1] * fast_exp2(end - log_decay[1]));
+      Steps& steps = shared.steps[which][ring.stage][of_chunk];
+      shared.steps_empty[which][ring.stage].wait(ring.parity ^ 1);
       if constexpr (kStateOnly) {
-        after = end;
-        shared.full[ring.stage].arrive();
-        ring.advance();
-        continue;
-      }
-      steps.pair[place] = make_float4(log_decay[0], log_decay[1], step[0], step[1]);
-      reinterpret_cast<float2*>(steps.enter)[place] = make_float2(fast_exp2(log_decay[0]), fast_exp2(log_decay[1]));
+        const float end = __shfl_sync(~0u, total, 0) + after, next_end = __shfl_sync(~0u, total, kLanes) + end;
+        const float own_end = of_chunk == 0 ? end : next_end;
 #pragma unroll
-      for (int block = 0; block < kTile / 16; ++block) {
-        const float first =
-            p.reverse ? __shfl_sync(~0u, log_decay[1], 31 - (8 * block + 7)) : __shfl_sync(~0u, log_decay[0], 8 * block);
-        reinterpret_cast<float2*>(steps.to_block[block])[place] =
-            make_float2(step[0] * fast_exp2(first - log_decay[0]), step[1] * fast_exp2(first - log_decay[1]));
-        if (place / 8 == block)
-          reinterpret_cast<float2*>(steps.from_block)[place] =
-              make_float2(fast_exp2(log_decay[0] - first), fast_exp2(log_decay[1] - first));
+        for (int k = 0; k < kBlocks; ++k) steps.weight[place_of(k)] = step[k] * fast_exp2(own_end - log_decay[k]);
+        after = first + 1 < task.chunk_count ? next_end : end;
+      } else {
+        float block_begin[kBlocks];
+#pragma unroll
+        for (int k = 0; k < kBlocks; ++k) {
+          const int at = place_of(k);
+          block_begin[k] = __shfl_sync(~0u, log_decay[k], 0, kLanes);
+          steps.token[at] = make_float2(log_decay[k], step[k]);
+          steps.weight[at] = step[k] * fast_exp2(block_end[k] - log_decay[k]);
+          steps.from_block[at] = fast_exp2(log_decay[k] - block_begin[k]);
+          steps.enter[at] = fast_exp2(log_decay[k]);
+        }
+        // A lane for each two blocks; nothing goes from one to those before it.
+        const int to = of_block / kBlocks, from = of_block % kBlocks, column = p.reverse ? kBlocks - 1 - from : from;
+        const auto pick = [](const float (&v)[kBlocks], int i) { return i < 2 ? i == 0 ? v[0] : v[1] : i == 2 ? v[2] : v[3]; };
+        const float end = pick(block_end, from), decay = fast_exp2(pick(block_begin, to) - end);
+        steps.after_block[p.reverse ? kBlocks - 1 - to : to][column] = from < to ? decay : 0.0f;
+        if (of_block < kBlocks) steps.after_block[kBlocks][column] = fast_exp2(total - end);
+        if (of_block == 0) steps.total = fast_exp2(total);
       }
-      if (lane == 0) steps.total = fast_exp2(total);
-      shared.full[ring.stage].arrive();
+      shared.steps_full[which][ring.stage].arrive();
       ring.advance();
     }
-    if (kStateOnly && present && lane == 0 && task.channel_of(p, which) == 0)
+    if (kStateOnly && lane == 0 && task.channel_of(p, which) == 0)
       piece_decay(p, task, piece_of(p, task), head) = after / kLog2e;
   }
 }
@@ -435,6 +498,7 @@ __device__ void issue(Mma& mma, const A& a, const B& b, Accumulators& acc) {
 }
 
 inline __device__ float2 load2(const float* from) { return *reinterpret_cast<const float2*>(from); }
+inline __device__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 
 // Where a thread's values of a 64-row accumulator lie: value 4 k + 2 r + c is in row `row + 8 r`, column 8 k + `column` + c.
 // Tiles are aligned to their swizzle, so that units of a row are an exclusive or away from the first.
@@ -511,47 +575,48 @@ __device__ void multiply_add(float* sum, const std::uint32_t* a, std::uint32_t b
   Mma::fma(sum[0], sum[1], sum[2], sum[3], a[0], a[1], a[2], a[3], b0, b1, sum[0], sum[1], sum[2], sum[3]);
 }
 
-// What a thread needs of a chunk's steps for its rows.
-struct RowDecays {
+// What a thread needs of a chunk's steps for its rows and columns.
+struct Decays {
   float enter[2], from_block[2];
-  float2 own_block[4];  // of each word of the block on the diagonal: dt_j exp(a_i - a_j)
-  float2 to_block[kTile / 8];
+  float2 own_block[4];       // of each word of the block on the diagonal: dt_j exp(a_i - a_j)
+  float2 weight[kTile / 8];  // of the columns: dt_j, decayed to the end of j's block
+  float to_rows[Steps::kBlocks], to_end[Steps::kBlocks];  // decay from a block's end to the rows' block, to the chunk's end
 
   __device__ void load(const Steps& steps, const Fragment& at) {
+#pragma unroll
+    for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
+    const float4 ends = load4(steps.after_block[Steps::kBlocks]), rows = load4(steps.after_block[at.warp]);
+    to_end[0] = ends.x, to_end[1] = ends.y, to_end[2] = ends.z, to_end[3] = ends.w;
+    to_rows[0] = rows.x, to_rows[1] = rows.y, to_rows[2] = rows.z, to_rows[3] = rows.w;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       enter[r] = steps.enter[at.row + 8 * r];
       from_block[r] = steps.from_block[at.row + 8 * r];
-      const float log_i = steps.log_decay(at.row + 8 * r);
+      const float log_i = steps.token[at.row + 8 * r].x;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float4 step = steps.pair[8 * at.warp + 4 * h + at.column / 2];
-        own_block[2 * h + r] = make_float2(step.z * fast_exp2(log_i - step.x), step.w * fast_exp2(log_i - step.y));
+        const float4 two = load4(&steps.token[16 * at.warp + 8 * h + at.column].x);
+        own_block[2 * h + r] = make_float2(two.y * fast_exp2(log_i - two.x), two.w * fast_exp2(log_i - two.z));
       }
     }
-#pragma unroll
-    for (int k = 0; k < kTile / 8; ++k) to_block[k] = load2(steps.to_block[at.warp] + 8 * k + at.column);
   }
 };
 
-// x^T of a chunk, as a thread's values of an accumulator, and the weights of its tokens.
+// x^T of a chunk, as a thread's values of an accumulator.
 template <class Element>
-struct WeightedColumns {
+struct Columns {
   std::uint32_t word[kTile / 4];
-  float2 weight[kTile / 8];
 
-  __device__ void load(const char* tile, const Steps& steps, const Fragment& at) {
+  __device__ void load(const char* tile, const Fragment& at) {
 #pragma unroll
     for (int j = 0; j < kTile / 16; ++j) at.load_transposed(tile, j, word + 4 * j);
-#pragma unroll
-    for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
   }
 
-  // The k-th word of the matrix operand.
-  __device__ std::uint32_t weighted(int k) const {
+  // The k-th word of the matrix operand, with the weights of its two tokens.
+  __device__ std::uint32_t weighted(int k, float2 weight) const {
     float pair[2];
     cuda::widen_word<Element>(word[k], pair);
-    pair[0] *= weight[k / 2].x, pair[1] *= weight[k / 2].y;
+    pair[0] *= weight.x, pair[1] *= weight.y;
     return cuda::narrow_word<Element>(pair);
   }
 };
@@ -560,7 +625,7 @@ struct WeightedColumns {
 template <class Element>
 __device__ void weigh_first(std::uint32_t (&words)[kTile / 4], const char* tile, const Steps& steps, const Fragment& at,
                             bool reverse, int last) {
-  const float log_last = steps.log_decay(last);
+  const float log_last = steps.token[last].x;
 #pragma unroll
   for (int j = 0; j < kTile / 16; ++j) {
     std::uint32_t word[4];
@@ -568,11 +633,11 @@ __device__ void weigh_first(std::uint32_t (&words)[kTile / 4], const char* tile,
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int token = 16 * j + w / 2 * 8 + at.column;
-      const float4 step = steps.pair[token / 2];
+      const float4 two = load4(&steps.token[token].x);
       float pair[2];
       cuda::widen_word<Element>(word[w], pair);
-      pair[0] = (reverse ? token >= last : token <= last) ? pair[0] * (step.z * fast_exp2(log_last - step.x)) : 0.0f;
-      pair[1] = (reverse ? token + 1 >= last : token + 1 <= last) ? pair[1] * (step.w * fast_exp2(log_last - step.y)) : 0.0f;
+      pair[0] = (reverse ? token >= last : token <= last) ? pair[0] * (two.y * fast_exp2(log_last - two.x)) : 0.0f;
+      pair[1] = (reverse ? token + 1 >= last : token + 1 <= last) ? pair[1] * (two.w * fast_exp2(log_last - two.z)) : 0.0f;
       words[4 * j + w] = cuda::narrow_word<Element>(pair);
     }
   }
@@ -789,6 +854,33 @@ __device__ void send_values(const Values& values, const float4* place, const Bar
                  : "memory");
 }
 
+// The steps of a consumer's chunks, as they come.
+template <class Storage>
+class StepsOfConsumer {
+ public:
+  __device__ StepsOfConsumer(Storage& shared, int which) : shared_(shared), which_(which) {}
+
+  // Those of a task's i-th chunk, once they are there.
+  __device__ const Steps& await(int i) {
+    if (i % kStepsAtOnce == 0) shared_.steps_full[which_][ring_.stage].wait(ring_.parity);
+    return of(i);
+  }
+  // The same, of a chunk that was waited for.
+  __device__ const Steps& of(int i) const { return shared_.steps[which_][ring_.stage][i % kStepsAtOnce]; }
+
+  // All that the thread wanted of them has come.
+  __device__ void release(int i, int chunk_count) {
+    if (i % kStepsAtOnce + 1 < kStepsAtOnce && i + 1 < chunk_count) return;
+    shared_.steps_empty[which_][ring_.stage].arrive();
+    ring_.advance();
+  }
+
+ private:
+  Storage& shared_;
+  int which_;
+  Ring<2> ring_;
+};
+
 // What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
 // reaches to the segment's end and the sums need no decay in between: nothing waits for a matmul but its own registers.
 template <class Policy>
@@ -807,18 +899,19 @@ __device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& share
   constexpr auto _ = cute::_;
 
   Ring<kStages> ring;
+  StepsOfConsumer groups(shared, which);
   for (TasksOfBlock tasks(p, sides_of_task<Policy, true>(p)); tasks.next();) {
     const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
       keep_up(shared, ring, task.chunk_count);
       continue;
     }
-    const int head = task.head_of(p, which), channel = task.channel_of(p, which);
 #pragma unroll
     for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
     for (int i = 0; i < task.chunk_count; ++i) {
       const int stage = ring.stage;
       const int valid = min(task.length - task.template start_of<true>(p, i), kTile);
+      const Steps& steps = groups.await(i);
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
       // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand
@@ -826,14 +919,18 @@ __device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& share
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(state);
       if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
-      WeightedColumns<NativeElement> x;
-      x.load(shared.x[stage][which], shared.steps[stage][which], at);
+      Columns<NativeElement> x;
+      x.load(shared.x[stage][which], at);
+      float2 weight[kTile / 8];
 #pragma unroll
-      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
+      for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
+#pragma unroll
+      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k, weight[k / 2]);
       cute::warpgroup_fence_operand(weighted);
       cute::warpgroup_fence_operand(state);
       cute::warpgroup_arrive();
       issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+      groups.release(i, task.chunk_count);
       ring.advance();
     }
     cute::warpgroup_wait<0>();
@@ -894,6 +991,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
   }
 
   Ring<kStages> ring;
+  StepsOfConsumer groups(shared, which);
   Ring<Policy::kGated ? 1 : 2> slots;
   Ring<1> sums;         // that one block of a cluster hands to the other
   bool stored = false;  // a chunk before this one, in the other slot
@@ -958,15 +1056,16 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
     auto await_chunk = [&](int i) {
       if (i >= walk_end) return 1.0f;
       const int stage = ring.stage, valid = valid_tokens(i);
+      const float total = groups.await(i).total;
       shared.full[stage].wait(ring.parity);
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
-      return shared.steps[stage][which].total;
+      return total;
     };
     // Takes the chunk in: the state is decayed to its end, the scores are on their way, and what comes of steps and x follows.
     // After the last chunk the scores are of no use: behind a condition, ptxas would let no matmul overlap with anything. For
     // positions x comes later, so that the loop spills nothing.
-    RowDecays decays;
-    WeightedColumns<NativeElement> x;
+    Decays decays;
+    Columns<NativeElement> x;
     auto enter_chunk = [&](int i, float total) {
       const int stage = ring.stage;
       // Here, since a use of accumulators between matmuls in flight makes ptxas wait for all of them.
@@ -975,10 +1074,11 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
       cute::warpgroup_fence_operand(scores);
       cute::warpgroup_arrive();
       issue<true>(scores_mma, C_rows(_, _, _, stage), B_rows(_, _, _, stage), scores);
+    };
+    auto load_steps = [&](int i) {
       if (i >= walk_end) return;
-      const Steps& steps = shared.steps[stage][which];
-      if constexpr (!kPositions) x.load(shared.x[stage][which], steps, at);
-      decays.load(steps, at);
+      if constexpr (!kPositions) x.load(shared.x[ring.stage][which], at);
+      decays.load(groups.of(i), at);
     };
 
     const auto entry_at = [&](std::int64_t entry) {
@@ -991,7 +1091,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
     // States at the positions inside of the i-th chunk, which has come and which the state enters: by warps of their own, 16
     // columns at a time, since a warpgroup's matmul would want a place for all of them.
     [[maybe_unused]] const auto leave_states = [&](int i) {
-      const Steps& steps = shared.steps[ring.stage][which];
+      const Steps& steps = groups.of(i);
       const std::int64_t begin = task.tokens_before(p, i), end = task.tokens_before(p, i + 1);
       if (next_position >= end) return;
       const auto inside = [&](std::int64_t position) { return position >= begin && position < end; };
@@ -1033,6 +1133,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         walk_end = min(walk_end, max(task.chunk_of(p, next_position), i + 1));
       }
       enter_chunk(i, first_total);
+      load_steps(i);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(scores);
       for (; i < walk_end; ++i) {
@@ -1043,9 +1144,13 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         issue<true>(scores_mma, C_rows(_, _, _, stage), state_rows(_, _, _, which), y);
 
         // x^T with the weights of its tokens, as a matrix operand, while these run.
-        if constexpr (kPositions) x.load(shared.x[stage][which], shared.steps[stage][which], at);
+        if constexpr (kPositions) x.load(tile_x, at);
 #pragma unroll
-        for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k);
+        for (int k = 0; k < kTile / 4; ++k) {
+          const float2 weight = decays.weight[k / 2];
+          const float to_end = decays.to_end[k / 4];
+          weighted_words(k) = x.weighted(k, make_float2(weight.x * to_end, weight.y * to_end));
+        }
         cute::warpgroup_fence_operand(state);
         cute::warpgroup_fence_operand(weighted);
         cute::warpgroup_arrive();
@@ -1078,10 +1183,10 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
           } else {
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-              const float2 to_block = decays.to_block[2 * j + w / 2];
-              const float from_block = decays.from_block[w % 2];
-              const float pair[2] = {scores(8 * j + 2 * w) * from_block * to_block.x,
-                                     scores(8 * j + 2 * w + 1) * from_block * to_block.y};
+              const float2 weight = decays.weight[2 * j + w / 2];
+              const float to_row = decays.to_rows[j] * decays.from_block[w % 2];
+              const float pair[2] = {scores(8 * j + 2 * w) * to_row * weight.x,
+                                     scores(8 * j + 2 * w + 1) * to_row * weight.y};
               masked_words(4 * j + w) = cuda::narrow_word<NativeElement>(pair);
             }
           }
@@ -1103,9 +1208,11 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         ring.advance();
         cute::warpgroup_wait<1>();
         cute::warpgroup_fence_operand(state);
+        groups.release(i, task.chunk_count);
         const float total = await_chunk(i + 1);
         if (kExtra == Extra::kept_states && thread == 0 && task.begins_stretch(i))
           cute::tma_store_wait<0>();  // the old one has gone out; the latest y as well, for which no other chunk waits
+        load_steps(i + 1);
         sync();
 #pragma unroll
         for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
@@ -1245,10 +1352,12 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
   if (threadIdx.x == 0) {
     for (const CUtensorMap* map : {&p.B, &p.x, &p.C, &p.y})
       cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(map));
-    for (int stage = 0; stage < stages_of<Policy, kStateOnly>; ++stage) {
-      shared.full[stage].init(1 + 2 * 32);  // the tiles, and the steps of each slice
-      shared.empty[stage].init(2 * kWarpgroup);
-    }
+    for (int stage = 0; stage < stages_of<Policy, kStateOnly>; ++stage)
+      shared.full[stage].init(1), shared.empty[stage].init(2 * kWarpgroup);
+    for (int group = 0; group < kRawGroups; ++group) shared.raw_full[group].init(1), shared.raw_empty[group].init(2);
+    for (int which = 0; which < 2; ++which)
+      for (int turn = 0; turn < 2; ++turn)
+        shared.steps_full[which][turn].init(32), shared.steps_empty[which][turn].init(kWarpgroup);
     for (int which = 0; which < 2; ++which)
       for (int slot = 0; slot < 2; ++slot) shared.z_full[which][slot].init(1), shared.z_empty[which][slot].init(1);
     shared.sums_full.init(1), shared.sums_empty.init(1);

@@ -43,6 +43,9 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   if (args.chunk_states) p.chunk_states = cuda::tma_map(chunk_states_of(args.chunk_states));
   const std::int64_t y_size = size_of(args.y.dtype);
   p.dt = step_view(args.dt);
+  const bool ordered =
+      !args.reverse && !args.cu_seqlens && plan.pairs_begin_even(d) && cuda::why_not_tma_steps("dt", args.dt).empty();
+  if (ordered) p.raw_steps = cuda::tma_map_steps(args.dt, fused::kStepsAtOnce * kFusedTile);
   p.A = head_view(args.A), p.dt_bias = head_view(args.dt_bias), p.D = head_view(args.D);
   p.initial_state = state_view(args.initial_state), p.final_state = state_view(args.final_state);
   p.packed_y = {static_cast<char*>(args.y.data), args.y.stride[1] * y_size, args.y.stride[2] * y_size};
@@ -78,7 +81,6 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     takers = std::min(items * segments + short_tasks, places);
     set_turns(turns_of(items * segments, short_tasks, places));
   };
-  const bool is_ordered = !p.reverse && !p.cu_seqlens;
   using fused::Extra;
   const auto launch_output = [&](bool early) {
     const cuda::LaunchShape shape{.blocks = takers * Policy::kSides,
@@ -92,9 +94,9 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     // Positions are rare, and y as halves goes to a norm that has the gate.
     const auto launch_with = [&]<Extra extra> {
       if constexpr (extra != Extra::positions && extra != Extra::scaled_y)
-        if (is_ordered && p.has_z) return launch_as.template operator()<extra>(OrderedParams<true>{p});
+        if (ordered && p.has_z) return launch_as.template operator()<extra>(OrderedParams<true>{p});
       if constexpr (extra != Extra::positions && !Policy::kGated)
-        if (is_ordered && !p.has_z) return launch_as.template operator()<extra>(OrderedParams<false>{p});
+        if (ordered && !p.has_z) return launch_as.template operator()<extra>(OrderedParams<false>{p});
       launch_as.template operator()<extra>(p);
     };
     if constexpr (Policy::kScalesOutput)
@@ -128,7 +130,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
                                   .shared_bytes = sizeof(fused::SharedStorage<OfBlock, true>),
                                   .early = p.beside};
     constexpr const char* kName = "ssd_scan_fused_kernel (states)";
-    if (is_ordered)
+    if (ordered)
       cuda::launch(kName, ssd_scan_fused_kernel<OfBlock, true, OrderedParams<false>>, shape, stream, OrderedParams<false>{p});
     else cuda::launch(kName, ssd_scan_fused_kernel<OfBlock, true, FusedParams>, shape, stream, p);
     p.beside = false;

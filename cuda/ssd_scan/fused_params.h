@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda.h>
 
@@ -52,6 +53,7 @@ struct FusedParams {
   CUtensorMap x, B, C, z, y;
   CUtensorMap chunk_states;  // [rows, headdim, nheads, dstate]
   CUtensorMap dy;            // where y is dz
+  CUtensorMap raw_steps;     // dt, of ordered calls
   StepView dt;
   HeadView A, dt_bias, D;
   StateView initial_state, final_state;
@@ -87,13 +89,16 @@ struct FusedParams {
   unsigned* parts_done;
 };
 
-// Those of a call whose sequences are rows of a batch, in order, with z or without, as most are. Kernels that take it for
-// granted have a fifth less code. H100, us, in one process: b8 l2048 h80 p64 n128 172 instead of 180, b1 l2048 43.7 instead
-// of 45.6, b1 l16384 223 instead of 228, b1 l8192 h8 33.4 instead of 35.4, h128 170 instead of 177, n256 378 instead of 394.
+// Those of a call whose sequences are rows of a batch, in order, with z or without, as most are, and whose dt the bulk copy
+// engine can move. Kernels that take it for granted have a fifth less code.
 template <bool kHasZ>
 struct OrderedParams : FusedParams {
+  static constexpr bool kOrdered = true;
   static constexpr const void* cu_seqlens = nullptr;
   static constexpr bool reverse = false, has_z = kHasZ;
 };
+
+template <class Params>
+inline constexpr bool is_ordered = requires { std::remove_cvref_t<Params>::kOrdered; };
 
 }  // namespace statescan::ssd_scan

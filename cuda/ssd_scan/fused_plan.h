@@ -25,6 +25,10 @@ struct FusedPlan {
   std::size_t decays_bytes, states_bytes;  // of the workspace
 
   constexpr std::int64_t long_segments() const { return segments - (short_chunks > 0); }
+  // Whether the two heads of every pair of slices are an even one and the next, or the same.
+  constexpr bool pairs_begin_even(const Dims& d) const {
+    return slices % 2 == 0 || (slices == 1 && (d.ngroups == 1 || d.nheads / d.ngroups % 2 == 0));
+  }
   constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + states_bytes : 0; }
 };
 
@@ -40,7 +44,7 @@ constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bo
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
   // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
   // it takes half as much of the memory.
-  constexpr double kStateChunk = 0.63, kLeastStateChunk = 0.38;
+  constexpr double kStateChunk = 0.58, kLeastStateChunk = 0.38;
   constexpr double kStateTask = 2.0, kOutputTask = 3.0, kLaunches = 6.0;
   // The kernel of the first chunks starts with cold caches, and the state pass after it.
   constexpr double kFirstTask = 5.0, kBeside = 2.0;
