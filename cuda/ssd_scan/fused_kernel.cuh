@@ -1220,8 +1220,10 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         // The next chunk's scores run beside the end of this one.
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(y);
+        const bool adds_x = p.D.data || kKeepsDiagonal;
+        if (!adds_x) shared.empty[stage].arrive();  // matmuls alone took from the stage, and have ended
         enter_chunk(i + 1, total);
-        if (p.D.data || kKeepsDiagonal) {
+        if (adds_x) {
           at.template each_pair<NativeElement>(tile_x, [&](int v, int column, const float* x_pair) {
             float2 D = load2(shared.D[which] + column);
             if constexpr (kKeepsDiagonal) D.x += lost[v / 2 % 2], D.y += lost[v / 2 % 2];
@@ -1270,9 +1272,9 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
 #pragma unroll
           for (int j = 0; j < kTile / 16; ++j) at.store<NativeElement>(tile_y, j, y);
         }
-        // Not as soon as all that this takes from the stage was asked for: an arrival overtakes loads, which may wait behind
-        // the stores of a whole state by the other consumer. What has gone into y has come.
-        shared.empty[stage].arrive();
+        // Not as soon as x was asked for: an arrival overtakes loads, which may wait behind the stores of a whole state by the
+        // other consumer. What has gone into y has come.
+        if (adds_x) shared.empty[stage].arrive();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(scores);
         cutlass::arch::fence_view_async_shared();
