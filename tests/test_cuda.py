@@ -275,6 +275,10 @@ def test_steps_of_any_layout(rng, dt_dtype, nheads, ngroups, headdim):
             got = statescan.ssd_scan(**(inputs | dict(dt=rows[..., first : first + nheads])), **options)
             for name, a, b in zip(("y", "final_state"), got, expected, strict=True):
                 assert_same_bits(gpu.get(a), gpu.get(b), f"{name}, dt from {first} on")
+        one = dt[:1, :1].expand(2, 330, nheads)
+        expanded, copied = (statescan.ssd_scan(**(inputs | dict(dt=v)), **options) for v in (one, one.contiguous()))
+        for name, a, b in zip(("y", "final_state"), expanded, copied, strict=True):
+            assert_same_bits(gpu.get(a), gpu.get(b), f"{name}, one dt for all tokens")
     assert statescan.plan("ssd_scan", **inputs).kernel == "fused_bfloat16"
     cases.SSD_SCAN.check(gpu, made | dict(dt=gpu.get(dt)), dt_softplus=True)
 

@@ -77,7 +77,11 @@ CUtensorMap tma_map(const Tensor& t, int tokens) {
   return map_of<4>(t, {kBoxElements, 1, static_cast<cuuint32_t>(tokens), 1}, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-std::string why_not_tma_steps(const char* name, const Tensor& t) { return why_not_map(name, t, 3); }
+std::string why_not_tma_steps(const char* name, const Tensor& t) {
+  for (int i = 0; t && i < 2; ++i)
+    if (t.shape[i] > 1 && t.stride[i] == 0) return std::string("needs ") + name + " not to be expanded";
+  return why_not_map(name, t, 3);
+}
 
 CUtensorMap tma_map_steps(const Tensor& t, int tokens) {
   const auto heads = static_cast<cuuint32_t>(kAlignment / size_of(t.dtype));

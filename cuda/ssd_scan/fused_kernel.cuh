@@ -65,7 +65,7 @@ struct alignas(16) Steps {
 
 // Chunks whose steps one warp finds at once, half of its lanes each. Two such groups are on their way to each consumer.
 inline constexpr int kStepsAtOnce = 2;
-// Groups of raw steps on their way by TMA, 16 bytes of each token: those of the slices' heads come first.
+// Groups of raw steps on their way by TMA, 16 bytes of each token: those that hold the slices' heads.
 inline constexpr int kRawGroups = 3, kRawBytes = 16 * kTile * kStepsAtOnce;
 
 // Chunks on their way. Where the state alone is wanted there is room for more.

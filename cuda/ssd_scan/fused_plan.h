@@ -37,7 +37,7 @@ struct FusedPlan {
 // the output, into as many pieces as fill the multiprocessors. The first chunks want no pass for states: where the pairs leave
 // multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Where segments of equal
 // length would leave a few multiprocessors without work, these take a short one of every sequence and pair, several in turn.
-// Costs are in units of one chunk through the whole kernel (H100: 2 us).
+// Costs are in units of one chunk through the whole kernel (H100: 1.8 us).
 constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
                                std::int64_t most_pieces = std::numeric_limits<std::int64_t>::max()) {
   const std::int64_t at_once = kMultiprocessors / sides_of(padded_dstate);  // tasks
