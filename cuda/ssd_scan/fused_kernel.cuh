@@ -604,7 +604,7 @@ struct Decays {
 
 // x^T of a chunk, as a thread's values of an accumulator.
 template <class Element>
-struct Columns {
+struct TransposedTile {
   std::uint32_t word[kTile / 4];
 
   __device__ void load(const char* tile, const Fragment& at) {
@@ -919,7 +919,7 @@ __device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& share
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(state);
       if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
-      Columns<NativeElement> x;
+      TransposedTile<NativeElement> x;
       x.load(shared.x[stage][which], at);
       float2 weight[kTile / 8];
 #pragma unroll
@@ -1061,12 +1061,9 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
       if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
       return total;
     };
-    // Takes the chunk in: the state is decayed to its end, the scores are on their way, and what comes of steps and x follows.
-    // After the last chunk the scores are of no use: behind a condition, ptxas would let no matmul overlap with anything. For
-    // positions x comes later, so that the loop spills nothing.
-    Decays decays;
-    Columns<NativeElement> x;
-    auto enter_chunk = [&](int i, float total) {
+    // Takes the chunk in: the state is decayed to its end, and the scores are on their way. After the last chunk these are of no
+    // use: behind a condition, ptxas would let no matmul overlap with anything.
+    auto enter_chunk = [&](float total) {
       const int stage = ring.stage;
       // Here, since a use of accumulators between matmuls in flight makes ptxas wait for all of them.
 #pragma unroll
@@ -1075,7 +1072,10 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
       cute::warpgroup_arrive();
       issue<true>(scores_mma, C_rows(_, _, _, stage), B_rows(_, _, _, stage), scores);
     };
-    auto load_steps = [&](int i) {
+    // What comes of steps and x. For positions x comes later, so that the loop spills nothing.
+    Decays decays;
+    TransposedTile<NativeElement> x;
+    auto load_chunk = [&](int i) {
       if (i >= walk_end) return;
       if constexpr (!kPositions) x.load(shared.x[ring.stage][which], at);
       decays.load(groups.of(i), at);
@@ -1132,8 +1132,8 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         leave_states(i);
         walk_end = min(walk_end, max(task.chunk_of(p, next_position), i + 1));
       }
-      enter_chunk(i, first_total);
-      load_steps(i);
+      enter_chunk(first_total);
+      load_chunk(i);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(scores);
       for (; i < walk_end; ++i) {
@@ -1212,7 +1212,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         const float total = await_chunk(i + 1);
         if (kExtra == Extra::kept_states && thread == 0 && task.begins_stretch(i))
           cute::tma_store_wait<0>();  // the old one has gone out; the latest y as well, for which no other chunk waits
-        load_steps(i + 1);
+        load_chunk(i + 1);
         sync();
 #pragma unroll
         for (int j = 0; j < kState / 16; ++j) at.store<NativeElement>(shared.state[which][0], j, state);
@@ -1222,7 +1222,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
         cute::warpgroup_fence_operand(y);
         const bool adds_x = p.D.data || kKeepsDiagonal;
         if (!adds_x) shared.empty[stage].arrive();  // matmuls alone took from the stage, and have ended
-        enter_chunk(i + 1, total);
+        enter_chunk(total);
         if (adds_x) {
           at.template each_pair<NativeElement>(tile_x, [&](int v, int column, const float* x_pair) {
             float2 D = load2(shared.D[which] + column);
@@ -1338,8 +1338,7 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
 
 }  // namespace fused
 
-// kStateOnly: what each segment adds to the state, and its decay; no C, no y. Params: FusedParams, or
-// OrderedParams.
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y. Params: FusedParams, or OrderedParams.
 template <class Policy, bool kStateOnly, class Params, fused::Extra kExtra = fused::Extra::nothing>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ Params p) {
   using namespace fused;
