@@ -288,7 +288,7 @@ def test_steps_of_any_layout(rng, dt_dtype, nheads, ngroups, headdim):
 @pytest.mark.parametrize(
     "nheads,seqlen,lengths",
     # many segments; a few, the first of which has a length of its own
-    ((4, 6000, None), (4, 6000, [5900]), (4, 6000, [3, 3600, 0, 2097, 200]), (100, 1500, None), (100, 1500, [1400])),
+    ((4, 6000, None), (4, 6000, [5900]), (4, 6000, [3, 3600, 0, 2097, 200]), (100, 2700, None), (100, 2700, [2600])),
     ids=str,
 )
 @pytest.mark.parametrize("dtype", ("float32", "float16", "bfloat16"))
@@ -307,6 +307,49 @@ def test_segments_of_few_long_sequences(rng, dtype, nheads, seqlen, lengths, rev
     assert statescan.plan("ssd_scan", **on_device, batch_invariant=True)[2:4] == (0, 0)
     for batch_invariant in (False, True):
         cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=batch_invariant)
+
+
+@needs_gpu
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        dict(nheads=80, seqlen=2000),  # three segments
+        dict(nheads=24, seqlen=1000),  # six
+        dict(nheads=9, ngroups=3, seqlen=500),  # the most; a third head of a group leaves a half of some blocks without work
+        dict(nheads=5, ngroups=1, seqlen=129),
+        dict(nheads=40, seqlen=65, batch=3),
+        dict(nheads=6, headdim=80, seqlen=300, batch=2),
+        dict(nheads=12, dstate=128, seqlen=700, D="per channel"),
+        dict(nheads=12, dstate=64, seqlen=256, omit=("z", "initial_state", "D")),
+        dict(nheads=12, dstate=104, seqlen=320, state_dtype=None),
+        dict(nheads=10, seqlen=900, lengths=[0, 300, 1, 64, 0, 65, 400, 70]),
+        dict(nheads=70, seqlen=640, lengths=[640]),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_segments_that_are_walked_to(rng, dtype, sizes, reverse):
+    """A block finds the state before its segment itself, and leaves nothing for others in memory."""
+    sizes = dict(batch=1, ngroups=2, headdim=24, dstate=32) | sizes
+    lengths, D = sizes.pop("lengths", None), sizes.pop("D", None)
+    if "state_dtype" in sizes:
+        sizes["state_dtype"] = dtype
+    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if D:
+        inputs["D"] = rng.standard_normal(inputs["x"].shape[2:]).astype(np.float32)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    gpu = DEVICES[1]
+    on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
+    kernel, workspace, segment_tokens = statescan.plan("ssd_scan", **on_device)[1:4]
+    assert kernel == f"fused_{dtype}" and workspace == 0 and 0 < segment_tokens < sizes["seqlen"]
+    got = cases.SSD_SCAN.check(gpu, inputs, **options)
+    for name, value in cases.SSD_SCAN.run(gpu, inputs, **options).items():
+        assert_same_bits(value, got[name], name)
+    assert statescan.plan("ssd_scan", **on_device, batch_invariant=True).segment_tokens == 0
+    cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=True)
 
 
 @needs_gpu

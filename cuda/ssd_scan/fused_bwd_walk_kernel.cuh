@@ -283,7 +283,7 @@ __device__ void walk(const FusedBackwardParams& p, WalkStorage<Policy>& shared, 
     };
 #pragma unroll
     for (int v = 0; v < kValues; ++v) state(v) = 0.0f;
-    if (const StateView& from = task.backward ? p.dfinal_state : p.initial_state; from.data) load_state(state, slice_of(from));
+    if (const StateView& from = task.backward ? p.dfinal_state : p.initial_state; from.data) add_state(state, slice_of(from), 1.0f);
 
     const CUtensorMap& kept = task.backward ? p.adjoints : p.states;
     const bool in_dx = task.backward && p.adjoints_in_dx;

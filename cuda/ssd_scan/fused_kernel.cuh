@@ -13,6 +13,9 @@
 //          brings them too, where they lie as it wants them. With more than 128 states two blocks, a cluster, take a task, each
 //          for a side of them: as states do not mix, each finds y from its own, hands that of one slice to the other block and
 //          adds up that of the other
+//          A segment's state comes from memory, where launches before this one left it, or its block walks over all chunks
+//          before it, which take a bit more than a third of what their output does. At H80, with 132 blocks at it, that is 0.6 us
+//          a chunk, which L2 and memory set: 0.46 where nothing is loaded
 // Numerics float32 sums; scores, state and weighted x rounded to the element type as matrix operands; fixed order. y as the
 //          element type or, for the norm of a Mamba-2 block, as halves with shared exponents
 // Gate     in the backward of a call with z the same pass leaves dz = dy y silu'(z), y as it is before the gate: it reads dy
@@ -60,7 +63,7 @@ struct alignas(16) Steps {
   float enter[kTile];       // decay from the chunk's start through token i
   // Decay from the end of a block, its column, to the first token of a later one, its row. The last row: to the chunk's end.
   float after_block[kBlocks + 1][kBlocks];
-  float total, unused[3];  // decay through the chunk
+  float total, unused[3];  // decay through the chunk; where the state alone is wanted, from its start to the segment's end
 };
 
 // Chunks whose steps one warp finds at once, half of its lanes each. Two such groups are on their way to each consumer.
@@ -175,6 +178,8 @@ struct Task {
     const int last = min(chunks, p.chunk_limit);
     chunk_begin = min(p.first_chunk + (is_short ? 0 : p.short_chunks + segment * p.chunks_per_segment), last);
     chunk_count = min(is_short ? p.short_chunks : p.chunks_per_segment, last - chunk_begin);
+    if constexpr (does_walk<decltype(p)>)
+      chunk_begin = min(p.cuts[segment], chunks), chunk_count = min(p.cuts[segment + 1], chunks) - chunk_begin;
     if (tasks.parts() > 1) {
       const int of_part = (chunk_count + tasks.parts() - 1) / tasks.parts(), before = min(tasks.part() * of_part, chunk_count);
       chunk_begin += before;
@@ -194,6 +199,13 @@ struct Task {
   __device__ int start_of(const auto& p, int i) const {
     const int chunk = chunk_begin + (kBackwards ? chunk_count - 1 - i : i);
     return (p.reverse ? chunks - 1 - chunk : chunk) * kTile;
+  }
+
+  // All chunks of the sequence before these.
+  __device__ Task before() const {
+    Task other = *this;
+    other.chunk_begin = 0, other.chunk_count = chunk_begin;
+    return other;
   }
 
   __device__ bool begins_stretch(int i) const { return (chunk_begin + i) % kChunksOfStretch == 0; }
@@ -264,13 +276,16 @@ __device__ int first_raw_head(const auto& p, const Task& task) {
 }
 
 // One thread: B, C and x into the ring, and the raw steps. An absent slice is counted as loaded and left alone.
-template <class Policy, bool kStateOnly>
-__device__ void load_chunks(const auto& p, SharedStorage<Policy, kStateOnly>& shared) {
-  constexpr int kTilesOfBC = Policy::kState / kTile;
-  Ring<stages_of<Policy, kStateOnly>> ring;
+template <class Storage>
+struct Loader {
+  Storage& shared;
+  Ring<Storage::kStages> ring;
   Ring<kRawGroups> raw_ring;
-  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
-    const Task task(p, tasks);
+
+  // kStateOnly: without C, against the order of the scan.
+  template <bool kStateOnly>
+  __device__ void load(const auto& p, const Task& task) {
+    constexpr int kTilesOfBC = Storage::kTilesOfBC;
     const int slices = task.has_slice(p, 1) ? 2 : 1;
     const auto load_steps = [&](int i) {  // of the group that begins with the i-th chunk
       if (i >= task.chunk_count) return;
@@ -293,13 +308,23 @@ __device__ void load_chunks(const auto& p, SharedStorage<Policy, kStateOnly>& sh
       full.arrive_and_expect_tx(kTileBytes * ((kStateOnly ? 1 : 2) * kTilesOfBC + slices));
 #pragma unroll
       for (int k = 0; k < kTilesOfBC; ++k) {
-        const int first_state = task.side * Policy::kState + k * kTile;
+        const int first_state = (task.side * kTilesOfBC + k) * kTile;
         load_tile(p.B, full, shared.B[stage][k], first_state, task.group, token, task.batch);
         if constexpr (!kStateOnly) load_tile(p.C, full, shared.C[stage][k], first_state, task.group, token, task.batch);
       }
       for (int which = 0; which < slices; ++which)
         load_tile(p.x, full, shared.x[stage][which], task.channel_of(p, which), task.head_of(p, which), token, task.batch);
     }
+  }
+};
+
+template <class Policy, bool kStateOnly>
+__device__ void load_chunks(const auto& p, SharedStorage<Policy, kStateOnly>& shared) {
+  Loader<SharedStorage<Policy, kStateOnly>> loader{shared};
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
+    const Task task(p, tasks);
+    if constexpr (does_walk<decltype(p)>) loader.template load<true>(p, task.before());
+    loader.template load<kStateOnly>(p, task);
   }
 }
 
@@ -329,18 +354,22 @@ __device__ void load_gates(const auto& p, SharedStorage<Policy, kStateOnly>& sha
 
 // One warp per slice: discretises the steps of a group of chunks and sums them up in the order of the scan. Of each block of its
 // chunk a lane has one token, as the scan meets them.
-template <class Policy, bool kStateOnly>
-__device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
-  constexpr float kLog2e = 1.4426950408889634f;
-  constexpr bool kByTma = is_ordered<decltype(p)>;
-  constexpr int kLanes = 32 / kStepsAtOnce, kBlocks = Steps::kBlocks;
-  static_assert(kLanes * kBlocks == kTile);
-  const int lane = threadIdx.x % 32, of_chunk = lane / kLanes, of_block = lane % kLanes;
-  const auto place_of = [&](int k) { return p.reverse ? kTile - 1 - kLanes * k - of_block : kLanes * k + of_block; };
+template <class Storage>
+struct StepsMaker {
+  Storage& shared;
+  int which;
   Ring<2> ring;
   Ring<kRawGroups> raw_ring;
-  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
-    const Task task(p, tasks);
+
+  // Returns the log decay through the task's chunks, to base 2, where the state alone is wanted.
+  template <bool kStateOnly>
+  __device__ float make(const auto& p, const Task& task) {
+    constexpr float kLog2e = 1.4426950408889634f;
+    constexpr bool kByTma = is_ordered<decltype(p)>;
+    constexpr int kLanes = 32 / kStepsAtOnce, kBlocks = Steps::kBlocks;
+    static_assert(kLanes * kBlocks == kTile);
+    const int lane = threadIdx.x % 32, of_chunk = lane / kLanes, of_block = lane % kLanes;
+    const auto place_of = [&](int k) { return p.reverse ? kTile - 1 - kLanes * k - of_block : kLanes * k + of_block; };
     const auto give_back_raw = [&] {
       __syncwarp();
       if (lane == 0) shared.raw_empty[raw_ring.stage].arrive();
@@ -351,7 +380,7 @@ __device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& 
         shared.raw_full[raw_ring.stage].wait(raw_ring.parity);
         give_back_raw();
       }
-      continue;
+      return 0.0f;
     }
     const int head = task.head_of(p, which);
     const float A = *reinterpret_cast<const float*>(p.A.data + head * p.A.head);
@@ -425,6 +454,7 @@ __device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& 
         const float own_end = of_chunk == 0 ? end : next_end;
 #pragma unroll
         for (int k = 0; k < kBlocks; ++k) steps.weight[place_of(k)] = step[k] * fast_exp2(own_end - log_decay[k]);
+        if (of_block == 0) steps.total = fast_exp2(own_end);
         after = first + 1 < task.chunk_count ? next_end : end;
       } else {
         float block_begin[kBlocks];
@@ -448,8 +478,20 @@ __device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& 
       shared.steps_full[which][ring.stage].arrive();
       ring.advance();
     }
-    if (kStateOnly && lane == 0 && task.channel_of(p, which) == 0)
-      piece_decay(p, task, piece_of(p, task), head) = after / kLog2e;
+    return after;
+  }
+};
+
+template <class Policy, bool kStateOnly>
+__device__ void prepare_steps(const auto& p, SharedStorage<Policy, kStateOnly>& shared, int which) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  StepsMaker<SharedStorage<Policy, kStateOnly>> maker{shared, which};
+  for (TasksOfBlock tasks(p, sides_of_task<Policy, kStateOnly>(p)); tasks.next();) {
+    const Task task(p, tasks);
+    if constexpr (does_walk<decltype(p)>) maker.template make<true>(p, task.before());
+    const float log_decay = maker.template make<kStateOnly>(p, task);
+    if (kStateOnly && threadIdx.x % 32 == 0 && task.has_slice(p, which) && task.channel_of(p, which) == 0)
+      piece_decay(p, task, piece_of(p, task), task.head_of(p, which)) = log_decay / kLog2e;
   }
 }
 
@@ -742,14 +784,14 @@ struct SliceOfState {
   __device__ char* pair(int k) const { return first + k % 2 * 8 * view.row + k / 2 * 8 * view.column; }
   __device__ int left(int k) const { return k % 2 * 8 < rows ? columns - k / 2 * 8 : 0; }
 
-  // state = decay state + this
+  // state += decay this
   template <bool kPairs, class State>
   __device__ void add_to(State& state, float decay) const {
 #pragma unroll
     for (int k = 0; k < kState / 4; ++k) {
       const float2 v = load_pair<kPairs>(pair(k), view, left(k));
-      state(2 * k) = fmaf(decay, state(2 * k), v.x);
-      state(2 * k + 1) = fmaf(decay, state(2 * k + 1), v.y);
+      state(2 * k) = fmaf(decay, v.x, state(2 * k));
+      state(2 * k + 1) = fmaf(decay, v.y, state(2 * k + 1));
     }
   }
 
@@ -778,9 +820,9 @@ struct SliceOfState {
 
 // The caller's states may lie anyhow.
 template <int kState, class State>
-__device__ void load_state(State& state, const SliceOfState<kState>& slice) {
-  if (slice.view.pairs) slice.template add_to<true>(state, 0.0f);
-  else slice.template add_to<false>(state, 0.0f);
+__device__ void add_state(State& state, const SliceOfState<kState>& slice, float decay) {
+  if (slice.view.pairs) slice.template add_to<true>(state, decay);
+  else slice.template add_to<false>(state, decay);
 }
 
 template <int kState, class State>
@@ -881,23 +923,65 @@ class StepsOfConsumer {
   Ring<2> ring_;
 };
 
-// What a segment adds to the state of a slice. Its chunks come against the order of the scan, so that each token's weight
-// reaches to the segment's end and the sums need no decay in between: nothing waits for a matmul but its own registers.
-template <class Policy>
-__device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& shared, int which) {
+// What the chunks of a task add to the state of a slice, and their decay. They come against the order of the scan, so that each
+// token's weight reaches to the last one's end and the sums need no decay in between: nothing waits for a matmul but its own
+// registers.
+template <class Policy, class Storage, class Columns, class State>
+__device__ float add_up_chunks(const auto& p, Storage& shared, const Task& task, int which, const Fragment& at,
+                               Ring<Storage::kStages>& ring, StepsOfConsumer<Storage>& groups, const Columns& B_columns,
+                               State& state) {
   using M = Matmuls<Policy>;
   using NativeElement = typename cuda::ElementOf<Policy::kDType>::type;
+  typename M::Update update_mma;
+  auto weighted = cute::make_tensor<typename M::Element>(cute::partition_shape_A(update_mma, cute::Shape<_64, _64>{}));
+  auto weighted_words = cute::recast<std::uint32_t>(weighted);
+  constexpr auto _ = cute::_;
+  float decay = 1.0f;
+#pragma unroll
+  for (int v = 0; v < Policy::kState / 2; ++v) state(v) = 0.0f;
+  for (int i = 0; i < task.chunk_count; ++i) {
+    const int stage = ring.stage;
+    const int valid = min(task.length - task.template start_of<true>(p, i), kTile);
+    const Steps& steps = groups.await(i);
+    shared.full[stage].wait(ring.parity);
+    if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, threadIdx.x % kWarpgroup);
+    // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand
+    // to what comes after its matmul, waited for or not.
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(state);
+    if (i > 0) shared.empty[stage == 0 ? Storage::kStages - 1 : stage - 1].arrive();
+    TransposedTile<NativeElement> x;
+    x.load(shared.x[stage][which], at);
+    float2 weight[kTile / 8];
+#pragma unroll
+    for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
+    decay = steps.total;
+#pragma unroll
+    for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k, weight[k / 2]);
+    cute::warpgroup_fence_operand(weighted);
+    cute::warpgroup_fence_operand(state);
+    cute::warpgroup_arrive();
+    issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
+    groups.release(i, task.chunk_count);
+    ring.advance();
+  }
+  cute::warpgroup_wait<0>();
+  cute::warpgroup_fence_operand(state);
+  if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? Storage::kStages - 1 : ring.stage - 1].arrive();
+  return decay;
+}
+
+// The state pass: what each segment adds to the state of a slice.
+template <class Policy>
+__device__ void add_up_segments(const auto& p, SharedStorage<Policy, true>& shared, int which) {
+  using M = Matmuls<Policy>;
   constexpr int kState = Policy::kState, kStages = stages_of<Policy, true>, kStateValues = kState / 2;
   const int thread = threadIdx.x % kWarpgroup;
   const Fragment at(thread);
   typename M::Update update_mma;
   auto state = cute::partition_fragment_C(update_mma, cute::Shape<_64, cute::Int<kState>>{});
-  auto weighted = cute::make_tensor<typename M::Element>(cute::partition_shape_A(update_mma, cute::Shape<_64, _64>{}));
-  auto weighted_words = cute::recast<std::uint32_t>(weighted);
   const auto B_columns = update_mma.get_thread_slice(thread).partition_fragment_B(
       M::tensor(shared.B, typename M::template Columns<kState, kStages>{}));
-  constexpr auto _ = cute::_;
-
   Ring<kStages> ring;
   StepsOfConsumer groups(shared, which);
   for (TasksOfBlock tasks(p, sides_of_task<Policy, true>(p)); tasks.next();) {
@@ -906,37 +990,7 @@ __device__ void add_up_segment(const auto& p, SharedStorage<Policy, true>& share
       keep_up(shared, ring, task.chunk_count);
       continue;
     }
-#pragma unroll
-    for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
-    for (int i = 0; i < task.chunk_count; ++i) {
-      const int stage = ring.stage;
-      const int valid = min(task.length - task.template start_of<true>(p, i), kTile);
-      const Steps& steps = groups.await(i);
-      shared.full[stage].wait(ring.parity);
-      if (p.cu_seqlens && valid < kTile) clear_foreign_rows<Policy>(shared, stage, which, valid, thread);
-      // For the chunk before: its operands are free. Before anything is loaded, since ptxas gives the registers of an operand
-      // to what comes after its matmul, waited for or not.
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(state);
-      if (i > 0) shared.empty[stage == 0 ? kStages - 1 : stage - 1].arrive();
-      TransposedTile<NativeElement> x;
-      x.load(shared.x[stage][which], at);
-      float2 weight[kTile / 8];
-#pragma unroll
-      for (int k = 0; k < kTile / 8; ++k) weight[k] = load2(steps.weight + 8 * k + at.column);
-#pragma unroll
-      for (int k = 0; k < kTile / 4; ++k) weighted_words(k) = x.weighted(k, weight[k / 2]);
-      cute::warpgroup_fence_operand(weighted);
-      cute::warpgroup_fence_operand(state);
-      cute::warpgroup_arrive();
-      issue<false>(update_mma, weighted, B_columns(_, _, _, stage), state);
-      groups.release(i, task.chunk_count);
-      ring.advance();
-    }
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(state);
-    if (task.chunk_count > 0) shared.empty[ring.stage == 0 ? kStages - 1 : ring.stage - 1].arrive();
-
+    add_up_chunks<Policy>(p, shared, task, which, at, ring, groups, B_columns, state);
     store_values<kStateValues>(piece_state(p, task, piece_of(p, task), which, kStateValues, thread), state);
   }
 }
@@ -995,6 +1049,21 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
   Ring<Policy::kGated ? 1 : 2> slots;
   Ring<1> sums;         // that one block of a cluster hands to the other
   bool stored = false;  // a chunk before this one, in the other slot
+  if constexpr (does_walk<decltype(p)>) {  // of its one task; ahead of the loop, whose registers it leaves alone
+    TasksOfBlock tasks(p, Policy::kSides);
+    tasks.next();
+    const Task task(p, tasks);
+    if (task.has_slice(p, which)) {
+      const float decay = add_up_chunks<Policy>(p, shared, task.before(), which, at, ring, groups, B_columns, state);
+      if (p.initial_state.data)
+        add_state(state,
+                  SliceOfState<kState>(p, p.initial_state, task.sequence, task.head_of(p, which), task.channel_of(p, which), at,
+                                       0, task.side * kState),
+                  decay);
+    } else {
+      keep_up(shared, ring, task.chunk_begin);
+    }
+  }
   for (TasksOfBlock tasks(p, Policy::kSides); tasks.next();) {
     const Task task(p, tasks);
     if (!task.has_slice(p, which)) {
@@ -1011,12 +1080,14 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
     const int of_segments = task.segment < 0 ? 0 : task.segment * p.pieces_per_segment + (p.short_chunks > 0);
     const int pieces_end = p.piece_states && !p.beside ? of_segments + all_before : 0;
     if (pieces_end > 0) cuda::wait_for_earlier_kernels();
+    if constexpr (!does_walk<decltype(p)>) {
 #pragma unroll
-    for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
-    if (tasks.part() > 0) {
-      receive_state<kStateValues>(state, p, tasks, which, thread);
-    } else if (p.initial_state.data && !all_before) {
-      load_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at, 0, first_state));
+      for (int v = 0; v < kStateValues; ++v) state(v) = 0.0f;
+      if (tasks.part() > 0) {
+        receive_state<kStateValues>(state, p, tasks, which, thread);
+      } else if (p.initial_state.data && !all_before) {
+        add_state(state, SliceOfState<kState>(p, p.initial_state, task.sequence, head, channel, at, 0, first_state), 1.0f);
+      }
     }
     for (int piece = p.pieces_combined ? pieces_end - 1 : 0; piece < pieces_end; ++piece) {
       const float decay = p.pieces_combined || (all_before && piece == 0) ? 0.0f : expf(piece_decay(p, task, piece, head));
@@ -1338,7 +1409,8 @@ __device__ void compute_output(const auto& p, SharedStorage<Policy, false>& shar
 
 }  // namespace fused
 
-// kStateOnly: what each segment adds to the state, and its decay; no C, no y. Params: FusedParams, or OrderedParams.
+// kStateOnly: what each segment adds to the state, and its decay; no C, no y. Params: FusedParams, or OrderedParams, or
+// WalkingParams of these.
 template <class Policy, bool kStateOnly, class Params, fused::Extra kExtra = fused::Extra::nothing>
 __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(const __grid_constant__ Params p) {
   using namespace fused;
@@ -1384,7 +1456,7 @@ __global__ void __launch_bounds__(Policy::kThreads, 1) ssd_scan_fused_kernel(con
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Policy::kConsumerRegisters + kSpared / 2>();
-    if constexpr (kStateOnly) add_up_segment<Policy>(p, shared, warpgroup);
+    if constexpr (kStateOnly) add_up_segments<Policy>(p, shared, warpgroup);
     else compute_output<Policy, kExtra>(p, shared, warpgroup);
   }
   if constexpr (kCluster) {  // the other block may still arrive here

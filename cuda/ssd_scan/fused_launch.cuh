@@ -89,6 +89,13 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
                                   .cluster = Policy::kSides,
                                   .early = early};
     const auto launch_as = [&]<Extra extra, class Params>(const Params& params) {
+      if constexpr (Policy::kCanWalk)
+        if (plan.walks) {
+          WalkingParams<Params> walking{params, {}};
+          std::copy(std::begin(plan.cuts), std::end(plan.cuts), walking.cuts);
+          return cuda::launch("ssd_scan_fused_kernel (walking)",
+                              ssd_scan_fused_kernel<Policy, false, WalkingParams<Params>, extra>, shape, stream, walking);
+        }
       cuda::launch("ssd_scan_fused_kernel", ssd_scan_fused_kernel<Policy, false, Params, extra>, shape, stream, params);
     };
     // Positions are rare, and y as halves goes to a norm that has the gate.
@@ -109,7 +116,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
   };
 
   const std::int64_t first = plan.first_chunks;
-  if (plan.segments > 1) {
+  if (plan.has_pieces()) {
     p.piece_decays = reinterpret_cast<float*>(workspace);
     p.piece_states = reinterpret_cast<float*>(workspace + plan.decays_bytes);
     p.pieces = static_cast<int>(plan.pieces), p.pieces_per_segment = static_cast<int>(plan.pieces_per_segment);
@@ -144,8 +151,10 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     }
   }
 
-  cut(first, plan.short_chunks, plan.long_segments(), plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), at_once);
-  set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), at_once));
+  // A block that walks takes one task, be it after others on a device with fewer multiprocessors than planned for.
+  const std::int64_t places = plan.walks ? plan.pairs * d.num_sequences * plan.segments : at_once;
+  cut(first, plan.short_chunks, plan.long_segments(), plan.chunks_per_segment, divide_up(d.seqlen, kFusedTile), places);
+  set_turns(fused_turns(d, plan, static_cast<bool>(args.cu_seqlens), places));
   if (p.turns.parts > 1) {
     const PartBytes bytes(p.turns, Policy::kSides * Policy::kState);
     char* parts = entries + aligned(entry_bytes(args, d, true));
@@ -153,7 +162,7 @@ void launch_fused(const Args& args, const Dims& d, const FusedPlan& plan, std::u
     cuda::check(cudaMemsetAsync(p.parts_done, 0, bytes.counts, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
 
-  launch_output(plan.segments > 1);
+  launch_output(plan.has_pieces());
   if (args.state_positions && !entries_in_place(args, true)) launch_position_states(args, d, entries, 1, stream);
   if (args.cu_seqlens)
     cuda::launch("clear_tail_kernel", fused::clear_tail_kernel<typename cuda::ElementOf<Policy::kDType>::type>, {64, 256},

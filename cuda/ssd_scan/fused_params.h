@@ -47,6 +47,9 @@ struct Turns {
   unsigned whole = 0, left = 0, parts = 1, singles = 0, tasks = 0;
 };
 
+// Segments of a sequence whose blocks walk to them.
+inline constexpr int kMostWalks = 8;
+
 // A task is one pair of slices of a group in one segment of one sequence. Pairs vary fastest: neighbouring blocks share B and C
 // in L2. Short segments come after the others.
 struct FusedParams {
@@ -100,5 +103,15 @@ struct OrderedParams : FusedParams {
 
 template <class Params>
 inline constexpr bool is_ordered = requires { std::remove_cvref_t<Params>::kOrdered; };
+
+// Those of a launch where each block walks over the chunks before its segment itself, for the state that enters it.
+template <class Params>
+struct WalkingParams : Params {
+  static constexpr bool kWalks = true;
+  int cuts[kMostWalks + 1];  // where the segments begin and, at last, end, in chunks
+};
+
+template <class Params>
+inline constexpr bool does_walk = requires { std::remove_cvref_t<Params>::kWalks; };
 
 }  // namespace statescan::ssd_scan

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 
 #include "fused_params.h"
@@ -21,6 +22,8 @@ struct FusedPlan {
   std::int64_t short_chunks;                    // of the short segment, which comes before the others; or 0
   std::int64_t pieces, pieces_per_segment, chunks_per_piece;  // of a sequence: those of the state pass, and one for its first
                                                               // chunks or, combined, for the state before its last segment
+  bool walks;                              // blocks find the states that enter their segments themselves, without pieces
+  int cuts[kMostWalks + 1];                // of these segments, in chunks: the earlier, the longer
   bool combines;                           // the pieces, by a kernel of its own; a few the output pass combines itself
   std::size_t decays_bytes, states_bytes;  // of the workspace
 
@@ -29,7 +32,37 @@ struct FusedPlan {
   constexpr bool pairs_begin_even(const Dims& d) const {
     return slices % 2 == 0 || (slices == 1 && (d.ngroups == 1 || d.nheads / d.ngroups % 2 == 0));
   }
-  constexpr std::size_t workspace_bytes() const { return segments > 1 ? decays_bytes + states_bytes : 0; }
+  constexpr bool has_pieces() const { return segments > 1 && !walks; }
+  constexpr std::size_t workspace_bytes() const { return has_pieces() ? decays_bytes + states_bytes : 0; }
+};
+
+// A sequence in segments whose blocks walk to them: each as long as takes the same time with its walk.
+struct Walks {
+  int segments = 0;
+  double time = 0.0;  // in units of a chunk of output
+  int cuts[kMostWalks + 1] = {};
+
+  constexpr Walks(int chunks, int most_segments) {
+    constexpr int kParts = 16;  // of a unit
+    int too_short = 0, enough = chunks * kParts;
+    while (enough - too_short > 1) {
+      const int middle = (too_short + enough) / 2;
+      (cut(chunks, most_segments, static_cast<double>(middle) / kParts) ? enough : too_short) = middle;
+    }
+    time = static_cast<double>(enough) / kParts;
+    cut(chunks, most_segments, time);
+  }
+
+ private:
+  // Whether so many segments have the time.
+  constexpr bool cut(int chunks, int most_segments, double within) {
+    constexpr double kChunk = 0.38, kStart = -0.6;  // of a walk; an output's first chunk comes later, for it wants C too
+    int end = 0;
+    segments = 0;
+    for (double left = within; left >= 1.0 && segments < most_segments && end < chunks; left = within - kStart - end * kChunk)
+      end = std::min(end + static_cast<int>(left), chunks), cuts[++segments] = end;
+    return end == chunks;
+  }
 };
 
 // Splitting a sequence pays when the pairs of slices leave multiprocessors without work. It costs a pass over x and B for the
@@ -37,9 +70,12 @@ struct FusedPlan {
 // the output, into as many pieces as fill the multiprocessors. The first chunks want no pass for states: where the pairs leave
 // multiprocessors free, their output is found beside it, by a kernel of its own that takes as long. Where segments of equal
 // length would leave a few multiprocessors without work, these take a short one of every sequence and pair, several in turn.
+// For short sequences all that takes too long to begin. Their segments are one launch, where each block walks over the chunks
+// before its own itself: that takes two fifths of the time of their output, and no memory.
+// can_walk: kernels and tensors are such that blocks may.
 // Costs are in units of one chunk through the whole kernel (H100: 1.8 us).
 constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
-                               std::int64_t most_pieces = std::numeric_limits<std::int64_t>::max()) {
+                               std::int64_t most_pieces = std::numeric_limits<std::int64_t>::max(), bool can_walk = false) {
   const std::int64_t at_once = kMultiprocessors / sides_of(padded_dstate);  // tasks
   constexpr std::int64_t kFewPieces = 8, kMostPiecesPerSegment = 8, kMostSegments = 64, kMostRounds = 2;
   // A chunk of the state pass where all multiprocessors are at it, and where the memory is not what it waits for. Output beside
@@ -123,6 +159,21 @@ constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bo
             (static_cast<double>(chunks) + 1 + kFirstTask - kBeside - kStateTask) / (of_lengths + state_chunk)})
         for (std::int64_t more = 0; more <= 2; ++more) consider(static_cast<std::int64_t>(length) + more);
     }
+  // In a call this short, what comes before and after the chunks matters, which above is left out of a single launch; these are
+  // fitted to calls of 128 to 2048 tokens. Packed sequences may be much longer than on average, and the last segment with them.
+  constexpr std::int64_t kMostWalked = 40;
+  constexpr double kUnitAlone = 1.17, kStartAlone = 0.8, kUnit = 1.1, kStart = 6.5;
+  const std::int64_t most_walks = sides_of(padded_dstate) == 1 ? std::min<std::int64_t>(at_once / items, kMostWalks) : 1;
+  if (can_walk && !batch_invariant && most_walks > 1 && chunks > 1 && chunks <= kMostWalked && !(packed && plan.segments > 1)) {
+    const Walks walks(static_cast<int>(chunks), static_cast<int>(most_walks));
+    const double time = plan.segments > 1 ? kUnit * walks.time + kStart : kUnitAlone * walks.time + kStartAlone;
+    if (walks.segments > 1 && time < least) {
+      plan.walks = true, plan.segments = walks.segments, plan.first_chunks = plan.short_chunks = 0;
+      std::copy(std::begin(walks.cuts), std::end(walks.cuts), plan.cuts);
+      plan.cuts[walks.segments] = static_cast<int>(longest);
+      plan.chunks_per_segment = plan.cuts[1], plan.pieces_per_segment = 1;
+    }
+  }
   plan.chunks_per_piece = divide_up(plan.chunks_per_segment, plan.pieces_per_segment);
   plan.pieces = (plan.long_segments() - 1) * plan.pieces_per_segment + (plan.short_chunks > 0) + 1;
   plan.combines = plan.pieces > kFewPieces;

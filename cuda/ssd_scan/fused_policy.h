@@ -27,6 +27,7 @@ struct FusedPolicy {
   // What rounding takes from a token's own score goes the way of D, to its x. The more states, the less of y is D x itself, and
   // with 256 y was 1.42 roundings of the exact result off, 1.25 with this (emulated, headdim 40 to 64); the gate is 1.5.
   static constexpr bool kKeepsDiagonal = kSides > 1;
+  static constexpr bool kCanWalk = kSides == 1 && !gated;  // blocks to their segments, in kernels of their own
   // Between stretches, and at positions: rare, for all dstate from 128 down.
   static constexpr bool kKeepsStates = padded_dstate >= kMostStatesOfBlock && !gated;
   static constexpr bool kLeavesStates = kKeepsStates && kSides == 1;

@@ -43,10 +43,11 @@ int padded_dstate(const Args& args, const Dims& dims) {
 }
 
 FusedPlan fused_plan_of(const Args& args, const Dims& dims) {
-  FusedPlan plan = fused_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant);
   // Where the final state takes the place of the initial one, nothing may read that beside the output pass.
-  if (plan.segments > 1 && plan.first_chunks == 0 && args.initial_state && args.initial_state.data == args.final_state.data)
-    plan.combines = true;
+  const bool in_place = args.initial_state && args.initial_state.data == args.final_state.data;
+  FusedPlan plan = fused_plan(dims, padded_dstate(args, dims), static_cast<bool>(args.cu_seqlens), args.batch_invariant,
+                              std::numeric_limits<std::int64_t>::max(), !in_place);
+  if (plan.has_pieces() && plan.first_chunks == 0 && in_place) plan.combines = true;
   return plan;
 }
 

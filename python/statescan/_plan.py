@@ -23,8 +23,8 @@ BACKWARD_OPS = tuple(f"{op}_backward" for op in OPS if not op.endswith("_update"
 
 class Plan(NamedTuple):
     """The backend ("cpu" or "cuda"), the kernel (a row of the op's table) and the scratch memory of a call. On a GPU, where few
-    sequences and heads would not fill it, sequences are cut into segments of segment_tokens, the first and the last apart,
-    which changes how results round; 0: not cut, as always with batch_invariant. reads_kept_states: of ssd_scan_backward, whether
+    sequences and heads would not fill it, sequences are cut into segments, of segment_tokens but for the first and the last,
+    or of fewer the later they are, which changes how results round; 0: not cut, as always with batch_invariant. reads_kept_states: of ssd_scan_backward, whether
     it reads the chunk_states that a forward with save_states returns, or makes them again all the same.
     """
 

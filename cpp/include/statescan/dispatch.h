@@ -22,8 +22,9 @@ struct Plan {
   const char* backend = "";  // "cpu" or "cuda"
   const char* kernel = "";   // the row's name, e.g. "avx512" or "tma_bf16"
   std::size_t workspace_bytes = 0;
-  // Sequences are cut into segments of so many tokens, the first and the last apart, and the segments computed side by side,
-  // which few sequences and heads need to fill a device, and which batch_invariant forbids; 0: not cut.
+  // Sequences are cut into segments of so many tokens but for the first and the last, or of fewer the later they are, and the
+  // segments computed side by side, which few sequences and heads need to fill a device, and which batch_invariant forbids; 0:
+  // not cut.
   std::int64_t segment_tokens = 0;
   // Of a backward: it reads what the forward can keep for it (ssd_scan's chunk_states), which is worth keeping then.
   bool reads_kept_states = false;
