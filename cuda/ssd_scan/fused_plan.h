@@ -72,7 +72,7 @@ struct Walks {
 // length would leave a few multiprocessors without work, these take a short one of every sequence and pair, several in turn.
 // For short sequences all that takes too long to begin. Their segments are one launch, where each block walks over the chunks
 // before its own itself: that takes two fifths of the time of their output, and no memory.
-// can_walk: kernels and tensors are such that blocks may.
+// can_walk: there are kernels for that, and no final state takes the place of an initial one, which all of them read.
 // Costs are in units of one chunk through the whole kernel (H100: 1.8 us).
 constexpr FusedPlan fused_plan(const Dims& d, int padded_dstate, bool packed, bool batch_invariant,
                                std::int64_t most_pieces = std::numeric_limits<std::int64_t>::max(), bool can_walk = false) {
