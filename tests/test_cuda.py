@@ -309,6 +309,20 @@ def test_segments_of_few_long_sequences(rng, dtype, nheads, seqlen, lengths, rev
         cases.SSD_SCAN.check(gpu, inputs, **options, batch_invariant=batch_invariant)
 
 
+def scan_of_sizes(rng, dtype, sizes, reverse):
+    """A scan's inputs and options, and both on the GPU. `lengths` are those of packed sequences; D may be "per channel"."""
+    lengths, D = sizes.get("lengths"), sizes.get("D")
+    sizes = {name: value for name, value in sizes.items() if name not in ("lengths", "D")}
+    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=lengths and len(lengths))
+    options = dict(dt_softplus=True, reverse=reverse)
+    if D:
+        inputs["D"] = rng.standard_normal(inputs["x"].shape[2:]).astype(np.float32)
+    if lengths:
+        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
+    gpu = DEVICES[1]
+    return gpu, inputs, options, {name: gpu.put(value) for name, value in (inputs | options).items()}
+
+
 @needs_gpu
 @pytest.mark.parametrize("reverse", (False, True))
 @pytest.mark.parametrize(
@@ -322,7 +336,8 @@ def test_segments_of_few_long_sequences(rng, dtype, nheads, seqlen, lengths, rev
         dict(nheads=6, headdim=80, seqlen=300, batch=2),
         dict(nheads=12, dstate=128, seqlen=700, D="per channel"),
         dict(nheads=12, dstate=64, seqlen=256, omit=("z", "initial_state", "D")),
-        dict(nheads=12, dstate=104, seqlen=320, state_dtype=None),
+        dict(nheads=12, dstate=104, seqlen=320, state_dtype="float16"),
+        dict(nheads=12, dstate=104, seqlen=320, state_dtype="bfloat16"),
         dict(nheads=10, seqlen=900, lengths=[0, 300, 1, 64, 0, 65, 400, 70]),
         dict(nheads=70, seqlen=640, lengths=[640]),
     ),
@@ -332,17 +347,7 @@ def test_segments_of_few_long_sequences(rng, dtype, nheads, seqlen, lengths, rev
 def test_segments_that_are_walked_to(rng, dtype, sizes, reverse):
     """A block finds the state before its segment itself, and leaves nothing for others in memory."""
     sizes = dict(batch=1, ngroups=2, headdim=24, dstate=32) | sizes
-    lengths, D = sizes.pop("lengths", None), sizes.pop("D", None)
-    if "state_dtype" in sizes:
-        sizes["state_dtype"] = dtype
-    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=lengths and len(lengths))
-    options = dict(dt_softplus=True, reverse=reverse)
-    if D:
-        inputs["D"] = rng.standard_normal(inputs["x"].shape[2:]).astype(np.float32)
-    if lengths:
-        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
-    gpu = DEVICES[1]
-    on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
+    gpu, inputs, options, on_device = scan_of_sizes(rng, dtype, sizes, reverse)
     kernel, workspace, segment_tokens = statescan.plan("ssd_scan", **on_device)[1:4]
     assert kernel == f"fused_{dtype}" and workspace == 0 and 0 < segment_tokens < sizes["seqlen"]
     got = cases.SSD_SCAN.check(gpu, inputs, **options)
@@ -473,15 +478,7 @@ def test_states_handed_from_block_to_block(rng, row, dtype, headdim, dstate, rev
 def test_more_states_than_a_block_holds(rng, dtype, dstate, sizes, reverse):
     """Two blocks have a side of them each, and add up what comes of these. A third head of a group leaves one without work."""
     sizes = dict(seqlen=150, nheads=6, ngroups=2, headdim=64, dstate=dstate) | sizes
-    lengths, D = sizes.pop("lengths", None), sizes.pop("D", None)
-    inputs = cases.ssd_scan(rng, dtype, **sizes, sequences=lengths and len(lengths))
-    options = dict(dt_softplus=True, reverse=reverse)
-    if D:
-        inputs["D"] = rng.standard_normal(inputs["x"].shape[2:]).astype(np.float32)
-    if lengths:
-        options["cu_seqlens"] = np.cumsum([0, *lengths]).astype(np.int32)
-    gpu = DEVICES[1]
-    on_device = {name: gpu.put(value) for name, value in (inputs | options).items()}
+    gpu, inputs, options, on_device = scan_of_sizes(rng, dtype, sizes, reverse)
     plan = statescan.plan("ssd_scan", **on_device)
     assert plan.kernel == f"fused_{dtype}" and (plan.segment_tokens > 0) == (sizes["seqlen"] > 1000)
     got = cases.SSD_SCAN.check(gpu, inputs, **options)
